@@ -1,0 +1,38 @@
+// Range kernels of the batch statistics; see fusedres/ops/bn_stats.py for the formula.
+#pragma once
+
+#include "cpu/types.h"
+
+namespace fusedres {
+
+// Values of one channel that one partial covers at most: small enough to be read twice from a core's own cache.
+constexpr int64_t kStatsRows = 128;    // channels_last: pixels
+constexpr int64_t kStatsPlane = 4096;  // contiguous: elements of a plane
+
+struct StatsArgs {
+  DType dtype;
+  bool channels_last;
+  int64_t channels;
+  int64_t pixels;      // channels_last: N * H * W
+  int64_t plane;       // contiguous: H * W
+  int64_t parts;       // partials per channel
+  const void* x;
+  float* mean;         // [parts, channels]
+  float* m2;           // [parts, channels]
+};
+
+struct StatsMergeArgs {
+  int64_t channels;
+  int64_t parts;
+  const float* counts;  // [parts]
+  const float* mean;
+  const float* m2;
+  float* out;           // [2, channels]: mean, M2
+};
+
+}  // namespace fusedres
+
+// Partials [begin, end) of all channels.
+FR_DECLARE_FOR_EACH_ISA(void stats_range(const StatsArgs& args, int64_t begin, int64_t end))
+// Channels [begin, end) of the merge.
+FR_DECLARE_FOR_EACH_ISA(void stats_merge_range(const StatsMergeArgs& args, int64_t begin, int64_t end))

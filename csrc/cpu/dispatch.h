@@ -1,0 +1,91 @@
+// Turns the run-time dtype and residual kind of a call into template arguments.
+#pragma once
+
+#include "cpu/types.h"
+#include "cpu/vec.h"
+
+namespace fusedres {
+namespace FUSEDRES_ISA {
+namespace {
+
+template <Residual kValue>
+struct ResidualKind {
+  static constexpr Residual value = kValue;
+};
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+template <class Body>
+FR_INLINE void dispatch_dtype(DType dtype, Body body) {
+  if (dtype == DType::kFloat) return body(float{});
+  if (dtype == DType::kBFloat16) return body(BFloat16{});
+  return body(Float16{});
+}
+
+template <class Body>
+FR_INLINE void dispatch_residual(Residual kind, Body body) {
+  if (kind == Residual::kNone) return body(ResidualKind<Residual::kNone>{});
+  if (kind == Residual::kPlain) return body(ResidualKind<Residual::kPlain>{});
+  return body(ResidualKind<Residual::kAffine>{});
+}
+
+// How much of a vector a step covers: all of it, or the first n lanes at the end of a span.
+struct Whole {};
+struct Tail {
+  int64_t n;
+};
+
+template <class T>
+FR_INLINE Vec load(const T* p, Whole) {
+  return load(p);
+}
+template <class T>
+FR_INLINE Vec load(const T* p, Tail tail) {
+  return load(p, tail.n);
+}
+template <class T>
+FR_INLINE void store(T* p, Vec a, Whole) {
+  store(p, a);
+}
+template <class T>
+FR_INLINE void store(T* p, Vec a, Tail tail) {
+  store(p, a, tail.n);
+}
+
+// Calls step(offset, extent) for every whole vector of a span, then for its tail.
+template <class Step>
+FR_INLINE void for_each_vector(int64_t n, Step step) {
+  int64_t i = 0;
+  for (; i + Vec::kWidth <= n; i += Vec::kWidth) step(i, Whole{});
+  if (i < n) step(i, Tail{n - i});
+}
+
+// A per-channel parameter along a span: one value per lane (channels_last), or one for all (contiguous).
+template <bool kPerLane>
+struct Parameter {
+  const float* p;
+  template <class Extent>
+  FR_INLINE Vec at(int64_t i, Extent extent) const {
+    if constexpr (kPerLane) return load(p + i, extent);
+    return Vec(*p);
+  }
+};
+
+// What a join adds: nothing, the residual, or the residual's own affine.
+template <Residual kKind, bool kPerLane>
+struct Addend {
+  Parameter<kPerLane> scale, shift;
+  template <class Extent>
+  FR_INLINE Vec operator()(Vec z, Vec residual, int64_t i, Extent extent) const {
+    if constexpr (kKind == Residual::kPlain) return z + residual;
+    if constexpr (kKind == Residual::kAffine) return z + fma(residual, scale.at(i, extent), shift.at(i, extent));
+    return z;
+  }
+};
+
+}  // namespace
+}  // namespace FUSEDRES_ISA
+}  // namespace fusedres

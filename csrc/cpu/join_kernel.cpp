@@ -1,0 +1,46 @@
+#include "common/activations.h"
+#include "cpu/dispatch.h"
+#include "cpu/join.h"
+#include "cpu/vec.h"
+
+namespace fusedres {
+namespace FUSEDRES_ISA {
+namespace {
+
+template <class T, class Act, Residual kKind, bool kPerLane>
+void join_spans(const JoinArgs& a, int64_t begin, int64_t end) {
+  const Vec param(a.act_param);
+  for (int64_t span = begin; span < end; ++span) {
+    const int64_t channel = kPerLane ? 0 : span % a.channels;
+    const Parameter<kPerLane> scale{a.scale + channel}, shift{a.shift + channel};
+    const Addend<kKind, kPerLane> add{{a.res_scale + channel}, {a.res_shift + channel}};
+    const T* y = static_cast<const T*>(a.y) + span * a.inner;
+    const T* r = static_cast<const T*>(a.residual) + span * a.inner;
+    T* out = static_cast<T*>(a.out) + span * a.inner;
+    for_each_vector(a.inner, [&](int64_t i, auto extent) {
+      const Vec residual = kKind == Residual::kNone ? Vec() : load(r + i, extent);
+      const Vec z = fma(load(y + i, extent), scale.at(i, extent), shift.at(i, extent));
+      store(out + i, Act::forward(add(z, residual, i, extent), param), extent);
+    });
+  }
+}
+
+}  // namespace
+
+void join_range(const JoinArgs& args, int64_t begin, int64_t end) {
+  dispatch_dtype(args.dtype, [&](auto element) {
+    dispatch_residual(args.kind, [&](auto kind) {
+      dispatch_activation(args.act, [&](auto act) {
+        using T = decltype(element);
+        using Act = decltype(act);
+        if (args.per_lane)
+          join_spans<T, Act, decltype(kind)::value, true>(args, begin, end);
+        else
+          join_spans<T, Act, decltype(kind)::value, false>(args, begin, end);
+      });
+    });
+  });
+}
+
+}  // namespace FUSEDRES_ISA
+}  // namespace fusedres

@@ -1,0 +1,53 @@
+"""The join: affine, residual and activation in one pass over the tensor.
+
+.. math:: out = act(scale_c \\cdot y + shift_c + r) \\qquad r \\in \\{0,\\; residual,\\;
+    res\\_scale_c \\cdot residual + res\\_shift_c\\}
+
+``y``, ``residual`` and ``out`` are ``[N, C, H, W]`` of one dtype and one dense layout. A norm is the ``[4, C]`` tensor
+of :mod:`fusedres.ops.bn_norm`; without one the affine is the identity. The *dual* affine, where the residual has a norm
+of its own, is the projection shortcut of He et al. (2016, "Deep Residual Learning for Image Recognition", eq. 2).
+Arithmetic is in float32 (float64 for float64), rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .activations import ACTIVATIONS
+from .bn_stats import statistics_dtype
+from .registry import declare
+
+__all__ = ["BY_CODE", "JOIN", "join_argument"]
+
+_SCHEMA = "(Tensor y, Tensor? norm, Tensor? residual, Tensor? res_norm, int act, float act_param) -> Tensor"
+
+BY_CODE = {formula.code: formula for formula in ACTIVATIONS.values()}
+
+
+def _affine(x: Tensor, norm: Tensor | None) -> Tensor:
+    x = x.to(statistics_dtype(x.dtype))
+    return x if norm is None else norm[2, :, None, None] * x + norm[3, :, None, None]
+
+
+def join_argument(y: Tensor, norm: Tensor | None, residual: Tensor | None, res_norm: Tensor | None) -> Tensor:
+    """The activation's argument, in the statistics' dtype."""
+    z = _affine(y, norm)
+    return z if residual is None else z + _affine(residual, res_norm)
+
+
+def _reference(
+    y: Tensor, norm: Tensor | None, residual: Tensor | None, res_norm: Tensor | None, act: int, act_param: float
+) -> Tensor:
+    out = BY_CODE[act].forward(join_argument(y, norm, residual, res_norm), act_param).to(y.dtype)
+    # A result of its own in y's layout, whatever the formula was: out may neither alias y nor take another stride.
+    return torch.empty_like(y).copy_(out)
+
+
+def _fake(
+    y: Tensor, norm: Tensor | None, residual: Tensor | None, res_norm: Tensor | None, act: int, act_param: float
+) -> Tensor:
+    return torch.empty_like(y)
+
+
+JOIN = declare("join", _SCHEMA, reference=_reference, fake=_fake, kernels=("cpu",))
