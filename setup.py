@@ -101,7 +101,7 @@ def torch_dir() -> Path:
             "  Or install without the kernels: FUSEDRES_SKIP_BUILD=1"
         )
     version = importlib.metadata.version("torch")
-    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TORCH:
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MINIMUM_TORCH:
         sys.exit(f"fusedres: torch>=2.10 is needed to build the compiled kernels, found {version}")
     return Path(spec.origin).parent
 
@@ -223,8 +223,9 @@ def ninja_escaped(text: str) -> str:
 
 
 def command_text(parts: list[str]) -> str:
-    """A shell command as ninja's right-hand side: quoted for the shell, ``$`` doubled for ninja, but ``$name`` kept."""
-    return " ".join(part if re.fullmatch(r"\$\w+(\.d)?", part) else shlex.quote(part).replace("$", "$$") for part in parts)
+    """A shell command as ninja's right-hand side: quoted for the shell, ``$`` doubled for ninja, its own names kept."""
+    names = {"$in", "$out", "$out.d", "$flags"}
+    return " ".join(part if part in names else shlex.quote(part).replace("$", "$$") for part in parts)
 
 
 def ninja_file(torch: Path, cxx: list[str], cuda: Cuda | None) -> str:
@@ -304,7 +305,7 @@ def build_library() -> BuildRecord:
     (BUILD / "build.ninja").write_text(ninja_file(torch, cxx, cuda))
     jobs = os.environ.get("MAX_JOBS")
     if subprocess.run([ninja, "-C", str(BUILD), *(["-j", jobs] if jobs else [])]).returncode:
-        sys.exit("fusedres: the compiled kernels do not build, see the errors above (FUSEDRES_SKIP_BUILD=1 goes without)")
+        sys.exit("fusedres: the kernels do not compile, see the errors above (FUSEDRES_SKIP_BUILD=1 installs without)")
     compiler = subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
     archs = ";".join(cuda.archs) if cuda else ""
     return BuildRecord(True, "", compiler, importlib.metadata.version("torch"), cuda is not None, cuda_reason, archs)

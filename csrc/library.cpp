@@ -18,7 +18,7 @@ constexpr const char* kCompiler = "gcc " __VERSION__;
 #endif
 
 std::string build_info() {
-  return std::string("compiler=") + kCompiler + ";cuda_archs=" FUSEDRES_CUDA_ARCHS ";torch_target=2.10";
+  return std::string("compiler=") + kCompiler + "|cuda_archs=" FUSEDRES_CUDA_ARCHS "|torch_target=2.10";
 }
 
 std::string cpu_isa() { return isa_name(active_isa()); }

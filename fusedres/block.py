@@ -1,19 +1,24 @@
-"""A residual block as data, the pending value, and the engine that runs any such block forward and backward.
+"""A residual block as data: its steps, the modules that hold their parameters, and the call that runs it.
 
-**A normalised tensor is never stored.** A batch norm followed by an activation is, per channel,
-``z = act(scale[c] * y + shift[c])``, with ``y`` the raw output of a convolution. Between two convolutions the engine
-carries a :class:`Pending` value: the raw tensor, its affine, its activation, none of it applied yet. Whoever reads the
-value next applies it.
+A :class:`Block` is a small frozen description. ``fusedres.nn`` builds one directly, ``fusedres.patch`` from a user's
+code; :func:`run` binds it to a module's parameters as they are at that moment and hands it to :mod:`fusedres.engine`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Union
+from functools import lru_cache
+from typing import Any, NamedTuple, Union
+from weakref import WeakKeyDictionary
 
+import torch
+from torch import Tensor, nn
+
+from .engine import IDENTITY_SHORTCUT, ConvSlot, Link, NormSlot, Program, execute, execute_stock
 from .ops.activations import IDENTITY, Activation
+from .ops.conv import geometry
 
-__all__ = ["Act", "Block", "Conv", "Norm", "Step"]
+__all__ = ["Act", "Block", "Conv", "Norm", "Step", "run", "unsupported"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,9 +60,172 @@ class Block:
         act: the activation after the join; identity without a join (an activation is then the branch's last step).
         residual: what the shortcut reads: ``"input"``, the block's own input, or ``"argument"``, a second tensor
             that the caller passes.
+        in_place: whether the join is ``branch += shortcut``, whose result has the branch's dtype, rather than
+            ``branch + shortcut``, whose result has the common one. They differ under autocast.
     """
 
     branch: tuple[Step, ...]
     shortcut: tuple[Step, ...] | None = None
     act: Activation = IDENTITY
     residual: str = "input"
+    in_place: bool = False
+
+
+class _LinkPlan(NamedTuple):
+    """A :class:`~fusedres.engine.Link` with the modules' paths, split, in the place of operands."""
+
+    norm: tuple[str, ...] | None
+    act: Activation
+    conv: tuple[str, ...] | None
+
+
+class _Plan(NamedTuple):
+    branch: tuple[_LinkPlan, ...]
+    shortcut: tuple[_LinkPlan, ...] | None
+
+
+class UnsupportedBlock(ValueError):
+    """A sequence of steps that the engine cannot express."""
+
+
+def unsupported(block: Block) -> str | None:
+    """``None`` where the engine can run this block, else why not, in words."""
+    try:
+        _plan(block)
+    except UnsupportedBlock as error:
+        return str(error)
+    return None
+
+
+@lru_cache(maxsize=None)
+def _plan(block: Block) -> _Plan:
+    if block.shortcut is None:
+        if block.act != IDENTITY:
+            raise UnsupportedBlock("an activation after the join needs a join")
+        return _Plan(_links(block.branch), None)
+    plan = _Plan(_links(block.branch), _links(block.shortcut))
+    for name, chain in (("branch", plan.branch), ("shortcut", plan.shortcut)):
+        if chain[-1].act != IDENTITY:
+            raise UnsupportedBlock(f"the {name} ends with an activation before the addition")
+    if len(plan.shortcut) == 1 and plan.shortcut[0].norm is not None:
+        raise UnsupportedBlock("the shortcut is a norm without a convolution")
+    return plan
+
+
+def _links(steps: tuple[Step, ...]) -> tuple[_LinkPlan, ...]:
+    """Groups steps into links, each ``[norm] [activation] [convolution]``."""
+    links: list[_LinkPlan] = []
+    norm: tuple[str, ...] | None = None
+    act = IDENTITY
+    for step in steps:
+        if isinstance(step, Conv):
+            links.append(_LinkPlan(norm, act, tuple(step.path.split("."))))
+            norm, act = None, IDENTITY
+        elif isinstance(step, Norm):
+            if norm is not None or act != IDENTITY:
+                raise UnsupportedBlock("a norm that follows a norm or an activation, without a convolution between")
+            norm = tuple(step.path.split("."))
+        else:
+            if act != IDENTITY:
+                raise UnsupportedBlock("two activations in a row")
+            act = step.activation
+    return (*links, _LinkPlan(norm, act, None))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running a block on a module
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# Folded and packed weights, per module and block. Not on the module, where copies and pickles would meet them.
+_FOLDED: WeakKeyDictionary[nn.Module, dict[Block, dict[int, Any]]] = WeakKeyDictionary()
+
+
+def run(
+    block: Block,
+    root: nn.Module,
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    backend: str = "auto",
+    memory: str = "auto",
+) -> Tensor:
+    """Runs ``block`` with the parameters, buffers and settings that the modules below ``root`` have now.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        residual: the join's second operand where the block reads it from an argument.
+        backend: the backend to force, or ``"auto"``.
+        memory: ``"low"`` recomputes in backward what is cheap to recompute.
+
+    An input that the engine does not take runs as stock PyTorch, and raises what stock PyTorch raises.
+    """
+    binder = _Binder(root)
+    plan = _plan(block)
+    branch = binder.chain(plan.branch)
+    if plan.shortcut is None:
+        shortcut = None
+    else:
+        shortcut = IDENTITY_SHORTCUT if len(plan.shortcut) == 1 else binder.chain(plan.shortcut)
+    program = Program(branch, shortcut, block.act, block.in_place, memory, backend)
+    if not _engine_takes(x, residual, binder.tensors):
+        return execute_stock(program, x, residual, binder.tensors)
+    if not program.constant:
+        _FOLDED.pop(root, None)  # training writes to the weights at every step: nothing folded stays true
+        return execute(program, x, residual, binder.tensors)
+    folded = _FOLDED.setdefault(root, {}).setdefault(block, {})
+    return execute(program, x, residual, binder.tensors, folded)
+
+
+def _engine_takes(x: Tensor, residual: Tensor | None, tensors: list[Tensor | None]) -> bool:
+    if type(x) is not Tensor or x.dim() != 4 or not x.is_floating_point():
+        return False
+    if residual is not None and (type(residual) is not Tensor or residual.dim() != 4):
+        return False
+    return all(t is None or t.device == x.device for t in tensors)
+
+
+class _Binder:
+    """Collects the operands of a block from its modules, in one flat list, and the slots that point into it."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.tensors: list[Tensor | None] = []
+
+    def chain(self, plans: tuple[_LinkPlan, ...]) -> tuple[Link, ...]:
+        return tuple(
+            Link(
+                None if plan.norm is None else self._norm(self._module(plan.norm)),
+                plan.act,
+                None if plan.conv is None else self._conv(self._module(plan.conv)),
+            )
+            for plan in plans
+        )
+
+    def _module(self, path: tuple[str, ...]) -> nn.Module:
+        module = self.root
+        for name in path:
+            module = module._modules[name]
+        return module
+
+    def _conv(self, conv: nn.Module) -> ConvSlot:
+        first = len(self.tensors)
+        parameters = conv._parameters
+        self.tensors += (parameters["weight"], parameters["bias"])
+        return ConvSlot(first, geometry(conv.stride, conv.padding, conv.dilation, conv.groups, conv.kernel_size))
+
+    def _norm(self, norm: nn.Module) -> NormSlot:
+        first = len(self.tensors)
+        parameters, buffers = norm._parameters, norm._buffers
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        batch_statistics = norm.training or (mean is None and var is None)
+        updates = norm.training and norm.track_running_stats
+        momentum = 0.0 if norm.momentum is None else norm.momentum
+        if updates and buffers["num_batches_tracked"] is not None:
+            buffers["num_batches_tracked"].add_(1)
+            if norm.momentum is None:  # the running statistics are the average over all batches so far
+                momentum = 1.0 / float(buffers["num_batches_tracked"])
+        if batch_statistics and not updates:
+            mean, var = None, None
+        self.tensors += (parameters["weight"], parameters["bias"], mean, var)
+        return NormSlot(first, batch_statistics, momentum, norm.eps)

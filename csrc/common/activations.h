@@ -20,8 +20,11 @@
 
 #if defined(__CUDACC__)
 #define FR_HD __host__ __device__ __forceinline__
+// On a template that is __host__ __device__ only so that either side may call it with a lambda of its own.
+#define FR_EITHER_SIDE _Pragma("nv_exec_check_disable")
 #else
 #define FR_HD inline __attribute__((always_inline))
+#define FR_EITHER_SIDE
 #endif
 
 namespace fusedres {
@@ -143,8 +146,9 @@ constexpr int64_t kActivationCount = 7;
 
 // Calls f with the functor that has this code. An entry point has checked the code before; here no message can be
 // raised, because <string> must not be compiled for a wider instruction set.
+FR_EITHER_SIDE
 template <class F>
-auto dispatch_activation(int64_t code, F&& f) {
+FR_HD auto dispatch_activation(int64_t code, F&& f) {
   switch (code) {
     case Identity::kCode:
       return f(Identity{});

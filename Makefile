@@ -1,0 +1,66 @@
+# make install   a virtual environment in .venv, with the library built in place; does nothing when nothing changed
+# make test      install, linters, tests
+# make demo bench bench-quick format clean
+
+PYTHONS := python3 python3.13 python3.12 python3.11 python3.10
+SUPPORTED := import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(firstword $(foreach python,$(PYTHONS),$(shell $(python) -c '$(SUPPORTED)' 2>/dev/null && echo $(python))))
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+CLANG_FORMAT := $(VENV)/bin/clang-format
+
+TORCH := torch==2.13.0
+TORCHVISION := torchvision==0.28.0
+TRITON := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),triton==3.7.1)
+
+# Folders count too: theirs is the time that changes when a file goes away.
+SOURCES := $(shell find csrc)
+FORMATTED = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+# Developers build strictly; a user's compiler may warn.
+export FUSEDRES_WERROR := 1
+
+.PHONY: install demo test bench bench-quick format clean
+.DEFAULT_GOAL := install
+
+install: $(VENV)/.library
+
+$(PY):
+	@test -n "$(PYTHON)" || { echo "fusedres: no Python from 3.10 to 3.13 with venv found; set PYTHON" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torchvision without its dependencies: it would bring another torch, and its compiled ops are not used.
+$(VENV)/.packages: pyproject.toml setup.py Makefile | $(PY)
+	$(PIP) install "$(TORCH)" $(TRITON) numpy pillow "setuptools>=77" "ninja>=1.11"
+	$(PIP) install --no-deps "$(TORCHVISION)"
+	$(PIP) install --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.library: $(VENV)/.packages $(SOURCES)
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+demo: install
+	$(PY) -m fusedres demo
+
+test: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(CLANG_FORMAT) --dry-run -Werror $(FORMATTED)
+	$(PY) -m pytest -q
+
+bench: install
+	$(PY) -m fusedres bench
+
+bench-quick: install
+	$(PY) -m fusedres bench --quick
+
+format: install
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(CLANG_FORMAT) -i $(FORMATTED)
+
+clean:
+	rm -rf build fusedres/_C.so fusedres/_build.json $(VENV)/.library .pytest_cache .ruff_cache .hypothesis

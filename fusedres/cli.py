@@ -1,0 +1,42 @@
+"""``python -m fusedres <command>``.
+
+A command is a module with ``add_arguments(parser)`` and ``run(args) -> int`` (the exit status), entered in
+:data:`COMMANDS`. Only the module of the command that was asked for is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+__all__ = ["COMMANDS", "Command", "main"]
+
+
+class Command(NamedTuple):
+    """Where a command lives, and what it does in a few words."""
+
+    module: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "env": Command("fusedres.env", "versions, backends and why one is absent, hardware"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command that ``argv`` (default: the process's arguments) names and returns its exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = ArgumentParser(prog="fusedres", description="Fused kernels for convolutional residual networks.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.help, description=command.help)
+        if name in argv[:1]:
+            module = import_module(command.module)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    return args.run(args)

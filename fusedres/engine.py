@@ -1,0 +1,568 @@
+"""The engine: runs any block, forward and backward, on any backend.
+
+**A normalised tensor is never stored.** A batch norm followed by an activation is, per channel,
+``z = act(scale[c] * y + shift[c])``, with ``y`` the raw output of a convolution. Between two convolutions the engine
+carries a *pending* value: the raw tensor, its affine, its activation, none of it applied yet; whoever reads the value
+next applies it. Autograd keeps the raw tensors and four numbers per channel, and backward recomputes the rest.
+
+A chain is a tuple of :class:`Link`: pending value, convolution, pending value, convolution, ..., pending value. A block
+is a chain, the branch; perhaps a second one, the shortcut, a single plain link where it is the identity; and an
+activation behind their sum. Every op here comes from :func:`fusedres.select.kernels`.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Sequence, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .ops.activations import IDENTITY, Activation
+from .ops.conv import ConvGeometry, conv_backward, conv_fprop
+from .ops.conv_affine_act import FoldedConv, fold
+from .select import kernels
+
+__all__ = ["ConvSlot", "IDENTITY_SHORTCUT", "Link", "NormSlot", "Program", "execute", "execute_stock"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A block with its operands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ConvSlot(NamedTuple):
+    """A convolution whose weight and bias are ``tensors[first]`` and ``tensors[first + 1]``."""
+
+    first: int
+    geometry: ConvGeometry
+
+
+class NormSlot(NamedTuple):
+    """A batch norm whose gamma, beta, running_mean and running_var are the four tensors from ``tensors[first]`` on.
+
+    Attributes:
+        batch_statistics: whether it normalises with the statistics of the batch, or with the running ones.
+        momentum: the weight of the batch in the running statistics.
+    """
+
+    first: int
+    batch_statistics: bool
+    momentum: float
+    eps: float
+
+
+class Link(NamedTuple):
+    """A pending value and its reader: ``conv(act(norm(raw)))``. The last link of a chain has no convolution."""
+
+    norm: NormSlot | None
+    act: Activation
+    conv: ConvSlot | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the raw tensor is the value itself."""
+        return self.norm is None and self.act == IDENTITY
+
+
+IDENTITY_SHORTCUT = (Link(None, IDENTITY, None),)
+
+Operands = Sequence[Union[Tensor, None]]
+
+
+class Program(NamedTuple):
+    """A block bound to the slots of its operands, which lie in one flat list beside it.
+
+    Attributes:
+        act: the activation behind the join.
+        in_place: whether the join keeps the branch's dtype, as ``+=`` does, or takes the common one.
+        memory: ``"low"`` drops the last raw tensor of a chain where a 1x1 convolution made it, and recomputes it.
+        backend: forced, or ``"auto"``.
+    """
+
+    branch: tuple[Link, ...]
+    shortcut: tuple[Link, ...] | None
+    act: Activation
+    in_place: bool = False
+    memory: str = "auto"
+    backend: str = "auto"
+
+    @property
+    def constant(self) -> bool:
+        """Whether every norm uses its running statistics."""
+        chains = (self.branch, self.shortcut or ())
+        return not any(link.norm is not None and link.norm.batch_statistics for chain in chains for link in chain)
+
+
+def execute(
+    program: Program, x: Tensor, residual: Tensor | None, tensors: Operands, folded: dict[int, Any] | None = None
+) -> Tensor:
+    """Runs a block.
+
+    Args:
+        x: the input, ``[N, C, H, W]``.
+        residual: what the shortcut reads where that is not ``x``.
+        tensors: the operands of the program's slots.
+        folded: where folded and packed weights are kept between inference calls.
+    """
+    if x.numel() == 0 or torch.compiler.is_compiling():
+        return execute_stock(program, x, residual, tensors)
+    if program.constant and not _needs_gradient(x, residual, tensors):
+        return _infer(program, x, residual, tensors, {} if folded is None else folded)
+    return BlockFunction.apply(program, x, residual, *tensors)
+
+
+def _needs_gradient(x: Tensor, residual: Tensor | None, tensors: Operands) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(t is not None and t.requires_grad for t in (residual, *tensors))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces that forward and backward share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Raw(NamedTuple):
+    """A raw tensor and the rows ``(mean, rstd, scale, shift)`` of the norm that is pending on it."""
+
+    tensor: Tensor
+    rows: Tensor | None
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
+
+
+def _cast_convolutions(program: Program, tensors: Operands, dtype: torch.dtype) -> list[Tensor | None]:
+    """The operands with the convolutions' in ``dtype``, as autocast would have them."""
+    result = list(tensors)
+    for chain in (program.branch, program.shortcut or ()):
+        for link in chain:
+            if link.conv is not None:
+                for i in (link.conv.first, link.conv.first + 1):
+                    t = result[i]
+                    result[i] = None if t is None else t.to(dtype)
+    return result
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x``, or a copy where its layout is neither channels_last nor contiguous."""
+    if x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous():
+        return x
+    # A channel stride of one says channels_last even where rows are padded or sliced.
+    last = x.stride(1) == 1 and x.shape[1] > 1
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _like(x: Tensor, y: Tensor) -> Tensor:
+    """``x`` in the dtype and the dense layout of ``y``, which has the same shape."""
+    if x.dtype != y.dtype:
+        x = x.to(y.dtype)
+    if x.stride() == y.stride():
+        return x
+    last = y.is_contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _aligned(y: Tensor, residual: Tensor | None, in_place: bool) -> tuple[Tensor, Tensor | None]:
+    """Both sides of a join in the dtype that stock PyTorch's sum has, and in ``y``'s layout."""
+    if residual is None:
+        return y, None
+    if residual.dtype != y.dtype and not in_place:
+        y = y.to(torch.promote_types(y.dtype, residual.dtype))
+    return y, _like(residual, y)
+
+
+def _norm_rows(norm: NormSlot | None, raw: Tensor, tensors: Operands, k: SimpleNamespace) -> Tensor | None:
+    if norm is None:
+        return None
+    affine_and_buffers = tensors[norm.first : norm.first + 4]
+    if not norm.batch_statistics:
+        return k.bn_norm(None, 1.0, *affine_and_buffers, 0.0, norm.eps)
+    count = raw.numel() // raw.shape[1]
+    if count <= 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {raw.shape}")
+    rows = k.bn_norm(k.bn_stats(raw), float(count), *affine_and_buffers, norm.momentum, norm.eps)
+    # A kernel's write goes by unnoticed; folded weights and autograd's checks rely on the count.
+    torch.autograd.graph.increment_version([t for t in affine_and_buffers[2:] if t is not None])
+    return rows
+
+
+def _value(link: Link, raw: Raw, k: SimpleNamespace) -> Tensor:
+    """The pending value, applied."""
+    if link.plain:
+        return raw.tensor
+    return k.join(raw.tensor, raw.rows, None, None, link.act.code, link.act.param)
+
+
+def _convolve(link: Link, raw: Raw, tensors: Operands, k: SimpleNamespace) -> Tensor:
+    conv = link.conv
+    weight = tensors[conv.first]
+    return conv_fprop(_value(link, raw, k).to(weight.dtype), weight, tensors[conv.first + 1], conv.geometry)
+
+
+def _recomputes(chain: tuple[Link, ...], memory: str, tensors: Operands) -> bool:
+    """Whether the last raw tensor of a chain is recomputed in backward: cheap for a 1x1 convolution, and the widest."""
+    if memory != "low" or len(chain) < 2:
+        return False
+    return tuple(tensors[chain[-2].conv.first].shape[2:]) == (1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training: one autograd node for the block
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _run_chain(chain: tuple[Link, ...], x: Tensor, tensors: Operands, k: SimpleNamespace) -> list[Raw]:
+    """The raw tensors of a chain, the input first, each with the norm that is pending on it."""
+    raws = [Raw(x, _norm_rows(chain[0].norm, x, tensors, k))]
+    for link, reader in zip(chain, chain[1:]):
+        y = _convolve(link, raws[-1], tensors, k)
+        raws.append(Raw(y, _norm_rows(reader.norm, y, tensors, k)))
+    return raws
+
+
+class BlockFunction(torch.autograd.Function):
+    """A whole block as one node: ``(program, x, residual, *tensors) -> out``."""
+
+    @staticmethod
+    def forward(ctx: Any, program: Program, x: Tensor, residual: Tensor | None, *tensors: Tensor | None) -> Tensor:
+        dtype = _compute_dtype(x)
+        k = kernels(x.device.type, dtype, program.backend)
+        operands = _cast_convolutions(program, tensors, dtype) if torch.is_autocast_enabled(x.device.type) else tensors
+        x = _dense(x)
+        branch = _run_chain(program.branch, x, operands, k)
+        shortcut = _run_shortcut(program, x, residual, operands, k)
+        y, side = _aligned(branch[-1].tensor, shortcut[-1].tensor if shortcut else None, program.in_place)
+        side_rows = shortcut[-1].rows if shortcut else None
+        last = program.branch[-1]
+        act = program.act if shortcut else last.act
+        plain = last.norm is None and act == IDENTITY and side is None
+        out = y if plain else k.join(y, branch[-1].rows, side, side_rows, act.code, act.param)
+        if any(ctx.needs_input_grad):
+            _save(ctx, program, x, residual, operands, branch, shortcut)
+            ctx.kernels = k
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _Backward(ctx).run(grad)
+
+
+def _run_shortcut(
+    program: Program, x: Tensor, residual: Tensor | None, tensors: Operands, k: SimpleNamespace
+) -> list[Raw]:
+    if program.shortcut is None:
+        return []
+    return _run_chain(program.shortcut, x if residual is None else _dense(residual), tensors, k)
+
+
+def _save(
+    ctx: Any,
+    program: Program,
+    x: Tensor,
+    residual: Tensor | None,
+    tensors: Operands,
+    branch: list[Raw],
+    shortcut: list[Raw],
+) -> None:
+    """Keeps the block's input, its raw tensors and its norms' rows; a chain's first raw tensor is the input itself."""
+    if residual is not None:
+        residual = shortcut[0].tensor
+    # Nothing of a norm but its rows: a later forward may update the running statistics before this backward.
+    operands: list[Tensor | None] = [None] * len(tensors)
+    for link in (*program.branch, *(program.shortcut or ())):
+        if link.conv is not None:
+            operands[link.conv.first : link.conv.first + 2] = tensors[link.conv.first : link.conv.first + 2]
+    kept: list[Tensor | None] = [x, residual, *operands]
+    for chain, raws in ((program.branch, branch), (program.shortcut, shortcut)):
+        if chain is None:
+            continue
+        inner = [raw.tensor for raw in raws[1:]]
+        if _recomputes(chain, program.memory, tensors):
+            inner[-1] = None
+        kept += [*inner, *(raw.rows for raw in raws)]
+    ctx.program = program
+    ctx.operand_count = len(tensors)
+    ctx.save_for_backward(*kept)
+
+
+class _Backward:
+    """One backward pass of a block: walks the chains from the join to the input and collects every gradient."""
+
+    def __init__(self, ctx: Any) -> None:
+        saved = list(ctx.saved_tensors)
+        self.program: Program = ctx.program
+        self.k: SimpleNamespace = ctx.kernels
+        self.x, self.residual = saved[:2]
+        self.tensors = saved[2 : 2 + ctx.operand_count]
+        self._rest = saved[2 + ctx.operand_count :]
+        self.needs_x, self.needs_residual = ctx.needs_input_grad[1:3]
+        self.needs = ctx.needs_input_grad[3:]
+        self.grads: list[Tensor | None] = [None] * ctx.operand_count
+
+    def run(self, grad: Tensor) -> tuple[Any, ...]:
+        program, has_shortcut = self.program, self.program.shortcut is not None
+        branch = self._raws(program.branch, self.x)
+        side_input = self.x if self.residual is None else self.residual
+        shortcut = self._raws(program.shortcut, side_input) if has_shortcut else []
+        needs_side_input = self.needs_x if self.residual is None else self.needs_residual
+        needs_side = has_shortcut and (needs_side_input or self._any_needed(program.shortcut))
+
+        grad_y, grad_side = self._join(grad, branch[-1], shortcut[-1] if has_shortcut else None, needs_side)
+        grad_x = self._chain(program.branch, branch, grad_y, self.needs_x)
+        if needs_side:
+            grad_side = self._chain(program.shortcut, shortcut, grad_side, needs_side_input)
+        if self.residual is not None:
+            return (None, grad_x, grad_side, *self.grads)
+        if needs_side and self.needs_x:
+            grad_x = _like(grad_side, grad_x).add_(grad_x) if grad_side.dtype == grad_x.dtype else grad_side + grad_x
+        return (None, grad_x, None, *self.grads)
+
+    def _raws(self, chain: tuple[Link, ...], x: Tensor) -> list[Raw]:
+        """A chain's raw tensors as the forward had them, the last one recomputed if it was dropped."""
+        inner = len(chain) - 1
+        tensors = [x, *self._rest[:inner]]
+        rows = self._rest[inner : 2 * inner + 1]
+        self._rest = self._rest[2 * inner + 1 :]
+        raws = [Raw(t, r) for t, r in zip(tensors, rows)]
+        if raws[-1].tensor is None:
+            raws[-1] = Raw(_convolve(chain[-2], raws[-2], self.tensors, self.k), rows[-1])
+        return raws
+
+    def _any_needed(self, chain: tuple[Link, ...]) -> bool:
+        slots = [(link.conv, 2) for link in chain if link.conv] + [(link.norm, 2) for link in chain if link.norm]
+        return any(self.needs[slot.first + i] for slot, width in slots for i in range(width))
+
+    # -- the join, and any pending value -------------------------------------------------------------------------
+
+    def _join(self, grad: Tensor, main: Raw, side: Raw | None, needs_side: bool) -> tuple[Tensor, Tensor | None]:
+        chain, shortcut = self.program.branch, self.program.shortcut
+        act = chain[-1].act if shortcut is None else self.program.act
+        y, residual = _aligned(main.tensor, None if side is None else side.tensor, self.program.in_place)
+        if shortcut is None and chain[-1].norm is None and act == IDENTITY:
+            grad = _like(grad, y)
+            self._bias(chain, len(chain) - 1, None, None, grad)
+            return grad, None
+        grad_y, grad_side, _ = self._pending(
+            chain, len(chain) - 1, y, main.rows, grad, act, False, residual, side, needs_side
+        )
+        return grad_y, grad_side
+
+    def _pending(
+        self,
+        chain: tuple[Link, ...],
+        index: int,
+        y: Tensor,
+        rows: Tensor | None,
+        grad: Tensor,
+        act: Activation,
+        emit: bool,
+        residual: Tensor | None = None,
+        side: Raw | None = None,
+        needs_side: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Backward of ``act(norm(y) + norm(residual))``: ``(dy, dresidual, act(norm(y)) if emit)``."""
+        norm = chain[index].norm
+        side_chain = self.program.shortcut if side is not None else None
+        side_norm = side_chain[-1].norm if side_chain else None
+        side_rows = side.rows if side is not None else None
+        operands = (_like(grad, y), y, rows, residual, side_rows, act.code, act.param)
+        training = norm is not None and norm.batch_statistics
+        side_training = side_norm is not None and side_norm.batch_statistics
+        sums, value = None, None
+        if training or side_training or emit or self._sums_needed(chain, index) or self._side_sums_needed(side_chain):
+            sums, value = self.k.join_backward_reduce(*operands, emit)
+            self._affine(norm, rows, sums, 1)
+            self._bias(chain, index, rows, sums, None)
+            if side_chain is not None:
+                self._affine(side_norm, side_rows, sums, 2)
+                self._bias(side_chain, len(side_chain) - 1, side_rows, sums, None)
+        count = float(y.numel() // y.shape[1])
+        grad_y, grad_side = self.k.join_backward_apply(
+            *operands, sums, count, training, side_training, residual is not None and needs_side
+        )
+        return grad_y, grad_side, value
+
+    def _sums_needed(self, chain: tuple[Link, ...], index: int) -> bool:
+        norm, conv = chain[index].norm, chain[index - 1].conv if index else None
+        return (norm is not None and (self.needs[norm.first] or self.needs[norm.first + 1])) or (
+            conv is not None and self.needs[conv.first + 1]
+        )
+
+    def _side_sums_needed(self, chain: tuple[Link, ...] | None) -> bool:
+        return chain is not None and self._sums_needed(chain, len(chain) - 1)
+
+    def _affine(self, norm: NormSlot | None, rows: Tensor | None, sums: Tensor, row: int) -> None:
+        """dgamma = rstd sum g (y - mean) and dbeta = sum g."""
+        if norm is None:
+            return
+        if self.needs[norm.first]:
+            self.grads[norm.first] = sums[row] * rows[1]
+        if self.needs[norm.first + 1]:
+            self.grads[norm.first + 1] = sums[0].clone()
+
+    def _bias(
+        self, chain: tuple[Link, ...], index: int, rows: Tensor | None, sums: Tensor | None, grad: Tensor | None
+    ) -> None:
+        """The gradient of the bias of the convolution that made raw tensor ``index``, from sums that are there already.
+
+        A norm with batch statistics takes any constant out again, so its gradient is exactly zero.
+        """
+        conv = chain[index - 1].conv if index else None
+        if conv is None or not self.needs[conv.first + 1]:
+            return
+        norm = chain[index].norm
+        if norm is None:
+            total = grad.sum((0, 2, 3)) if sums is None else sums[0].clone()
+        else:
+            total = torch.zeros_like(sums[0]) if norm.batch_statistics else sums[0] * rows[2]
+        self.grads[conv.first + 1] = total
+
+    # -- a chain of convolutions ---------------------------------------------------------------------------------
+
+    def _chain(
+        self, chain: tuple[Link, ...], raws: list[Raw], grad: Tensor, needs_input: bool
+    ) -> Tensor | None:
+        """From the gradient of a chain's last raw tensor to that of its input."""
+        for index in range(len(chain) - 2, -1, -1):
+            needed = index > 0 or needs_input or self._norm_needed(chain[0])
+            grad = self._link(chain, index, raws[index], grad, needed)
+        return grad if needs_input else None
+
+    def _norm_needed(self, link: Link) -> bool:
+        return link.norm is not None and (self.needs[link.norm.first] or self.needs[link.norm.first + 1])
+
+    def _link(
+        self, chain: tuple[Link, ...], index: int, raw: Raw, grad: Tensor, needed: bool
+    ) -> Tensor | None:
+        """Backward of ``conv(act(norm(raw)))``: sets the weight's gradient, returns that of ``raw`` if needed."""
+        link = chain[index]
+        conv, weight = link.conv, self.tensors[link.conv.first]
+        needs_weight = self.needs[conv.first]
+        grad = grad.to(weight.dtype)
+        if link.plain or not needed:
+            value = _value(link, raw, self.k).to(weight.dtype)
+            grad_raw, self.grads[conv.first] = conv_backward(grad, value, weight, conv.geometry, needed, needs_weight)
+            if grad_raw is not None and index:
+                self._bias(chain, index, None, None, grad_raw)
+            return grad_raw
+        # dgrad first: the pass that reduces over its result also recomputes the value that wgrad reads.
+        same = raw.tensor if raw.tensor.dtype == weight.dtype else torch.empty_like(raw.tensor, dtype=weight.dtype)
+        grad_value, _ = conv_backward(grad, same, weight, conv.geometry, True, False)
+        grad_raw, _, value = self._pending(
+            chain, index, raw.tensor, raw.rows, grad_value, link.act, emit=needs_weight
+        )
+        if needs_weight:
+            value = value.to(weight.dtype)
+            _, self.grads[conv.first] = conv_backward(grad, value, weight, conv.geometry, False, True)
+        return grad_raw
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inference: norms, residual and activation inside the convolutions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _infer(program: Program, x: Tensor, residual: Tensor | None, tensors: Operands, folded: dict[int, Any]) -> Tensor:
+    dtype = _compute_dtype(x)
+    k = kernels(x.device.type, dtype, program.backend)
+    x = _dense(x)
+    if program.shortcut is None:
+        return _infer_chain(program.branch, x, None, program.branch[-1].act, dtype, tensors, folded, k)
+    side_input = x if residual is None else _dense(residual)
+    side = _infer_chain(program.shortcut, side_input, None, IDENTITY, dtype, tensors, folded, k)
+    if program.in_place:
+        side = side.to(dtype)
+    return _infer_chain(program.branch, x, side, program.act, dtype, tensors, folded, k)
+
+
+def _infer_chain(
+    chain: tuple[Link, ...],
+    x: Tensor,
+    side: Tensor | None,
+    act: Activation,
+    dtype: torch.dtype,
+    tensors: Operands,
+    folded: dict[int, Any],
+    k: SimpleNamespace,
+) -> Tensor:
+    """``act(chain(x) + side)`` with constant norms."""
+    first = chain[0]
+    value = x if first.plain else _value(first, Raw(x, _norm_rows(first.norm, x, tensors, k)), k)
+    for index in range(len(chain) - 1):
+        last = index == len(chain) - 2
+        value = value.to(dtype)
+        conv = _folded(chain[index].conv, chain[index + 1].norm, value, tensors, folded, k)
+        fits = last and side is not None and side.dtype == dtype
+        step_act = act if last else chain[index + 1].act
+        if last and side is not None and not fits:  # a sum that promotes: the join does it
+            y, other = _aligned(conv(value, None, IDENTITY, k.join), side, in_place=False)
+            return kernels(x.device.type, y.dtype, "auto").join(y, None, other, None, act.code, act.param)
+        value = conv(value, _residual_for(conv, value, side) if fits else None, step_act, k.join)
+    return value
+
+
+def _residual_for(conv: FoldedConv, value: Tensor, side: Tensor) -> Tensor:
+    """``side`` in the layout of the convolution's result, which is the layout of its input."""
+    last = value.is_contiguous(memory_format=torch.channels_last)
+    return side.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _folded(
+    conv: ConvSlot, norm: NormSlot | None, x: Tensor, tensors: Operands, cache: dict[int, Any], k: SimpleNamespace
+) -> FoldedConv:
+    """The convolution with its norm folded in, made again whenever an operand, the dtype or the layout has changed."""
+    weight, bias = tensors[conv.first : conv.first + 2]
+    affine = () if norm is None else tuple(tensors[norm.first : norm.first + 4])
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    key = (_identity_of((weight, bias, *affine)), x.dtype, last, norm.eps if norm else None, conv.geometry)
+    entry = cache.get(conv.first)
+    if entry is None or entry[0] != key or key[0] is None:
+        rows = None if norm is None else k.bn_norm(None, 1.0, *affine, 0.0, norm.eps)
+        entry = cache[conv.first] = (key, fold(weight, bias, rows, conv.geometry, x))
+    return entry[1]
+
+
+def _identity_of(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...] | None:
+    """What changes when a tensor is replaced or written to; ``None`` where PyTorch does not count writes."""
+    if any(t is not None and t.is_inference() for t in tensors):
+        return None
+    return tuple(None if t is None else (t.data_ptr(), t._version) for t in tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stock: the same block from PyTorch's own ops
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def execute_stock(program: Program, x: Tensor, residual: Tensor | None, tensors: Operands) -> Tensor:
+    """The block in plain PyTorch, differentiated by autograd: what a block means, and what it falls back to."""
+    out = _stock_chain(program.branch, x, tensors)
+    if program.shortcut is None:
+        return out
+    side = _stock_chain(program.shortcut, x if residual is None else residual, tensors)
+    return program.act((out + side).to(out.dtype) if program.in_place else out + side)
+
+
+def _stock_chain(chain: tuple[Link, ...], x: Tensor, tensors: Operands) -> Tensor:
+    for link in chain:
+        if link.norm is not None:
+            x = _stock_norm(link.norm, x, tensors)
+        if link.act != IDENTITY:
+            x = link.act(x)
+        if link.conv is not None:
+            x = conv_fprop(x, tensors[link.conv.first], tensors[link.conv.first + 1], link.conv.geometry)
+    return x
+
+
+def _stock_norm(norm: NormSlot, x: Tensor, tensors: Operands) -> Tensor:
+    gamma, beta, mean, var = tensors[norm.first : norm.first + 4]
+    return F.batch_norm(x, mean, var, gamma, beta, norm.batch_statistics, norm.momentum, norm.eps)

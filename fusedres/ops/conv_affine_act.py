@@ -1,0 +1,104 @@
+"""Inference: batch norm, residual and activation inside the convolution.
+
+.. math:: out = act\\big(scale_k \\cdot conv(x, w)_k + shift_k + r\\big)
+
+With constant statistics the norm is an affine per output channel, folded into the weights,
+:math:`w'_k = scale_k w_k` and :math:`b'_k = scale_k b_k + shift_k`, in float32 and rounded once. oneDNN then adds the
+residual and applies the activation on the accumulator, from weights that were packed into its own layout beforehand.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .activations import IDENTITY, RELU, Activation
+from .conv import ConvGeometry, conv_fprop
+
+__all__ = ["FoldedConv", "fold"]
+
+# How oneDNN's epilogue calls our activations: attribute, scalars, algorithm.
+_ONEDNN_UNARY: dict[str, Callable[[float], tuple[str, list[float], str]]] = {
+    "identity": lambda _: ("none", [], ""),
+    "relu": lambda _: ("relu", [], ""),
+    "relu6": lambda _: ("hardtanh", [0.0, 6.0], ""),
+    "leaky_relu": lambda slope: ("leaky_relu", [slope], ""),
+    "silu": lambda _: ("swish", [], ""),
+    "hardswish": lambda _: ("hardswish", [], ""),
+    "gelu": lambda _: ("gelu", [], "none"),
+}
+
+
+@lru_cache(maxsize=None)
+def _onednn_refuses(device_type: str, dtype: torch.dtype) -> str | None:
+    """``None`` where oneDNN's fused convolution runs this dtype here, else why it does not."""
+    if device_type != "cpu" or not torch.backends.mkldnn.is_available():
+        return "oneDNN is not available"
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise") or not hasattr(
+        torch._C._nn, "mkldnn_reorder_conv2d_weight"
+    ):
+        return "this build of torch does not expose oneDNN's fused convolutions"
+    if dtype == torch.float32:
+        return None
+    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    if dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return None
+    return f"oneDNN has no {dtype} convolutions on this CPU"
+
+
+class FoldedConv(NamedTuple):
+    """A convolution with its norm folded in, ready to run.
+
+    Attributes:
+        weight: ``[K, C / groups, R, S]``, the norm's scale included; in oneDNN's own layout if ``packed``.
+        bias: ``[K]``, the norm's shift included.
+        packed: whether oneDNN's fused convolution runs it. It then takes channels_last inputs only.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    geometry: ConvGeometry
+    packed: bool
+
+    def __call__(self, x: Tensor, residual: Tensor | None, act: Activation, join: Callable[..., Tensor]) -> Tensor:
+        """``act(conv(x) + residual)``; ``join`` applies what the convolution cannot take into its epilogue."""
+        if not self.packed:
+            y = conv_fprop(x, self.weight, self.bias, self.geometry)
+            return y if residual is None and act == IDENTITY else join(y, None, residual, None, act.code, act.param)
+        g = self.geometry
+        shape = (g.padding, g.stride, g.dilation, g.groups)
+        if residual is None:
+            unary = _ONEDNN_UNARY[act.name](act.param)
+            return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *shape, *unary)
+        bias = None if self.bias is None else self.bias.to(x.dtype)  # the form with a sum takes no other
+        relu = "relu" if act == RELU else None  # the only activation that it takes behind the sum
+        out = torch.ops.mkldnn._convolution_pointwise.binary(
+            x, residual, self.weight, bias, *shape, "add", 1.0, relu, [], ""
+        )
+        return out if act in (RELU, IDENTITY) else join(out, None, None, None, act.code, act.param)
+
+
+def fold(weight: Tensor, bias: Tensor | None, norm: Tensor | None, g: ConvGeometry, x: Tensor) -> FoldedConv:
+    """Folds the rows of a norm (:mod:`fusedres.ops.bn_norm`) into a convolution, and packs it where oneDNN runs it.
+
+    Args:
+        x: an input to expect: its dtype is that of the folded convolution, its layout decides whether oneDNN's fused
+            form can run it, and its shape is a hint for the packed layout. Other shapes work too.
+    """
+    if norm is not None:
+        scale, shift = norm[2], norm[3]
+        bias = shift if bias is None else shift + scale * bias
+        weight = weight * scale[:, None, None, None]
+    folded = weight.detach().to(x.dtype)
+    packs = x.is_contiguous(memory_format=torch.channels_last) and _onednn_refuses(x.device.type, x.dtype) is None
+    if not packs:
+        return FoldedConv(folded, None if bias is None else bias.detach().to(x.dtype), g, packed=False)
+    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
+        folded.to_mkldnn(), g.padding, g.stride, g.dilation, g.groups, list(x.shape)
+    )
+    # oneDNN adds the bias to the accumulator, so it keeps all of float32.
+    return FoldedConv(packed, None if bias is None else bias.detach().float(), g, packed=True)

@@ -1,0 +1,117 @@
+"""Finding what the engine can fuse in a model, rewriting those modules' forwards in place, and undoing it.
+
+How it works: ``plan`` walks the model, ``trace`` turns a module's forward into a graph, ``view`` and ``steps`` read the
+graph as steps of a block, ``patterns`` finds the regions, ``codegen`` writes the new forward, ``swap`` installs it, and
+``report`` tells.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import select
+from ..block import Conv
+from .plan import Plan, make_plan
+from .report import Declined, Fused, PatchReport
+from .selection import Selection
+from .swap import Template, swap, template_of, unswap
+
+__all__ = ["Declined", "Fused", "PatchReport", "explain", "patch", "unpatch"]
+
+_MEMORY = ("auto", "low")
+
+
+def patch(
+    model: nn.Module,
+    *,
+    only: Any = None,
+    skip: Any = None,
+    dry_run: bool = False,
+    memory: str = "auto",
+    backend: str = "auto",
+) -> PatchReport:
+    """Fuses, in place, every structure of ``model`` that the engine can run.
+
+    Parameters, ``state_dict`` keys, hooks, optimizers and ``isinstance`` stay as they are; the classes of the modules
+    that hold a fused structure become generated subclasses. What cannot be fused is left alone and named in the report.
+    Patching again changes nothing but what has become possible since.
+
+    Args:
+        model: any module.
+        only: a module's path, a glob over paths, a class, or several of these: fuse nothing else.
+        skip: the same, for what to leave alone.
+        dry_run: only report.
+        memory: ``"low"`` recomputes in the backward pass what is cheap to recompute.
+        backend: ``"auto"``, or the name of the backend that the sites fused by this call keep to.
+
+    Raises:
+        TypeError: for a model that is not a module.
+        ValueError: for an unknown ``memory`` or ``backend``, or a path in ``only`` or ``skip`` that the model lacks.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if memory not in _MEMORY:
+        raise ValueError(f"memory must be 'auto' or 'low', got {memory!r}")
+    if backend != "auto" and backend not in select.BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, select.BACKENDS))}, got {backend!r}")
+    options = {k: v for k, v in (("backend", backend), ("memory", memory)) if v != "auto"}
+    plan = make_plan(model, Selection(model, only, skip), options)
+    if not dry_run:
+        for site in plan.sites:
+            swap(site)
+    return _report(model, plan, dry_run)
+
+
+def explain(model: nn.Module) -> PatchReport:
+    """What :func:`patch` would do, with nothing changed."""
+    return patch(model, dry_run=True)
+
+
+def unpatch(model: nn.Module) -> int:
+    """Undoes :func:`patch` in ``model`` and everything below it; returns how many modules were restored."""
+    return sum(unswap(module) for module in model.modules())
+
+
+def _report(model: nn.Module, plan: Plan, dry_run: bool) -> PatchReport:
+    paths = {module: path for path, module in model.named_modules()}
+    templates = {path: (template_of(module), True) for path, module in plan.fused.items()}
+    templates.update({site.path: (site.template, False) for site in plan.sites})
+    sites = [
+        entry
+        for module, path in paths.items()
+        if path in templates
+        for entry in _entries(module, paths, *templates[path])
+    ]
+    convolutions = {path: m for m, path in paths.items() if isinstance(m, nn.Conv2d)}
+    left = plan.reasons.keys() | convolutions.keys() - {conv for site in sites for conv in site.convolutions}
+    reasons = [Declined(p, plan.reasons.get(p, _NEVER_CALLED)) for p in paths.values() if p in left]
+    sources = {path: template.source for path, (template, _) in templates.items()}
+    return PatchReport(tuple(sites), tuple(reasons), len(convolutions), _notes(convolutions), dry_run, sources)
+
+
+_NEVER_CALLED = "the forward of the module that holds it does not call it"
+
+
+def _entries(module: nn.Module, paths: dict[nn.Module, str], template: Template, already: bool) -> list[Fused]:
+    """The report's entries for one module: one for each call of the engine."""
+    entries = []
+    for pattern, block in template.blocks:
+        steps = (*block.branch, *(block.shortcut or ()))
+        convs = [module.get_submodule(step.path) for step in steps if isinstance(step, Conv)]
+        forced = dict(template.options).get("backend", "auto")
+        backend = select.backend_for(convs[0].weight.device, convs[0].weight.dtype, forced)
+        entries.append(Fused(paths[module], pattern, backend, tuple(paths[c] for c in convs), already))
+    return entries
+
+
+def _notes(convolutions: dict[str, nn.Conv2d]) -> tuple[str, ...]:
+    """Hints that concern the whole model."""
+    if not convolutions:
+        return ("the model has no Conv2d",)
+    weights = [m.weight for m in convolutions.values() if isinstance(m.weight, torch.Tensor) and m.weight.dim() == 4]
+    if any(not w.is_contiguous(memory_format=torch.channels_last) for w in weights):
+        return ("the model is in NCHW (contiguous) layout: call model.to(memory_format=torch.channels_last)",)
+    return ()

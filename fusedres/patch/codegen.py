@@ -1,0 +1,132 @@
+"""From a traced graph and its regions to a forward's text, and from that to a function with readable tracebacks."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import linecache
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from .. import block
+from ..block import Act, Block, Step
+from ..ops.activations import IDENTITY
+from .trace import Traced
+from .view import Region
+
+__all__ = ["compile_forward", "generate"]
+
+
+class _Code:
+    """A piece of code as an argument of a graph node: prints as itself."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def generate(
+    module: nn.Module, traced: Traced, regions: Sequence[Region], options: dict[str, str]
+) -> tuple[str, dict[str, Any]]:
+    """The source of a forward in which each region is one call, and the globals that it needs.
+
+    Args:
+        module: the module that the graph is of.
+        traced: its graph, which is rewritten.
+        options: keyword arguments of the engine that are not at their default.
+    """
+    fresh = _Names(traced)
+    run, stock = fresh("fusedres_block"), fresh("stock")
+    blocks = {fresh(f"block_{i}"): region.block for i, region in enumerate(regions)}
+    for name, region in zip(blocks, regions):
+        _replace(traced.graph, region, run, name, options)
+    code = traced.graph.python_code("self")
+    body = _body(code.src)
+    guard = _guard(module, traced.signature, stock)
+    arguments = ", ".join(["self", str(traced.signature)[1:-1]] if traced.signature.parameters else ["self"])
+    source = f"{_header(type(module), blocks)}def forward({arguments}):\n{guard}{body}"
+    return source, {**code.globals, **blocks, run: block, stock: type(module)}
+
+
+class _Names:
+    """Makes names that no value and no argument of the traced forward has."""
+
+    def __init__(self, traced: Traced) -> None:
+        self._used = {node.name for node in traced.graph.nodes} | set(traced.signature.parameters)
+
+    def __call__(self, wanted: str) -> str:
+        name = wanted
+        while name in self._used:
+            name += "_"
+        return name
+
+
+def compile_forward(source: str, names: dict[str, Any], name: str) -> Callable:
+    """The function ``forward`` of ``source``, whose lines tracebacks, debuggers and ``inspect`` can show."""
+    filename = f"<{name} by fusedres.patch {hashlib.sha1(source.encode()).hexdigest()[:8]}>"
+    # Without a modification time, linecache never checks the entry against a file.
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    scope = dict(names)
+    exec(compile(source, filename, "exec"), scope)
+    return scope["forward"]
+
+
+def _replace(graph: fx.Graph, region: Region, run: str, name: str, options: dict[str, str]) -> None:
+    last = region.nodes[-1]
+    residual = () if region.residual is None else (region.residual,)
+    with graph.inserting_before(last):
+        # A method call prints as `fusedres_block.run(...)`, looked up in the module when the line runs.
+        arguments = (_Code(run), _Code(name), _Code("self"), region.entry, *residual)
+        call = graph.create_node("call_method", "run", arguments, dict(options), name=f"{name}_out")
+    last.replace_all_uses_with(call)
+    for node in reversed(region.nodes):
+        graph.erase_node(node)
+
+
+def _header(cls: type, blocks: dict[str, Block]) -> str:
+    origin = f"# {cls.__module__}.{cls.__qualname__}, with a forward written by fusedres.patch\n"
+    return origin + "".join(f"# {name}: {_formula(b)}\n" for name, b in blocks.items()) + "\n"
+
+
+def _formula(b: Block) -> str:
+    """``relu(x -> conv1 -> bn1 -> relu -> conv2 -> bn2  +  x)``"""
+    text = _path("x", b.branch)
+    if b.shortcut is not None:
+        text += "  +  " + _path("x" if b.residual == "input" else "residual", b.shortcut)
+    return text if b.act == IDENTITY else f"{b.act}({text})"
+
+
+def _path(start: str, steps: Sequence[Step]) -> str:
+    return " -> ".join([start, *(str(s.activation) if isinstance(s, Act) else s.path for s in steps)])
+
+
+def _body(source: str) -> str:
+    """What follows the ``def`` line in code by fx, with a result that is only named to be returned returned at once."""
+    body = source[source.index("def forward(") :].split("\n", 1)[1].rstrip() + "\n"
+    return re.sub(r"    (\w+) = (.+?)(?:;  (?:\w+ = )+None)?\n    return \1\n$", r"    return \2\n", body)
+
+
+def _guard(module: nn.Module, signature: inspect.Signature, stock: str) -> str:
+    """The lines that send a call to the stock forward where the graph does not stand for it."""
+    parameters = list(signature.parameters.values())
+    required = [p.name for p in parameters if p.default is p.empty]
+    conditions = [f"{name} is None" for name in required] if len(required) > 1 else []
+    conditions += [_differs(p) for p in parameters if p.default is not p.empty]
+    if isinstance(module, nn.Sequential):
+        conditions.append(f"len(self._modules) != {len(module)}")
+    if not conditions:
+        return ""
+    arguments = ", ".join(["self", *(f"{p.name}={p.name}" if p.kind == p.KEYWORD_ONLY else p.name for p in parameters)])
+    return f"    if {' or '.join(conditions)}:\n        return {stock}.forward({arguments})\n"
+
+
+def _differs(parameter: inspect.Parameter) -> str:
+    literal = parameter.default
+    if literal is None or isinstance(literal, bool):
+        return f"{parameter.name} is not {literal}"
+    return f"{parameter.name} != {literal!r}"

@@ -1,0 +1,116 @@
+"""What may be assumed about a module: whether PyTorch wrote it, and whether it is exactly what its class says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.utils.parametrize import is_parametrized
+
+__all__ = ["conv_problem", "hook_problem", "is_builtin", "norm_problem", "opaque_problem", "shared_parameters"]
+
+_OWN_MODULES = ("torch.nn.modules.", "torch.ao.")
+_CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_HOOKS = {
+    "_forward_hooks": "a forward hook",
+    "_forward_pre_hooks": "a forward pre-hook",
+    "_backward_hooks": "a backward hook",
+    "_backward_pre_hooks": "a backward pre-hook",
+}
+
+
+def is_builtin(module: nn.Module) -> bool:
+    """Whether the module is one of PyTorch's own layers or derives from one, so that it is a step, not a structure."""
+    return _is_builtin_class(type(module))
+
+
+@cache
+def _is_builtin_class(cls: type) -> bool:
+    return any(c.__module__.startswith(_OWN_MODULES) and c not in _CONTAINERS for c in cls.__mro__)
+
+
+def hook_problem(module: nn.Module) -> str | None:
+    """Which hook or replaced method stands between calling the module and its class's ``forward``."""
+    for attribute, name in _HOOKS.items():
+        if getattr(module, attribute, None):
+            return f"has {name}"
+    if "forward" in module.__dict__:
+        return "has a forward that was replaced on the instance"
+    if type(module).__call__ is not nn.Module.__call__:
+        return f"is a {type(module).__name__}, which overrides __call__"
+    return opaque_problem(module)
+
+
+def opaque_problem(module: nn.Module) -> str | None:
+    """Why nothing at or below the module may be touched."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is a TorchScript module"
+    # By name: importing torch._dynamo to ask would take seconds.
+    if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+        return "is compiled by torch.compile; patch the model before it is compiled"
+    return None
+
+
+def conv_problem(module: nn.Conv2d, shared: dict[int, str]) -> str | None:
+    """Why a convolution cannot be part of a fused site; ``None`` where it can."""
+    cls = type(module)
+    if cls.forward is not nn.Conv2d.forward or cls._conv_forward is not nn.Conv2d._conv_forward:
+        return _subclass_problem(module)
+    if module.padding_mode != "zeros":
+        return f"has padding_mode={module.padding_mode!r}"
+    return _layer_problem(module, shared)
+
+
+def norm_problem(module: nn.Module, shared: dict[int, str]) -> str | None:
+    """Why a normalisation layer cannot be part of a fused site; ``None`` where it can."""
+    if type(module).forward is not nn.BatchNorm2d.forward or not isinstance(module, nn.BatchNorm2d):
+        return _subclass_problem(module)
+    return _layer_problem(module, shared)
+
+
+def _subclass_problem(module: nn.Module) -> str:
+    name = type(module).__name__
+    if is_parametrized(module):
+        return "has a parametrization"
+    if type(module).__module__.startswith("torch.nn.modules."):
+        return f"is a {name}, which is left as it is"
+    return f"is a {name}, which has a forward of its own"
+
+
+def _layer_problem(module: nn.Module, shared: dict[int, str]) -> str | None:
+    if is_parametrized(module):
+        return "has a parametrization"
+    if any(isinstance(p, UninitializedTensorMixin) for p in module._parameters.values()):
+        return "is lazy and has no parameters yet"
+    problem = hook_problem(module)
+    if problem is not None and module._parameters.keys() <= {"weight", "bias"}:
+        return problem
+    return _tensor_problem(module, shared)
+
+
+def _tensor_problem(module: nn.Module, shared: dict[int, str]) -> str | None:
+    if module._parameters.keys() != {"weight", "bias"} or not module._buffers.keys() <= _STATISTICS:
+        return "has parameters or buffers beyond its class's (weight norm, spectral norm or pruning)"
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        if type(parameter) is not nn.Parameter:
+            return f"has a {name} of type {type(parameter).__name__}"
+        if parameter.is_complex():
+            return f"has a complex {name}"
+        if id(parameter) in shared:
+            return f"shares its {name} with another module ({shared[id(parameter)]})"
+    return None
+
+
+_STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+
+
+def shared_parameters(model: nn.Module) -> dict[int, str]:
+    """The ids of the parameters that more than one module holds, each with the paths of its holders."""
+    holders = [(id(p), path) for path, m in model.named_modules() for p in m._parameters.values() if p is not None]
+    count = Counter(key for key, _ in holders)
+    return {key: ", ".join(path for k, path in holders if k == key) for key, n in count.items() if n > 1}

@@ -1,0 +1,209 @@
+"""Walking a model and deciding, module by module, what its forward becomes. Nothing is changed here.
+
+From the root down: a module that holds convolutions is traced together with the small modules below it, and the
+patterns look for regions. A region belongs to the innermost module whose code holds all of it; that module's forward is
+the one to rewrite, and only the submodules which the region cuts through become part of it. So a stage made of one
+block leaves the rewriting to the block, and a block whose shortcut is a ``Sequential`` swallows the shortcut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..block import unsupported
+from .codegen import generate
+from .modules import conv_problem, hook_problem, is_builtin, norm_problem, opaque_problem, shared_parameters
+from .patterns import PATTERNS
+from .selection import Selection
+from .swap import Site, Template, template_of
+from .trace import Traced, Untraceable, survey, trace
+from .view import Region, View
+
+__all__ = ["Plan", "make_plan"]
+
+_SMALL = 8
+"""A submodule with more convolutions than this is called, never inlined: no region reaches across so many."""
+
+
+@dataclass
+class Plan:
+    """What to do with a model.
+
+    Args:
+        sites: the modules to fuse, outermost first.
+        fused: the modules that are fused already, by path.
+        reasons: why a convolution, or everything below a module, stays as it is, by path.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    fused: dict[str, nn.Module] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def make_plan(model: nn.Module, selection: Selection, options: dict[str, str]) -> Plan:
+    """The plan for ``model``.
+
+    Args:
+        options: the engine's keyword arguments that are not at their default.
+    """
+    planner = _Planner(model, selection, options)
+    planner.visit(model)
+    return planner.plan
+
+
+class _Planner:
+    def __init__(self, model: nn.Module, selection: Selection, options: dict[str, str]) -> None:
+        self.plan = Plan()
+        self._paths = {module: path for path, module in model.named_modules()}
+        self._size: dict[nn.Module, int] = {}
+        self._shared = shared_parameters(model)
+        self._selection = selection
+        self._options = options
+        self._visited: set[nn.Module] = set()
+
+    # -- the walk -----------------------------------------------------------------------------------------------------
+
+    def visit(self, module: nn.Module, inlined: frozenset[nn.Module] = frozenset()) -> None:
+        """Plans ``module``, unless its code is inlined in a site above, and then what is below it."""
+        if module in self._visited:
+            return
+        self._visited.add(module)
+        if (problem := opaque_problem(module)) is not None:
+            self._decline_opaque(module, problem)
+            return
+        if not self._convolutions(module):
+            # Nothing to rewrite, but a scripted module, whose convolutions do not show, may be below.
+            pass
+        elif template_of(module) is not None:
+            inlined = self._keep(module)
+        elif module not in inlined and self._has_forward(module):
+            inlined = inlined | self._rewrite(module)
+        for child in module.children():
+            self.visit(child, inlined)
+
+    def _convolutions(self, module: nn.Module) -> int:
+        if module not in self._size:
+            below = sum(map(self._convolutions, module.children()))
+            self._size[module] = below + isinstance(module, nn.Conv2d)
+        return self._size[module]
+
+    @staticmethod
+    def _has_forward(module: nn.Module) -> bool:
+        return not is_builtin(module) and type(module).forward is not nn.Module.forward
+
+    def _keep(self, module: nn.Module) -> frozenset[nn.Module]:
+        """Notes a module that is fused already."""
+        template = template_of(module)
+        self.plan.fused[self._paths[module]] = module
+        for path, reason in template.declined:
+            self._decline(module.get_submodule(path), reason)
+        return frozenset(map(module.get_submodule, template.inlined))
+
+    def _rewrite(self, module: nn.Module) -> frozenset[nn.Module]:
+        """Plans one module; returns the submodules whose code its new forward holds."""
+        try:
+            found = self._search(module)
+        except Untraceable as failure:
+            self._decline_below(module, failure.reason)
+            return frozenset()
+        if found is None:
+            return frozenset()
+        traced, view, regions = found
+        self._add_site(module, traced, view, regions)
+        return traced.inlined
+
+    # -- one module ---------------------------------------------------------------------------------------------------
+
+    def _search(self, module: nn.Module) -> tuple[Traced, View, list[Region]] | None:
+        """The module's graph and the regions in it that belong to it, or ``None`` where there are none."""
+        if "forward" in module.__dict__:
+            raise Untraceable("its forward was replaced on the instance")
+        if isinstance(module, fx.GraphModule):
+            raise Untraceable("it is an fx.GraphModule, which rewrites its own forward")
+        traced = survey(module, self._may_inline)
+        regions = self._match(module, traced)[1]
+        # Inlining less can undo a region, which can make less inlining needed, and so on; it settles at once or never.
+        for _ in range(4):
+            cut = [region for region in regions if not _scope(region)]
+            if not cut:
+                break
+            needed = _cut_through(module, cut)
+            traced = trace(module, needed.__contains__)
+            view, regions = self._match(module, traced)
+            if _cut_through(module, [r for r in regions if not _scope(r)]) == needed:
+                return traced, view, regions
+        return None
+
+    def _may_inline(self, module: nn.Module) -> bool:
+        fused = template_of(module) is not None
+        return not fused and self._convolutions(module) <= _SMALL and hook_problem(module) is None
+
+    def _match(self, module: nn.Module, traced: Traced) -> tuple[View, list[Region]]:
+        view, regions = View(module, traced, self._problem, unsupported), []
+        for pattern in PATTERNS:
+            for region in pattern.find(view):
+                view.take(region)
+                regions.append(region)
+        for conv in view.convolutions:
+            self._decline(view.module_of(conv), view.why_not(conv))
+        return view, sorted(regions, key=lambda region: view.nodes.index(region.nodes[-1]))
+
+    def _problem(self, module: nn.Module) -> str | None:
+        """Why a module may not become a step, or ``None``."""
+        if isinstance(module, nn.Conv2d):
+            return self._selection.problem(module) or conv_problem(module, self._shared)
+        if isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm)):
+            return norm_problem(module, self._shared)
+        return hook_problem(module)
+
+    def _add_site(self, module: nn.Module, traced: Traced, view: View, regions: list[Region]) -> None:
+        declined = tuple((conv.target, view.why_not(conv)) for conv in view.convolutions)
+        inlined = tuple(path for path, m in module.named_modules() if m in traced.inlined)
+        source, names = generate(module, traced, regions, self._options)
+        blocks = tuple((region.pattern, region.block) for region in regions)
+        template = Template(type(module), source, blocks, inlined, declined, tuple(self._options.items()))
+        self.plan.sites.append(Site(self._paths[module], module, template, names))
+
+    # -- reasons ------------------------------------------------------------------------------------------------------
+
+    def _decline(self, conv: nn.Module, reason: str) -> None:
+        # Inner modules come later and know better.
+        self.plan.reasons[self._paths[conv]] = reason
+
+    def _decline_opaque(self, module: nn.Module, problem: str) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            self._decline(module, f"it {problem}")
+        self._decline_below(module, problem)
+
+    def _decline_below(self, module: nn.Module, reason: str) -> None:
+        name = self._paths[module] or type(module).__name__
+        for below in module.modules():
+            if isinstance(below, nn.Conv2d):
+                self._decline(below, f"{name}: {reason}")
+
+
+def _scopes(region: Region) -> Iterator[tuple[tuple[str, str], ...]]:
+    """For each node of a region, the submodules whose code it stems from, outermost first, as (call, path)."""
+    for node in region.nodes:
+        stack = [(call, path) for call, (path, _) in node.meta.get("nn_module_stack", {}).items()]
+        yield tuple(stack[:-1] if node.op == "call_module" else stack)
+
+
+def _scope(region: Region) -> tuple[tuple[str, str], ...]:
+    """The submodules whose code holds the whole region; empty where only the traced module's own does."""
+    scopes = list(_scopes(region))
+    common = scopes[0]
+    for scope in scopes[1:]:
+        while scope[: len(common)] != common:
+            common = common[:-1]
+    return common
+
+
+def _cut_through(module: nn.Module, regions: list[Region]) -> set[nn.Module]:
+    """The submodules that must be inlined for the regions to be one."""
+    return {module.get_submodule(path) for region in regions for scope in _scopes(region) for _, path in scope}

@@ -1,0 +1,202 @@
+"""Reading one graph node as one step of a block: a convolution, a norm, an activation, nothing at all, or a stop.
+
+Two tables say which modules and which functions are which activation; a new activation is a new row.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..block import Act, Conv, Norm, Step
+from ..ops.activations import Activation
+from .trace import IN_PLACE_OPERATORS
+
+__all__ = ["PASS", "Addition", "Pass", "Reading", "Stop", "addition", "changes_in_place", "read", "tensor_input"]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A node that no step stands for, with the ``reason`` where it is a layer that might have been one."""
+
+    reason: str = ""
+
+
+class Pass:
+    """A node that hands its input on: an identity, a clone, a dropout that drops nothing."""
+
+
+PASS = Pass()
+Reading = Step | Pass | Stop
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _gelu(approximate: str) -> Activation | None:
+    return Activation("gelu") if approximate == "none" else None
+
+
+_MODULE_ACTIVATIONS: dict[type, Callable[[Any], Activation | None]] = {
+    nn.ReLU: lambda _: Activation("relu"),
+    nn.ReLU6: lambda _: Activation("relu6"),
+    nn.LeakyReLU: lambda m: Activation("leaky_relu", float(m.negative_slope)),
+    nn.SiLU: lambda _: Activation("silu"),
+    nn.Hardswish: lambda _: Activation("hardswish"),
+    nn.GELU: lambda m: _gelu(m.approximate),
+}
+
+
+# Each function takes the arguments that follow the tensor, as the stock function names them.
+def _relu(inplace: bool = False) -> Activation:
+    return Activation("relu")
+
+
+def _relu6(inplace: bool = False) -> Activation:
+    return Activation("relu6")
+
+
+def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> Activation:
+    return Activation("leaky_relu", float(negative_slope))
+
+
+def _silu(inplace: bool = False) -> Activation:
+    return Activation("silu")
+
+
+def _hardswish(inplace: bool = False) -> Activation:
+    return Activation("hardswish")
+
+
+def _gelu_function(*, approximate: str = "none") -> Activation | None:
+    return _gelu(approximate)
+
+
+_FUNCTION_ACTIVATIONS: dict[Any, Callable[..., Activation | None]] = {
+    F.relu: _relu,
+    F.relu_: _relu,
+    torch.relu: _relu,
+    torch.relu_: _relu,
+    F.relu6: _relu6,
+    F.leaky_relu: _leaky_relu,
+    F.leaky_relu_: _leaky_relu,
+    F.silu: _silu,
+    F.hardswish: _hardswish,
+    F.gelu: _gelu_function,
+    "relu": _relu,
+    "relu_": _relu,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nodes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tensor_input(node: fx.Node) -> fx.Node | None:
+    """The tensor that a one-input node reads."""
+    value = node.args[0] if node.args else node.kwargs.get("input")
+    return value if isinstance(value, fx.Node) else None
+
+
+def read(node: fx.Node, module: nn.Module | None, excluded: Callable[[nn.Module], str | None]) -> Reading:
+    """What ``node`` is to a block.
+
+    Args:
+        module: the module that a ``call_module`` node calls.
+        excluded: says why a convolution or norm may not be touched, or ``None``.
+    """
+    if tensor_input(node) is None:
+        return Stop()
+    if node.op == "call_module":
+        # Every module that can be a step takes the tensor alone; extra arguments make it another thing.
+        return _read_module(node.target, module, excluded) if len(node.args) + len(node.kwargs) == 1 else Stop()
+    if node.op in ("call_function", "call_method"):
+        return _read_function(node)
+    return Stop()
+
+
+def _read_module(path: str, module: nn.Module, excluded: Callable[[nn.Module], str | None]) -> Reading:
+    if isinstance(module, nn.Conv2d):
+        problem = excluded(module)
+        return Stop(f"{path} {problem}") if problem else Conv(path)
+    if isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm)):
+        problem = excluded(module)
+        return Stop(f"{path} {problem}") if problem else Norm(path)
+    if hooked := excluded(module):
+        return Stop(f"{path} {hooked}")
+    if type(module) is nn.Identity:
+        return PASS
+    if isinstance(module, (nn.Dropout, nn.Dropout2d)):
+        return PASS if module.p == 0 else Stop(f"{path} is a dropout, which blocks do not have yet")
+    known = _MODULE_ACTIVATIONS.get(type(module))
+    activation = known and known(module)
+    return Act(activation) if activation else Stop(f"{path} is a {type(module).__name__}, which no block has")
+
+
+def _read_function(node: fx.Node) -> Reading:
+    if node.target in ("clone", torch.clone):
+        return PASS
+    known = _FUNCTION_ACTIVATIONS.get(node.target)
+    if known is None:
+        return Stop()
+    arguments = {k: v for k, v in node.kwargs.items() if k != "input"}
+    try:
+        activation = known(*node.args[1:], **arguments)
+    except TypeError:
+        return Stop()
+    return Act(activation) if activation else Stop()
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A residual join as written: ``left + right``, where ``in_place`` writes into ``left``."""
+
+    left: fx.Node
+    right: fx.Node
+    in_place: bool
+
+
+_ADDITIONS = {operator.add: False, operator.iadd: True, torch.add: False, "add": False, "add_": True}
+_SCALAR_METHODS = ("size", "dim", "numel", "item")
+
+
+def addition(node: fx.Node) -> Addition | None:
+    """``node`` as the sum of two tensors, or ``None``."""
+    if node.op not in ("call_function", "call_method") or node.target not in _ADDITIONS:
+        return None
+    operands = [*node.args, *(node.kwargs[k] for k in ("input", "other") if k in node.kwargs)]
+    if node.kwargs.keys() - {"input", "other", "alpha"} or node.kwargs.get("alpha", 1) != 1 or len(operands) != 2:
+        return None
+    if operands[0] is operands[1] or not all(isinstance(o, fx.Node) and _is_tensor(o) for o in operands):
+        return None
+    return Addition(*operands, in_place=_ADDITIONS[node.target])
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """False for what is plainly a number or a shape."""
+    if node.op == "call_method":
+        return node.target not in _SCALAR_METHODS
+    return not (node.op == "call_function" and node.target in (getattr, operator.getitem, len))
+
+
+def changes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether ``node`` writes into the tensor that it reads first."""
+    if node.op == "call_module":
+        return bool(getattr(module, "inplace", False))
+    if node.op == "call_method":
+        return node.target.endswith("_") and not node.target.endswith("__")
+    if node.op == "call_function":
+        # A positional True is counted too, for F.relu(x, True): to see a write too many costs a fusion, no more.
+        flagged = node.kwargs.get("inplace") or "out" in node.kwargs or any(a is True for a in node.args)
+        return node.target in IN_PLACE_OPERATORS or node.target.__name__.endswith("_") or bool(flagged)
+    return False

@@ -1,0 +1,170 @@
+"""Giving one instance a generated subclass of its class, and taking it back.
+
+Only ``__class__`` changes: parameters, keys, hooks and ``isinstance`` stay. A pickle holds the stock class, so it loads
+where fusedres is not installed; a copy made in memory stays fused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+from torch import nn
+
+from ..block import Block
+from .codegen import compile_forward
+
+__all__ = ["CACHE", "Site", "Template", "fused_class", "swap", "template_of", "unswap"]
+
+CACHE = "_fusedres_cache"
+"""The attribute under which the engine keeps what it derived from one instance; never copied, never pickled."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """What is the same for every instance that is fused in the same way; it sits on the generated class.
+
+    Args:
+        stock: the class that the module had.
+        source: of the generated forward.
+        blocks: each engine call's pattern name and block.
+        inlined: the paths of the submodules that the forward no longer calls, since it holds their code.
+        declined: the convolutions that the forward calls as they are, each with the reason.
+        options: the ``backend`` and ``memory`` that the calls name.
+    """
+
+    stock: type
+    source: str
+    blocks: tuple[tuple[str, Block], ...]
+    inlined: tuple[str, ...]
+    declined: tuple[tuple[str, str], ...]
+    options: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module to fuse: ``names`` are the globals of its generated forward."""
+
+    path: str
+    module: nn.Module
+    template: Template
+    names: dict[str, Any]
+
+
+_classes: WeakValueDictionary[Template, type] = WeakValueDictionary()
+
+
+def template_of(module: nn.Module) -> Template | None:
+    """The template of a fused module, ``None`` for any other."""
+    return type(module).__dict__.get("_fusedres_template")
+
+
+def swap(site: Site) -> None:
+    """Fuses one module, in place.
+
+    Raises:
+        TypeError: where the class does not allow it.
+    """
+    site.module.__class__ = fused_class(site.template, site.names)
+
+
+def unswap(module: nn.Module) -> bool:
+    """Gives a fused module its class back; says whether it was fused."""
+    template = template_of(module)
+    if template is None:
+        return False
+    module.__class__ = template.stock
+    module.__dict__.pop(CACHE, None)
+    return True
+
+
+def fused_class(template: Template, names: dict[str, Any]) -> type:
+    """The subclass of ``template.stock`` that runs the generated forward; one for equal templates."""
+    if (known := _classes.get(template)) is not None:
+        return known
+    stock = template.stock
+    name = f"Fused{stock.__name__}"
+    members = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__.removesuffix(stock.__name__) + name,
+        "__doc__": stock.__doc__,
+        "_fusedres_template": template,
+        "forward": compile_forward(template.source, names, name),
+        **_LIFE,
+    }
+    _classes[template] = cls = type(stock)(name, (stock,), members)
+    return cls
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Life of a fused instance: construction, pickling, copying
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _as_stock(module: nn.Module) -> Iterator[None]:
+    """Inside, ``module`` is of its stock class and has no cache, so that whatever the class defines works on it.
+
+    A forward that another thread runs meanwhile is the stock one: the same numbers.
+    """
+    fused, cache = type(module), module.__dict__.pop(CACHE, None)
+    module.__class__ = template_of(module).stock
+    try:
+        yield
+    finally:
+        module.__class__ = fused
+        if cache is not None:
+            module.__dict__[CACHE] = cache
+
+
+def _like(module: nn.Module, duplicate: Callable[[], Any]) -> Any:
+    with _as_stock(module):
+        twin = duplicate()
+    if twin is not module and type(twin) is template_of(module).stock:
+        twin.__class__ = type(module)
+    return twin
+
+
+def _new(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """``type(module)(...)``, as slices of a ``Sequential`` write, builds a stock module: it has other submodules."""
+    return cls._fusedres_template.stock(*args, **kwargs)
+
+
+def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
+    with _as_stock(self):
+        reduced = self.__reduce_ex__(protocol)
+    if isinstance(reduced, tuple) and len(reduced) > 2:
+        # The state is the live dictionary, to which the cache has returned by the time that it is pickled.
+        return (*reduced[:2], _without_cache(reduced[2]), *reduced[3:])
+    return reduced
+
+
+def _without_cache(state: Any) -> Any:
+    if isinstance(state, tuple):
+        return tuple(map(_without_cache, state))
+    return {k: v for k, v in state.items() if k != CACHE} if isinstance(state, dict) and CACHE in state else state
+
+
+def _deepcopy(self: nn.Module, memo: dict) -> Any:
+    return _like(self, lambda: copy.deepcopy(self, memo))
+
+
+def _copy(self: nn.Module) -> Any:
+    return _like(self, lambda: copy.copy(self))
+
+
+def _replicate(self: nn.Module) -> Any:
+    return _like(self, self._replicate_for_data_parallel)
+
+
+_LIFE = {
+    "__new__": _new,
+    "__reduce_ex__": _reduce_ex,
+    "__deepcopy__": _deepcopy,
+    "__copy__": _copy,
+    "_replicate_for_data_parallel": _replicate,
+}

@@ -1,0 +1,363 @@
+"""Tracing one module's ``forward`` into an ``fx`` graph that can be trusted, or saying why it cannot be.
+
+Plain ``torch.fx`` records what it sees and silently loses the rest: ``+=`` becomes ``+``, a ``no_grad`` or autocast
+context disappears, a random draw or a value kept on ``self`` is baked in. :func:`trace` records in-place operators as
+what they are, and raises :class:`Untraceable`, with the reason in words, for everything that a graph would lose.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import random
+import sys
+import sysconfig
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .modules import is_builtin
+
+__all__ = ["IN_PLACE_OPERATORS", "Traced", "Untraceable", "survey", "trace"]
+
+_CONTAINERS = (list, dict, set, OrderedDict)
+IN_PLACE_OPERATORS = (
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
+    *(operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
+)
+_LITERALS = (bool, int, float, str, type(None))
+
+
+class Untraceable(Exception):
+    """A forward that no graph can stand for; ``reason`` says why, ``culprit`` names the submodule that it is about."""
+
+    def __init__(self, reason: str, culprit: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.culprit = culprit
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What tracing found.
+
+    Args:
+        graph: the graph of the module's forward.
+        signature: of the forward, without ``self``. Parameters with a default are fixed at it in the graph.
+        inlined: the submodules whose forward became part of the graph; the others are called from it.
+    """
+
+    graph: fx.Graph
+    signature: inspect.Signature
+    inlined: frozenset[nn.Module]
+
+
+Inline = Callable[[nn.Module], bool]
+
+
+def trace(module: nn.Module, inline: Inline) -> Traced:
+    """The graph of ``module.forward``, the same in train and in eval mode.
+
+    Args:
+        inline: called with a submodule, says whether its forward should become part of the graph. A submodule
+            that should but cannot be traced is called from the graph instead.
+
+    Raises:
+        Untraceable: where the graph would not do what the forward does.
+    """
+    opaque: set[nn.Module] = set()
+    evaluating = _trace_around(module, inline, opaque, training=False)
+    while True:
+        known = len(opaque)
+        training = _trace_around(module, inline, opaque, training=True)
+        if len(opaque) == known:
+            break
+        evaluating = _trace_around(module, inline, opaque, training=False)
+    if _comparable(evaluating.graph) != _comparable(training.graph):
+        raise Untraceable("its forward does different things in train and in eval mode")
+    return evaluating
+
+
+def survey(module: nn.Module, inline: Inline) -> Traced:
+    """As :func:`trace`, in eval mode alone: half the time, to see whether there is anything worth tracing."""
+    return _trace_around(module, inline, set(), training=False)
+
+
+def _trace_around(module: nn.Module, inline: Inline, opaque: set[nn.Module], training: bool) -> Traced:
+    """Traces, adding to ``opaque`` each submodule that turns out to be untraceable, until none is left inlined."""
+    while True:
+        try:
+            return _trace_once(module, lambda child: child not in opaque and inline(child), training)
+        except Untraceable as failure:
+            if not failure.culprit:
+                raise
+            opaque.add(module.get_submodule(failure.culprit))
+
+
+def _trace_once(module: nn.Module, inline: Inline, training: bool) -> Traced:
+    signature = _signature(module)
+    tracer = _Tracer(signature, inline)
+    with _unchanged(module), _no_random_numbers(), _mode(module, training):
+        try:
+            with _Watch():
+                graph = tracer.trace(module)
+        except Exception as error:
+            raise Untraceable(_in_words(error), getattr(error, "_fusedres_culprit", "")) from error
+    return Traced(graph, signature, frozenset(tracer.inlined))
+
+
+def _signature(module: nn.Module) -> inspect.Signature:
+    signature = inspect.signature(type(module).forward)
+    parameters = list(signature.parameters.values())[1:]
+    for parameter in parameters:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise Untraceable(f"its forward takes {parameter.replace(annotation=parameter.empty)}")
+        if parameter.default is not parameter.empty and type(parameter.default) not in _LITERALS:
+            raise Untraceable(f"the default of its argument {parameter.name!r} is not a plain value")
+    return signature.replace(
+        parameters=[p.replace(annotation=p.empty) for p in parameters], return_annotation=signature.empty
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tracer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that records in-place operators, and refuses to be asked for its type by the traced code.
+
+    ``fx.Proxy`` lacks ``__iadd__``, so that Python falls back to ``__add__`` and a mutation vanishes from the graph;
+    and ``isinstance(x, Tensor)`` would answer no and take a branch that the real call does not take.
+    """
+
+    @property
+    def __class__(self):
+        if _is_user_code(sys._getframe(1).f_code.co_filename):
+            raise Untraceable("its forward asks for the type of a value")
+        return _Proxy
+
+
+def _in_place(target: Callable) -> Callable:
+    def record(self: _Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return record
+
+
+for _operator in IN_PLACE_OPERATORS:
+    setattr(_Proxy, f"__{_operator.__name__}__", _in_place(_operator))
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, signature: inspect.Signature, inline: Inline) -> None:
+        super().__init__()
+        self.proxy_buffer_attributes = True
+        self.inlined: set[nn.Module] = set()
+        self._signature = signature
+        self._inline = inline
+        self._context = _context()
+
+    def is_leaf_module(self, module: nn.Module, path: str) -> bool:
+        return is_builtin(module) or not self._inline(module)
+
+    def call_module(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            path = self.path_of_module(module)
+        except NameError:
+            raise Untraceable(f"it calls a {type(module).__name__} that is not registered as a submodule") from None
+        if not self.is_leaf_module(module, path):
+            self.inlined.add(module)
+        try:
+            return super().call_module(module, forward, args, kwargs)
+        except Exception as error:
+            if not hasattr(error, "_fusedres_culprit"):
+                error._fusedres_culprit = path if module in self.inlined else ""
+            raise
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
+        positional, keyword = [], {}
+        for parameter in self._signature.parameters.values():
+            given = parameter.default is not parameter.empty
+            value = parameter.default if given else self.create_proxy("placeholder", parameter.name, (), {})
+            if parameter.kind == parameter.KEYWORD_ONLY:
+                keyword[parameter.name] = value
+            else:
+                positional.append(value)
+        return lambda: root_fn(self.root, *positional, **keyword), []
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        if kind not in ("placeholder", "output") and _context() != self._context:
+            raise Untraceable("its forward switches gradients, autocast or checkpointing on or off")
+        return super().create_node(kind, *args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter) and not self._belongs_to_root(a):
+            # fx would store it on the user's module.
+            raise Untraceable("its forward builds a constant tensor")
+        return super().create_arg(a)
+
+    def _belongs_to_root(self, tensor: torch.Tensor) -> bool:
+        return tensor in self.tensor_attrs or any(tensor is buffer for buffer in self.root.buffers())
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
+def _context() -> tuple:
+    """The thread's state that changes what an operation does, and that a graph does not record."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
+    )
+
+
+def _comparable(graph: fx.Graph) -> list[tuple]:
+    """The graph as comparable data: each node's operation and arguments, other nodes by their position."""
+    position = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
+    return [(node.op, node.target, fx.map_arg((node.args, node.kwargs), position.__getitem__)) for node in graph.nodes]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must not happen while tracing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Watch(TorchDispatchMode):
+    """Stops the traced code before it computes on real tensors what a graph would bake in."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise Untraceable("its forward draws random numbers")
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise Untraceable("its forward branches on the value of a tensor")
+        if func._schema.is_mutable:
+            raise Untraceable("its forward changes a tensor in place that is no part of the graph")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _no_random_numbers() -> Iterator[None]:
+    """Declines a forward that draws from Python's or NumPy's generator, and gives the draw back."""
+    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
+    before, numpy_before = random.getstate(), numpy_random and numpy_random.get_state(legacy=False)
+    yield
+    drawn = random.getstate() != before
+    if numpy_random is not None:
+        now = numpy_random.get_state(legacy=False)["state"]
+        then = numpy_before["state"]
+        drawn |= now["pos"] != then["pos"] or bool((now["key"] != then["key"]).any())
+    if drawn:
+        random.setstate(before)
+        if numpy_random is not None:
+            numpy_random.set_state(numpy_before)
+        raise Untraceable("its forward draws random numbers")
+
+
+@contextmanager
+def _mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Sets ``training`` below ``module``, past any ``train()`` that the user overrode, and restores each flag."""
+    before = [(m.__dict__, m.__dict__["training"]) for m in module.modules() if "training" in m.__dict__]
+    for attributes, _ in before:
+        attributes["training"] = training
+    try:
+        yield
+    finally:
+        for attributes, flag in before:
+            attributes["training"] = flag
+
+
+@contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """Declines a forward that stores a value on a module, and takes the value off again."""
+    before = [(name, _Attributes(m)) for name, m in module.named_modules() if not is_builtin(m)]
+    try:
+        yield
+    finally:
+        changed = [(name, key) for name, attributes in before for key in attributes.restore()]
+    if changed:
+        name, key = changed[0]
+        raise Untraceable(f"its forward stores a value on the module ({key!r})", culprit=name)
+
+
+class _Attributes:
+    """A module's attributes as they were, one level into its own lists, dictionaries and sets."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._live = module.__dict__
+        self._copy = dict(self._live)
+        self._content = {key: value.copy() for key, value in self._copy.items() if type(value) in _CONTAINERS}
+
+    def restore(self) -> list[str]:
+        """Puts everything back; returns the names of what had changed."""
+        changed = [k for k in self._live.keys() | self._copy.keys() if self._live.get(k, k) is not self._copy.get(k, k)]
+        if changed:
+            self._live.clear()
+            self._live.update(self._copy)
+        for key, content in self._content.items():
+            container = self._copy[key]
+            if not _same_items(container, content):
+                container.clear()
+                refill = container.extend if isinstance(container, list) else container.update
+                refill(content)
+                changed.append(key)
+        return changed
+
+
+def _same_items(a: Collection, b: Collection) -> bool:
+    if isinstance(a, set):
+        return a == b
+    same_values = not isinstance(a, dict) or all(x is y for x, y in zip(a.values(), b.values()))
+    return len(a) == len(b) and same_values and all(x is y for x, y in zip(a, b))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reasons in words
+# ---------------------------------------------------------------------------------------------------------------------
+
+_OWN_FILES = (
+    str(Path(torch.__file__).parent),
+    sysconfig.get_paths()["stdlib"],
+    str(Path(__file__).parent),
+)
+
+
+def _is_user_code(filename: str) -> bool:
+    """Whether a file is neither PyTorch nor Python nor ours; ``site-packages`` lies below the standard library."""
+    if filename.startswith("<frozen"):
+        return False
+    if "site-packages" in filename or "dist-packages" in filename:
+        return not filename.startswith((_OWN_FILES[0], _OWN_FILES[2]))
+    return not filename.startswith(_OWN_FILES)
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, Untraceable):
+        return error.reason
+    message = str(error)
+    if isinstance(error, fx.proxy.TraceError) and "control flow" in message:
+        return "its forward branches on data" + _where(error)
+    if isinstance(error, fx.proxy.TraceError):
+        return "its forward loops over, unpacks or counts a value known only at run time" + _where(error)
+    if isinstance(error, TypeError) and "cannot assign" in message:
+        return "its forward stores a value on the module" + _where(error)
+    return f"its forward could not be traced ({type(error).__name__}: {message.splitlines()[0][:100]})" + _where(error)
+
+
+def _where(error: Exception) -> str:
+    """`` (file.py:12: `if x.mean() > 0:`)``: the last line of the user's own code that the error passed through."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_user_code(f.filename)]
+    if not frames:
+        return ""
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno}: `{frames[-1].line}`)"

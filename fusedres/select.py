@@ -1,0 +1,112 @@
+"""Which backend runs an op: predicates that answer yes, or no with the reason in words, and the one choice.
+
+A forced backend comes first (:func:`use_backend`, or the ``backend=`` of a call), then the fastest backend whose
+predicate says yes, then the reference. Layout is no part of the question: the engine brings every tensor to a dense
+layout before it asks.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Iterator
+
+import torch
+
+from . import env
+from .ops.registry import OPS
+
+__all__ = ["BACKENDS", "backend_for", "forced_backend", "kernels", "use_backend", "why_not"]
+
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_forced = threading.local()
+
+
+def _cpu_refuses(device_type: str, dtype: torch.dtype) -> str | None:
+    if device_type != "cpu":
+        return f"the tensor is on {device_type}"
+    if dtype not in _CPU_DTYPES:
+        return f"the CPU kernels take float32, bfloat16 and float16, not {dtype}"
+    return env.library_missing()
+
+
+def _reference_refuses(device_type: str, dtype: torch.dtype) -> str | None:
+    return None
+
+
+# Fastest first. Each predicate answers None for yes, or why it cannot.
+BACKENDS = {"cpu": _cpu_refuses, "reference": _reference_refuses}
+
+
+def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """``None`` where ``backend`` runs tensors of this device type and dtype, else the reason in words.
+
+    Raises:
+        ValueError: for a backend that does not exist.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    return BACKENDS[backend](device_type, dtype)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces a backend for the calls made by this thread inside the ``with`` block; ``"auto"`` lifts it.
+
+    A call that the forced backend cannot run raises, with the reason: a measurement must never silently be of another
+    backend.
+
+    Raises:
+        ValueError: for a backend that does not exist.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    before = forced_backend()
+    _forced.name = name
+    try:
+        yield
+    finally:
+        _forced.name = before
+
+
+def forced_backend() -> str:
+    """What :func:`use_backend` forces in this thread, or ``"auto"``."""
+    return getattr(_forced, "name", "auto")
+
+
+def backend_for(device: torch.device | str, dtype: torch.dtype, forced: str = "auto") -> str:
+    """The backend that runs the fused passes of a block whose tensors are of this device and dtype."""
+    device_type = torch.device(device).type
+    name = forced if forced != "auto" else forced_backend()
+    return _resolve(device_type, dtype, name)
+
+
+@lru_cache(maxsize=None)
+def _resolve(device_type: str, dtype: torch.dtype, forced: str) -> str:
+    if forced != "auto":
+        reason = why_not(forced, device_type, dtype)
+        if reason is not None:
+            raise RuntimeError(f"backend {forced!r} was asked for, but {reason}")
+        return forced
+    return next(name for name in BACKENDS if why_not(name, device_type, dtype) is None)
+
+
+def kernels(device_type: str, dtype: torch.dtype, forced: str = "auto") -> SimpleNamespace:
+    """Every op of :data:`fusedres.ops.registry.OPS` by its stem, from the backend chosen for this device and dtype.
+
+    The namespace also names its ``backend``. An op that the backend lacks comes from the reference.
+
+    Raises:
+        RuntimeError: where a forced backend cannot run, with the reason.
+    """
+    return _kernels(device_type, dtype, forced if forced != "auto" else forced_backend())
+
+
+@lru_cache(maxsize=None)
+def _kernels(device_type: str, dtype: torch.dtype, forced: str) -> SimpleNamespace:
+    backend = _resolve(device_type, dtype, forced)
+    chosen = {name: op.overload(backend if backend in op.kernels else "reference") for name, op in OPS.items()}
+    return SimpleNamespace(backend=backend, **chosen)

@@ -1,0 +1,116 @@
+"""The build: incremental, loud about code that does not compile, and quiet about a compiler that is not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusedres import env
+
+ROOT = Path(__file__).resolve().parents[1]
+
+needs_cxx = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler"
+)
+
+
+COPIED = ("setup.py", "pyproject.toml", "LICENSE", "csrc/library.cpp", "csrc/common/isa.h", "csrc/common/isa.cpp")
+KERNEL = "namespace fusedres::FUSEDRES_ISA { int tiny() { return 1; } }\n"
+
+
+class Project:
+    """A copy of the build with hardly any source, so that it builds in seconds."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in COPIED:
+            self.write(name, (ROOT / name).read_text())
+        self.kernel = self.write("csrc/cpu/tiny_kernel.cpp", KERNEL)
+        self.write("fusedres/__init__.py", "")
+
+    def write(self, name: str, text: str) -> Path:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    def build(self, **variables: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        environment = {**os.environ, "FUSEDRES_CUDA": "0", **variables}
+        return subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True)
+
+    @property
+    def library(self) -> Path:
+        return self.root / "fusedres" / "_C.so"
+
+    @property
+    def record(self) -> dict:
+        return json.loads((self.root / "fusedres" / "_build.json").read_text())
+
+
+@pytest.fixture
+def project(tmp_path) -> Project:
+    return Project(tmp_path / "a folder with spaces")
+
+
+@needs_cxx
+def test_build_is_incremental_and_follows_headers(project):
+    first = project.build()
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert project.library.exists()
+    assert project.record["built"]
+    assert project.record["cuda_reason"] == "built with FUSEDRES_CUDA=0"
+
+    assert "no work to do" in project.build().stdout
+
+    (project.root / "csrc/common/isa.h").touch()
+    rebuilt = project.build().stdout
+    assert "obj/library.cpp.o" in rebuilt
+    assert "tiny_kernel" not in rebuilt
+
+    project.kernel.write_text("this is not C++\n")
+    broken = project.build()
+    assert broken.returncode != 0
+    assert "do not compile" in broken.stderr
+
+
+def test_no_compiler_installs_without_the_library(project):
+    project.write("fusedres/_C.so", "from an earlier build")
+    result = project.build(CXX="/nonexistent/c++")
+    assert result.returncode == 0, result.stderr
+    assert not project.library.exists()
+    assert project.record == project.record | {"built": False, "cuda": False}
+    if sys.platform == "linux":
+        assert "CXX=/nonexistent/c++ was not found" in project.record["reason"]
+
+
+def test_skipped_build_installs_without_the_library(project):
+    result = project.build(FUSEDRES_SKIP_BUILD="1")
+    assert result.returncode == 0, result.stderr
+    assert not project.library.exists()
+    assert "FUSEDRES_SKIP_BUILD=1" in project.record["reason"]
+
+
+@needs_cxx
+def test_unknown_cuda_mode_is_refused(project):
+    result = project.build(FUSEDRES_CUDA="maybe")
+    assert result.returncode != 0
+    assert "FUSEDRES_CUDA must be auto, 0 or 1, got 'maybe'" in result.stderr
+
+
+@needs_cxx
+@pytest.mark.skipif(env.library_missing() is not None, reason=str(env.library_missing()))
+def test_kernels_share_no_code_between_instruction_sets():
+    """A symbol that the linker may merge could bring AVX-512 into the code that every machine runs."""
+    objects = sorted(ROOT.glob("build/fusedres/obj/cpu/*_kernel.cpp.*.o"))
+    assert objects
+    for path in objects:
+        symbols = subprocess.run(["nm", "--demangle", str(path)], capture_output=True, text=True, check=True).stdout
+        mergeable = [line for line in symbols.splitlines() if line[17:18] in "WVu"]
+        assert not mergeable, f"{path.name}: {mergeable}"

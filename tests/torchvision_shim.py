@@ -1,0 +1,36 @@
+"""Makes torchvision importable where its compiled operators are missing, as they are beside a CPU build of PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.util import find_spec
+from types import ModuleType
+
+import pytest
+import torch
+
+__all__ = ["torchvision_models"]
+
+_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+_libraries: list[torch.library.Library] = []
+
+
+def torchvision_models() -> ModuleType:
+    """``torchvision.models``; skips the calling test where torchvision is not installed."""
+    if find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    try:
+        return importlib.import_module("torchvision.models")
+    except RuntimeError as error:
+        if "does not exist" not in str(error):
+            raise
+        _define_operators()
+    return importlib.import_module("torchvision.models")
+
+
+def _define_operators() -> None:
+    """Declares the operators that torchvision registers fakes for; a definition lives as long as its library."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(name + _SCHEMA)
+    _libraries.append(library)
