@@ -18,7 +18,7 @@ from .engine import IDENTITY_SHORTCUT, ConvSlot, Link, NormSlot, Program, execut
 from .ops.activations import IDENTITY, Activation
 from .ops.conv import geometry
 
-__all__ = ["Act", "Block", "Conv", "Norm", "Step", "run", "unsupported"]
+__all__ = ["Act", "Block", "Conv", "Norm", "Step", "link_plans", "run", "unsupported"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,14 +91,15 @@ class UnsupportedBlock(ValueError):
 def unsupported(block: Block) -> str | None:
     """``None`` where the engine can run this block, else why not, in words."""
     try:
-        _plan(block)
+        link_plans(block)
     except UnsupportedBlock as error:
         return str(error)
     return None
 
 
 @lru_cache(maxsize=None)
-def _plan(block: Block) -> _Plan:
+def link_plans(block: Block) -> _Plan:
+    """The steps grouped into links; raises :class:`UnsupportedBlock` where the engine cannot express them."""
     if block.shortcut is None:
         if block.act != IDENTITY:
             raise UnsupportedBlock("an activation after the join needs a join")
@@ -161,7 +162,7 @@ def run(
     An input that the engine does not take runs as stock PyTorch, and raises what stock PyTorch raises.
     """
     binder = _Binder(root)
-    plan = _plan(block)
+    plan = link_plans(block)
     branch = binder.chain(plan.branch)
     if plan.shortcut is None:
         shortcut = None

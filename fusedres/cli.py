@@ -23,7 +23,10 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "bench": Command("fusedres.benchmarking.cli", "time ResNet-50 and a grid of blocks beside eager and torch.compile"),
+    "demo": Command("fusedres.demo", "real images, stock beside fused: report, agreement, speed, memory, training"),
     "env": Command("fusedres.env", "versions, backends and why one is absent, hardware"),
+    "explain": Command("fusedres.explain_cli", "what would be fused in a model, and what not, and why"),
 }
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .ops.activations import IDENTITY, Activation
-from .ops.conv import ConvGeometry, conv_backward, conv_fprop
+from .ops.conv import ConvGeometry, adds_pointwise_dgrad, conv_backward, conv_fprop, pointwise_dgrad_add_
 from .ops.conv_affine_act import FoldedConv, fold
+from .ops.conv_wgrad import fuses_wgrad
 from .select import kernels
 
 __all__ = ["ConvSlot", "IDENTITY_SHORTCUT", "Link", "NormSlot", "Program", "execute", "execute_stock"]
@@ -170,11 +171,11 @@ def _like(x: Tensor, y: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def _aligned(y: Tensor, residual: Tensor | None, in_place: bool) -> tuple[Tensor, Tensor | None]:
-    """Both sides of a join in the dtype that stock PyTorch's sum has, and in ``y``'s layout."""
+def _aligned(y: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both sides of a join in the dtype in which stock PyTorch adds them, and in ``y``'s layout."""
     if residual is None:
         return y, None
-    if residual.dtype != y.dtype and not in_place:
+    if residual.dtype != y.dtype:
         y = y.to(torch.promote_types(y.dtype, residual.dtype))
     return y, _like(residual, y)
 
@@ -237,23 +238,32 @@ class BlockFunction(torch.autograd.Function):
         k = kernels(x.device.type, dtype, program.backend)
         operands = _cast_convolutions(program, tensors, dtype) if torch.is_autocast_enabled(x.device.type) else tensors
         x = _dense(x)
-        branch = _run_chain(program.branch, x, operands, k)
-        shortcut = _run_shortcut(program, x, residual, operands, k)
-        y, side = _aligned(branch[-1].tensor, shortcut[-1].tensor if shortcut else None, program.in_place)
-        side_rows = shortcut[-1].rows if shortcut else None
-        last = program.branch[-1]
-        act = program.act if shortcut else last.act
-        plain = last.norm is None and act == IDENTITY and side is None
-        out = y if plain else k.join(y, branch[-1].rows, side, side_rows, act.code, act.param)
+        out, branch, shortcut = _forward(program, x, residual, operands, k)
         if any(ctx.needs_input_grad):
             _save(ctx, program, x, residual, operands, branch, shortcut)
             ctx.kernels = k
+            ctx.parameter_dtypes = [None if t is None else t.dtype for t in tensors]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return _Backward(ctx).run(grad)
+
+
+def _forward(
+    program: Program, x: Tensor, residual: Tensor | None, tensors: Operands, k: SimpleNamespace
+) -> tuple[Tensor, list[Raw], list[Raw]]:
+    """The block's output, and the raw tensors of its two chains."""
+    branch = _run_chain(program.branch, x, tensors, k)
+    shortcut = _run_shortcut(program, x, residual, tensors, k)
+    y, side = _aligned(branch[-1].tensor, shortcut[-1].tensor if shortcut else None)
+    side_rows = shortcut[-1].rows if shortcut else None
+    last = program.branch[-1]
+    act = program.act if shortcut else last.act
+    plain = last.norm is None and act == IDENTITY and side is None
+    out = y if plain else k.join(y, branch[-1].rows, side, side_rows, act.code, act.param)
+    return out.to(branch[-1].tensor.dtype) if program.in_place else out, branch, shortcut
 
 
 def _run_shortcut(
@@ -301,6 +311,7 @@ class _Backward:
         saved = list(ctx.saved_tensors)
         self.program: Program = ctx.program
         self.k: SimpleNamespace = ctx.kernels
+        self.parameter_dtypes: list[torch.dtype | None] = ctx.parameter_dtypes
         self.x, self.residual = saved[:2]
         self.tensors = saved[2 : 2 + ctx.operand_count]
         self._rest = saved[2 + ctx.operand_count :]
@@ -317,14 +328,12 @@ class _Backward:
         needs_side = has_shortcut and (needs_side_input or self._any_needed(program.shortcut))
 
         grad_y, grad_side = self._join(grad, branch[-1], shortcut[-1] if has_shortcut else None, needs_side)
-        grad_x = self._chain(program.branch, branch, grad_y, self.needs_x)
         if needs_side:
             grad_side = self._chain(program.shortcut, shortcut, grad_side, needs_side_input)
         if self.residual is not None:
-            return (None, grad_x, grad_side, *self.grads)
-        if needs_side and self.needs_x:
-            grad_x = _like(grad_side, grad_x).add_(grad_x) if grad_side.dtype == grad_x.dtype else grad_side + grad_x
-        return (None, grad_x, None, *self.grads)
+            return (None, self._chain(program.branch, branch, grad_y, self.needs_x), grad_side, *self.grads)
+        # Both chains read x: the branch adds its gradient to the shortcut's.
+        return (None, self._chain(program.branch, branch, grad_y, self.needs_x, grad_side), None, *self.grads)
 
     def _raws(self, chain: tuple[Link, ...], x: Tensor) -> list[Raw]:
         """A chain's raw tensors as the forward had them, the last one recomputed if it was dropped."""
@@ -346,7 +355,7 @@ class _Backward:
     def _join(self, grad: Tensor, main: Raw, side: Raw | None, needs_side: bool) -> tuple[Tensor, Tensor | None]:
         chain, shortcut = self.program.branch, self.program.shortcut
         act = chain[-1].act if shortcut is None else self.program.act
-        y, residual = _aligned(main.tensor, None if side is None else side.tensor, self.program.in_place)
+        y, residual = _aligned(main.tensor, None if side is None else side.tensor)
         if shortcut is None and chain[-1].norm is None and act == IDENTITY:
             grad = _like(grad, y)
             self._bias(chain, len(chain) - 1, None, None, grad)
@@ -429,13 +438,22 @@ class _Backward:
     # -- a chain of convolutions ---------------------------------------------------------------------------------
 
     def _chain(
-        self, chain: tuple[Link, ...], raws: list[Raw], grad: Tensor, needs_input: bool
+        self,
+        chain: tuple[Link, ...],
+        raws: list[Raw],
+        grad: Tensor,
+        needs_input: bool,
+        onto: Tensor | None = None,
     ) -> Tensor | None:
-        """From the gradient of a chain's last raw tensor to that of its input."""
+        """From the gradient of a chain's last raw tensor to that of its input, added to ``onto`` if that is given."""
         for index in range(len(chain) - 2, -1, -1):
             needed = index > 0 or needs_input or self._norm_needed(chain[0])
+            if index == 0 and needed and onto is not None and self._adds(chain[0], grad, onto):
+                return self._add_link(chain[0], raws[0], grad, onto)
             grad = self._link(chain, index, raws[index], grad, needed)
-        return grad if needs_input else None
+        if not needs_input:
+            return None
+        return grad if onto is None else _sum_(onto, grad)
 
     def _norm_needed(self, link: Link) -> bool:
         return link.norm is not None and (self.needs[link.norm.first] or self.needs[link.norm.first + 1])
@@ -446,24 +464,50 @@ class _Backward:
         """Backward of ``conv(act(norm(raw)))``: sets the weight's gradient, returns that of ``raw`` if needed."""
         link = chain[index]
         conv, weight = link.conv, self.tensors[link.conv.first]
-        needs_weight = self.needs[conv.first]
         grad = grad.to(weight.dtype)
+        needs_weight = self.needs[conv.first] and not self._fused_wgrad(link, raw, grad)
         if link.plain or not needed:
-            value = _value(link, raw, self.k).to(weight.dtype)
-            grad_raw, self.grads[conv.first] = conv_backward(grad, value, weight, conv.geometry, needed, needs_weight)
+            value = _value(link, raw, self.k).to(weight.dtype) if needs_weight else raw.tensor
+            grad_raw, dweight = conv_backward(grad, value, weight, conv.geometry, needed, needs_weight)
+            if needs_weight:
+                self.grads[conv.first] = dweight
             if grad_raw is not None and index:
                 self._bias(chain, index, None, None, grad_raw)
             return grad_raw
         # dgrad first: the pass that reduces over its result also recomputes the value that wgrad reads.
-        same = raw.tensor if raw.tensor.dtype == weight.dtype else torch.empty_like(raw.tensor, dtype=weight.dtype)
-        grad_value, _ = conv_backward(grad, same, weight, conv.geometry, True, False)
-        grad_raw, _, value = self._pending(
-            chain, index, raw.tensor, raw.rows, grad_value, link.act, emit=needs_weight
-        )
+        grad_value, _ = conv_backward(grad, raw.tensor, weight, conv.geometry, True, False)
+        grad_raw, _, value = self._pending(chain, index, raw.tensor, raw.rows, grad_value, link.act, emit=needs_weight)
         if needs_weight:
             value = value.to(weight.dtype)
             _, self.grads[conv.first] = conv_backward(grad, value, weight, conv.geometry, False, True)
         return grad_raw
+
+    def _fused_wgrad(self, link: Link, raw: Raw, grad: Tensor) -> bool:
+        """Sets the weight's gradient in one pass over the raw tensor, where a kernel does that; else returns False."""
+        conv, weight = link.conv, self.tensors[link.conv.first]
+        if not (self.needs[conv.first] and fuses_wgrad(self.k.backend, raw.tensor, grad, weight, conv.geometry)):
+            return False
+        dweight = torch.empty_like(weight, dtype=self.parameter_dtypes[conv.first])
+        g, act = conv.geometry, link.act
+        self.k.conv_wgrad(grad, raw.tensor, raw.rows, act.code, act.param, g.stride, g.padding, g.dilation, dweight)
+        self.grads[conv.first] = dweight
+        return True
+
+    def _adds(self, link: Link, grad: Tensor, onto: Tensor) -> bool:
+        weight = self.tensors[link.conv.first]
+        return link.plain and grad.dtype == onto.dtype and adds_pointwise_dgrad(onto, grad, weight, link.conv.geometry)
+
+    def _add_link(self, link: Link, raw: Raw, grad: Tensor, onto: Tensor) -> Tensor:
+        """The first link of a chain where dgrad adds to the shortcut's gradient inside the convolution."""
+        conv, weight = link.conv, self.tensors[link.conv.first]
+        if self.needs[conv.first] and not self._fused_wgrad(link, raw, grad):
+            _, self.grads[conv.first] = conv_backward(grad, raw.tensor, weight, conv.geometry, False, True)
+        return pointwise_dgrad_add_(onto, grad, weight)
+
+
+def _sum_(onto: Tensor, grad: Tensor) -> Tensor:
+    """``onto + grad``, in place where dtype and layout allow."""
+    return onto.add_(_like(grad, onto)) if onto.dtype == grad.dtype else onto + grad
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -475,6 +519,8 @@ def _infer(program: Program, x: Tensor, residual: Tensor | None, tensors: Operan
     dtype = _compute_dtype(x)
     k = kernels(x.device.type, dtype, program.backend)
     x = _dense(x)
+    if len(program.branch) == 1:  # no convolution to fold the join into
+        return _forward(program, x, residual, tensors, k)[0]
     if program.shortcut is None:
         return _infer_chain(program.branch, x, None, program.branch[-1].act, dtype, tensors, folded, k)
     side_input = x if residual is None else _dense(residual)
@@ -504,7 +550,7 @@ def _infer_chain(
         fits = last and side is not None and side.dtype == dtype
         step_act = act if last else chain[index + 1].act
         if last and side is not None and not fits:  # a sum that promotes: the join does it
-            y, other = _aligned(conv(value, None, IDENTITY, k.join), side, in_place=False)
+            y, other = _aligned(conv(value, None, IDENTITY, k.join), side)
             return kernels(x.device.type, y.dtype, "auto").join(y, None, other, None, act.code, act.param)
         value = conv(value, _residual_for(conv, value, side) if fits else None, step_act, k.join)
     return value

@@ -9,15 +9,14 @@
 namespace fusedres {
 namespace {
 
-std::vector<float> counts_of_parts(const Spans& spans) {
+std::vector<double> counts_of_parts(const Spans& spans) {
   const bool last = spans.layout == Layout::kChannelsLast;
   const int64_t length = last ? spans.pixels : spans.plane;
   const int64_t piece = last ? kStatsRows : kStatsPlane;
   const int64_t repeats = last ? 1 : spans.pixels / spans.plane;
-  std::vector<float> counts;
+  std::vector<double> counts;
   for (int64_t r = 0; r < repeats; ++r)
-    for (int64_t at = 0; at < length; at += piece)
-      counts.push_back(static_cast<float>(std::min(piece, length - at)));
+    for (int64_t at = 0; at < length; at += piece) counts.push_back(static_cast<double>(std::min(piece, length - at)));
   return counts;
 }
 
@@ -25,9 +24,10 @@ Tensor bn_stats_cpu(const Tensor& x) {
   constexpr const char* kOp = "bn_stats_cpu";
   STD_TORCH_CHECK(x.numel() > 0, kOp, ": x holds no element");
   const Spans spans = Spans::of(x, common_layout(kOp, {&x}));
-  const std::vector<float> counts = counts_of_parts(spans);
+  const std::vector<double> counts = counts_of_parts(spans);
   const int64_t parts = static_cast<int64_t>(counts.size());
-  std::vector<float> partials(2 * parts * spans.channels);
+  const int64_t size = parts * spans.channels;
+  std::vector<float> partials(3 * size);
   Tensor out = torch::stable::new_empty(x, {2, spans.channels}, torch::headeronly::ScalarType::Float);
 
   StatsArgs args{};
@@ -38,12 +38,11 @@ Tensor bn_stats_cpu(const Tensor& x) {
   args.plane = spans.plane;
   args.parts = parts;
   args.x = x.const_data_ptr();
-  args.mean = partials.data();
-  args.m2 = partials.data() + parts * spans.channels;
+  args.partials = {partials.data(), partials.data() + size, partials.data() + 2 * size};
   const auto run = FR_FOR_ACTIVE_ISA(stats_range);
   parallel_over(parts, x.numel() / parts, [&](int64_t begin, int64_t end) { run(args, begin, end); });
 
-  const StatsMergeArgs merge{spans.channels, parts, counts.data(), args.mean, args.m2, out.mutable_data_ptr<float>()};
+  const StatsMergeArgs merge{spans.channels, parts, counts.data(), args.partials, out.mutable_data_ptr<float>()};
   const auto run_merge = FR_FOR_ACTIVE_ISA(stats_merge_range);
   parallel_over(spans.channels, parts, [&](int64_t begin, int64_t end) { run_merge(merge, begin, end); });
   return out;

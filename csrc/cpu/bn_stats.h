@@ -6,28 +6,33 @@
 namespace fusedres {
 
 // Values of one channel that one partial covers at most: small enough to be read twice from a core's own cache.
-constexpr int64_t kStatsRows = 128;    // channels_last: pixels
-constexpr int64_t kStatsPlane = 4096;  // contiguous: elements of a plane
+constexpr int64_t kStatsRows = 128;   // channels_last: pixels
+constexpr int64_t kStatsPlane = 512;  // contiguous: elements of a plane, few enough to be summed in a float
+
+// Statistics of the pieces, [parts, channels] each: the mean is mean + correction.
+struct StatsPartials {
+  float* mean;
+  float* correction;
+  float* m2;
+};
 
 struct StatsArgs {
   DType dtype;
   bool channels_last;
   int64_t channels;
-  int64_t pixels;      // channels_last: N * H * W
-  int64_t plane;       // contiguous: H * W
-  int64_t parts;       // partials per channel
+  int64_t pixels;  // channels_last: N * H * W
+  int64_t plane;   // contiguous: H * W
+  int64_t parts;   // partials per channel
   const void* x;
-  float* mean;         // [parts, channels]
-  float* m2;           // [parts, channels]
+  StatsPartials partials;
 };
 
 struct StatsMergeArgs {
   int64_t channels;
   int64_t parts;
-  const float* counts;  // [parts]
-  const float* mean;
-  const float* m2;
-  float* out;           // [2, channels]: mean, M2
+  const double* counts;  // [parts]
+  StatsPartials partials;
+  float* out;  // [2, channels]: mean, M2
 };
 
 }  // namespace fusedres

@@ -1,3 +1,24 @@
-"""The ops: maths, reference and schema, one file each."""
+"""The ops: maths, reference and schema, one file each; and the public functions made of them."""
 
-from . import bn_norm, bn_stats, join, join_backward
+from . import bn_norm, bn_stats, conv_wgrad, join, join_backward  # noqa: F401  they register themselves
+from .functional import (  # noqa: F811  the function takes the name; the module stays in sys.modules
+    ConvParams,
+    NormParams,
+    bn_act,
+    bn_act_conv,
+    conv_affine_act,
+    conv_bn_act,
+    join,
+    residual_block,
+)
+
+__all__ = [
+    "ConvParams",
+    "NormParams",
+    "bn_act",
+    "bn_act_conv",
+    "conv_affine_act",
+    "conv_bn_act",
+    "join",
+    "residual_block",
+]

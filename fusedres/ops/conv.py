@@ -7,14 +7,27 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["ConvGeometry", "conv_backward", "conv_fprop", "geometry", "output_size"]
+__all__ = [
+    "ConvGeometry",
+    "adds_pointwise_dgrad",
+    "conv_backward",
+    "conv_fprop",
+    "geometry",
+    "onednn_refuses",
+    "output_size",
+    "pointwise_dgrad_add_",
+]
 
 _backward = torch.ops.aten.convolution_backward.default
+
+# Pixels below which oneDNN's work on a transposed weight costs more than a pass over the gradient saves.
+_FEWEST_PIXELS = 4096
 
 
 class ConvGeometry(NamedTuple):
@@ -77,7 +90,51 @@ def conv_backward(
     """
     if not (need_x or need_weight):
         return None, None
+    if x.dtype != weight.dtype:  # dgrad reads nothing of x but its shape
+        x = torch.empty_like(x, dtype=weight.dtype)
     dx, dweight, _ = _backward(
         grad, x, weight, None, g.stride, g.padding, g.dilation, False, (0, 0), g.groups, (need_x, need_weight, False)
     )
     return dx, dweight
+
+
+@lru_cache(maxsize=None)
+def onednn_refuses(device_type: str, dtype: torch.dtype) -> str | None:
+    """``None`` where oneDNN's fused convolutions run this dtype here, else why they do not."""
+    if device_type != "cpu" or not torch.backends.mkldnn.is_available():
+        return "oneDNN is not available"
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise") or not hasattr(
+        torch._C._nn, "mkldnn_reorder_conv2d_weight"
+    ):
+        return "this build of torch does not expose oneDNN's fused convolutions"
+    if dtype == torch.float32:
+        return None
+    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    if dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return None
+    return f"oneDNN has no {dtype} convolutions on this CPU"
+
+
+def adds_pointwise_dgrad(onto: Tensor, grad: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
+    """Whether :func:`pointwise_dgrad_add_` takes these tensors, and is worth it."""
+    last = torch.channels_last
+    return (
+        weight.shape[2:] == (1, 1)
+        and g == ((1, 1), (0, 0), g.dilation, 1)
+        and grad.numel() // max(grad.shape[1], 1) >= _FEWEST_PIXELS
+        and onto.is_contiguous(memory_format=last)
+        and grad.is_contiguous(memory_format=last)
+        and onednn_refuses(grad.device.type, grad.dtype) is None
+    )
+
+
+def pointwise_dgrad_add_(onto: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    """``onto += dx`` for a 1x1 convolution: dgrad is a 1x1 convolution itself, and oneDNN's can add to its output.
+
+    .. math:: onto_{n,c,p} \\mathrel{+}= \\sum_k w_{k,c} \\; grad_{n,k,p}
+    """
+    transposed = weight.transpose(0, 1)
+    return torch.ops.mkldnn._convolution_pointwise_.binary(
+        onto, grad, transposed, None, (0, 0), (1, 1), (1, 1), 1, "add", 1.0, None, [], ""
+    )

@@ -9,14 +9,13 @@ residual and applies the activation on the accumulator, from weights that were p
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .activations import IDENTITY, RELU, Activation
-from .conv import ConvGeometry, conv_fprop
+from .conv import ConvGeometry, conv_fprop, onednn_refuses
 
 __all__ = ["FoldedConv", "fold"]
 
@@ -30,24 +29,6 @@ _ONEDNN_UNARY: dict[str, Callable[[float], tuple[str, list[float], str]]] = {
     "hardswish": lambda _: ("hardswish", [], ""),
     "gelu": lambda _: ("gelu", [], "none"),
 }
-
-
-@lru_cache(maxsize=None)
-def _onednn_refuses(device_type: str, dtype: torch.dtype) -> str | None:
-    """``None`` where oneDNN's fused convolution runs this dtype here, else why it does not."""
-    if device_type != "cpu" or not torch.backends.mkldnn.is_available():
-        return "oneDNN is not available"
-    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise") or not hasattr(
-        torch._C._nn, "mkldnn_reorder_conv2d_weight"
-    ):
-        return "this build of torch does not expose oneDNN's fused convolutions"
-    if dtype == torch.float32:
-        return None
-    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None
-    if dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        return None
-    return f"oneDNN has no {dtype} convolutions on this CPU"
 
 
 class FoldedConv(NamedTuple):
@@ -94,7 +75,7 @@ def fold(weight: Tensor, bias: Tensor | None, norm: Tensor | None, g: ConvGeomet
         bias = shift if bias is None else shift + scale * bias
         weight = weight * scale[:, None, None, None]
     folded = weight.detach().to(x.dtype)
-    packs = x.is_contiguous(memory_format=torch.channels_last) and _onednn_refuses(x.device.type, x.dtype) is None
+    packs = x.is_contiguous(memory_format=torch.channels_last) and onednn_refuses(x.device.type, x.dtype) is None
     if not packs:
         return FoldedConv(folded, None if bias is None else bias.detach().to(x.dtype), g, packed=False)
     packed = torch._C._nn.mkldnn_reorder_conv2d_weight(

@@ -50,6 +50,7 @@ def patch(
     Raises:
         TypeError: for a model that is not a module.
         ValueError: for an unknown ``memory`` or ``backend``, or a path in ``only`` or ``skip`` that the model lacks.
+        RuntimeError: for a backend that cannot run this model, with the reason.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -59,10 +60,12 @@ def patch(
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, select.BACKENDS))}, got {backend!r}")
     options = {k: v for k, v in (("backend", backend), ("memory", memory)) if v != "auto"}
     plan = make_plan(model, Selection(model, only, skip), options)
+    # The report comes first: it raises where the backend cannot run the model, which then stays as it is.
+    report = _report(model, plan, dry_run)
     if not dry_run:
         for site in plan.sites:
             swap(site)
-    return _report(model, plan, dry_run)
+    return report
 
 
 def explain(model: nn.Module) -> PatchReport:
@@ -111,7 +114,7 @@ def _notes(convolutions: dict[str, nn.Conv2d]) -> tuple[str, ...]:
     """Hints that concern the whole model."""
     if not convolutions:
         return ("the model has no Conv2d",)
-    weights = [m.weight for m in convolutions.values() if isinstance(m.weight, torch.Tensor) and m.weight.dim() == 4]
+    weights = [m.weight for m in convolutions.values() if type(m.weight) is nn.Parameter]
     if any(not w.is_contiguous(memory_format=torch.channels_last) for w in weights):
         return ("the model is in NCHW (contiguous) layout: call model.to(memory_format=torch.channels_last)",)
     return ()

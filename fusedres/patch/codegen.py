@@ -38,13 +38,15 @@ def generate(
     Args:
         module: the module that the graph is of.
         traced: its graph, which is rewritten.
+        regions: in the order of their last nodes.
         options: keyword arguments of the engine that are not at their default.
     """
     fresh = _Names(traced)
     run, stock = fresh("fusedres_block"), fresh("stock")
     blocks = {fresh(f"block_{i}"): region.block for i, region in enumerate(regions)}
+    calls: dict[fx.Node, fx.Node] = {}
     for name, region in zip(blocks, regions):
-        _replace(traced.graph, region, run, name, options)
+        _replace(traced.graph, region, run, name, options, calls)
     code = traced.graph.python_code("self")
     body = _body(code.src)
     guard = _guard(module, traced.signature, stock)
@@ -76,13 +78,17 @@ def compile_forward(source: str, names: dict[str, Any], name: str) -> Callable:
     return scope["forward"]
 
 
-def _replace(graph: fx.Graph, region: Region, run: str, name: str, options: dict[str, str]) -> None:
+def _replace(
+    graph: fx.Graph, region: Region, run: str, name: str, options: dict[str, str], calls: dict[fx.Node, fx.Node]
+) -> None:
+    """Puts one call in the place of a region; ``calls`` maps what earlier calls replaced, which may be its inputs."""
     last = region.nodes[-1]
-    residual = () if region.residual is None else (region.residual,)
+    inputs = [calls.get(node, node) for node in (region.entry, region.residual) if node is not None]
     with graph.inserting_before(last):
         # A method call prints as `fusedres_block.run(...)`, looked up in the module when the line runs.
-        arguments = (_Code(run), _Code(name), _Code("self"), region.entry, *residual)
+        arguments = (_Code(run), _Code(name), _Code("self"), *inputs)
         call = graph.create_node("call_method", "run", arguments, dict(options), name=f"{name}_out")
+    calls[last] = call
     last.replace_all_uses_with(call)
     for node in reversed(region.nodes):
         graph.erase_node(node)

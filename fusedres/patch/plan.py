@@ -20,7 +20,7 @@ from .codegen import generate
 from .modules import conv_problem, hook_problem, is_builtin, norm_problem, opaque_problem, shared_parameters
 from .patterns import PATTERNS
 from .selection import Selection
-from .swap import Site, Template, template_of
+from .swap import Site, Template, fused_class, template_of
 from .trace import Traced, Untraceable, survey, trace
 from .view import Region, View
 
@@ -114,7 +114,11 @@ class _Planner:
         if found is None:
             return frozenset()
         traced, view, regions = found
-        self._add_site(module, traced, view, regions)
+        try:
+            self._add_site(module, traced, view, regions)
+        except Exception as error:  # the class, its metaclass or its __init_subclass__ may refuse in any way
+            self._decline_below(module, f"its class cannot be derived from ({type(error).__name__}: {error})")
+            return frozenset()
         return traced.inlined
 
     # -- one module ---------------------------------------------------------------------------------------------------
@@ -167,7 +171,7 @@ class _Planner:
         source, names = generate(module, traced, regions, self._options)
         blocks = tuple((region.pattern, region.block) for region in regions)
         template = Template(type(module), source, blocks, inlined, declined, tuple(self._options.items()))
-        self.plan.sites.append(Site(self._paths[module], module, template, names))
+        self.plan.sites.append(Site(self._paths[module], module, fused_class(template, names)))
 
     # -- reasons ------------------------------------------------------------------------------------------------------
 

@@ -134,13 +134,19 @@ def _read_module(path: str, module: nn.Module, excluded: Callable[[nn.Module], s
         return Stop(f"{path} {problem}") if problem else Norm(path)
     if hooked := excluded(module):
         return Stop(f"{path} {hooked}")
-    if type(module) is nn.Identity:
+    if _does_nothing(module):
         return PASS
     if isinstance(module, (nn.Dropout, nn.Dropout2d)):
         return PASS if module.p == 0 else Stop(f"{path} is a dropout, which blocks do not have yet")
     known = _MODULE_ACTIVATIONS.get(type(module))
     activation = known and known(module)
     return Act(activation) if activation else Stop(f"{path} is a {type(module).__name__}, which no block has")
+
+
+def _does_nothing(module: nn.Module) -> bool:
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        return all(map(_does_nothing, module))
+    return type(module) is nn.Identity
 
 
 def _read_function(node: fx.Node) -> Reading:
@@ -198,5 +204,5 @@ def changes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
     if node.op == "call_function":
         # A positional True is counted too, for F.relu(x, True): to see a write too many costs a fusion, no more.
         flagged = node.kwargs.get("inplace") or "out" in node.kwargs or any(a is True for a in node.args)
-        return node.target in IN_PLACE_OPERATORS or node.target.__name__.endswith("_") or bool(flagged)
+        return node.target in IN_PLACE_OPERATORS or getattr(node.target, "__name__", "").endswith("_") or bool(flagged)
     return False

@@ -7,9 +7,11 @@ where fusedres is not installed; a copy made in memory stays fused.
 from __future__ import annotations
 
 import copy
+import copyreg
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -47,12 +49,15 @@ class Template:
 
 @dataclass(frozen=True)
 class Site:
-    """One module to fuse: ``names`` are the globals of its generated forward."""
+    """One module to fuse, and the class that it is to have."""
 
     path: str
     module: nn.Module
-    template: Template
-    names: dict[str, Any]
+    fused: type
+
+    @property
+    def template(self) -> Template:
+        return self.fused._fusedres_template
 
 
 _classes: WeakValueDictionary[Template, type] = WeakValueDictionary()
@@ -64,12 +69,8 @@ def template_of(module: nn.Module) -> Template | None:
 
 
 def swap(site: Site) -> None:
-    """Fuses one module, in place.
-
-    Raises:
-        TypeError: where the class does not allow it.
-    """
-    site.module.__class__ = fused_class(site.template, site.names)
+    """Fuses one module, in place."""
+    site.module.__class__ = site.fused
 
 
 def unswap(module: nn.Module) -> bool:
@@ -83,7 +84,11 @@ def unswap(module: nn.Module) -> bool:
 
 
 def fused_class(template: Template, names: dict[str, Any]) -> type:
-    """The subclass of ``template.stock`` that runs the generated forward; one for equal templates."""
+    """The subclass of ``template.stock`` that runs the generated forward; one for equal templates.
+
+    Args:
+        names: the globals of the forward.
+    """
     if (known := _classes.get(template)) is not None:
         return known
     stock = template.stock
@@ -137,10 +142,23 @@ def _new(cls: type, *args: Any, **kwargs: Any) -> Any:
 def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
     with _as_stock(self):
         reduced = self.__reduce_ex__(protocol)
-    if isinstance(reduced, tuple) and len(reduced) > 2:
+    if not isinstance(reduced, tuple):
+        return reduced
+    function, arguments, *rest = reduced
+    if function is copyreg.__newobj__:
+        # Pickle refuses this one where the class that it is given is not the object's.
+        function, arguments = _make(*arguments)
+    if rest:
         # The state is the live dictionary, to which the cache has returned by the time that it is pickled.
-        return (*reduced[:2], _without_cache(reduced[2]), *reduced[3:])
-    return reduced
+        rest[0] = _without_cache(rest[0])
+    return (function, arguments, *rest)
+
+
+def _make(cls: type, *args: Any) -> tuple[Any, tuple]:
+    """A call that any Python can unpickle and that makes what ``cls.__new__(cls, *args)`` makes."""
+    if not args and cls.__new__ is object.__new__:
+        return copyreg._reconstructor, (cls, object, None)
+    return partial(cls.__new__, cls, *args), ()
 
 
 def _without_cache(state: Any) -> Any:
@@ -158,7 +176,7 @@ def _copy(self: nn.Module) -> Any:
 
 
 def _replicate(self: nn.Module) -> Any:
-    return _like(self, self._replicate_for_data_parallel)
+    return _like(self, lambda: self._replicate_for_data_parallel())
 
 
 _LIFE = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import os
 import random
 import sys
 import sysconfig
@@ -141,9 +142,16 @@ class _Proxy(fx.Proxy):
 
     @property
     def __class__(self):
-        if _is_user_code(sys._getframe(1).f_code.co_filename):
+        asking = sys._getframe(1).f_code
+        if asking is torch.is_tensor.__code__ or _is_user_code(asking.co_filename):
             raise Untraceable("its forward asks for the type of a value")
         return _Proxy
+
+    def __getattr__(self, name: str) -> Any:
+        # A proxy has every attribute, so that hasattr(x, "tensors") would answer yes for any x.
+        if self.node.op == "placeholder" and not hasattr(torch.Tensor, name):
+            raise Untraceable(f"its forward reads {name!r} of an argument, which tensors do not have")
+        return super().__getattr__(name)
 
 
 def _in_place(target: Callable) -> Callable:
@@ -326,30 +334,28 @@ def _same_items(a: Collection, b: Collection) -> bool:
 # Reasons in words
 # ---------------------------------------------------------------------------------------------------------------------
 
-_OWN_FILES = (
-    str(Path(torch.__file__).parent),
-    sysconfig.get_paths()["stdlib"],
-    str(Path(__file__).parent),
-)
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_HERE = str(Path(__file__).parent) + os.sep
+_PYTHON = sysconfig.get_paths()["stdlib"] + os.sep
 
 
 def _is_user_code(filename: str) -> bool:
-    """Whether a file is neither PyTorch nor Python nor ours; ``site-packages`` lies below the standard library."""
-    if filename.startswith("<frozen"):
+    """Whether a file is neither PyTorch nor Python nor ours."""
+    if filename.startswith((_TORCH, _HERE, "<frozen")):
         return False
-    if "site-packages" in filename or "dist-packages" in filename:
-        return not filename.startswith((_OWN_FILES[0], _OWN_FILES[2]))
-    return not filename.startswith(_OWN_FILES)
+    # What is installed lies below the standard library.
+    installed = f"{os.sep}site-packages{os.sep}" in filename or f"{os.sep}dist-packages{os.sep}" in filename
+    return installed or not filename.startswith(_PYTHON)
 
 
 def _in_words(error: Exception) -> str:
     if isinstance(error, Untraceable):
         return error.reason
     message = str(error)
-    if isinstance(error, fx.proxy.TraceError) and "control flow" in message:
+    if isinstance(error, fx.proxy.TraceError) and "iterated" not in message:
         return "its forward branches on data" + _where(error)
     if isinstance(error, fx.proxy.TraceError):
-        return "its forward loops over, unpacks or counts a value known only at run time" + _where(error)
+        return "its forward loops over or unpacks a value known only at run time" + _where(error)
     if isinstance(error, TypeError) and "cannot assign" in message:
         return "its forward stores a value on the module" + _where(error)
     return f"its forward could not be traced ({type(error).__name__}: {message.splitlines()[0][:100]})" + _where(error)

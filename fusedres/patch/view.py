@@ -208,11 +208,15 @@ class View:
 
     def written_by(self, node: fx.Node) -> set[fx.Node]:
         """The values that an in-place node may change: its target, and all that the target may be a view of."""
-        target, written = tensor_input(node), set()
-        while target is not None:
-            written.add(target)
-            target = None if self._is_fresh(target) else tensor_input(target)
-        return written
+        return self._storage(node.kwargs.get("out") or tensor_input(node))
+
+    def _storage(self, node: fx.Node | None) -> set[fx.Node]:
+        """``node`` and the values before it whose memory it may share; two nodes may share where their sets meet."""
+        shared = set()
+        while node is not None:
+            shared.add(node)
+            node = None if self._is_fresh(node) else tensor_input(node)
+        return shared
 
     def _is_fresh(self, node: fx.Node) -> bool:
         """Whether ``node`` surely made its tensor itself; a view, an in-place result and the unknown did not."""
@@ -223,7 +227,7 @@ class View:
 
     def _write_problem(self, region: Region) -> str | None:
         """A call never changes its inputs, and reads them at its last node's turn; its nodes may do otherwise."""
-        inside, inputs = set(region.nodes), {region.entry, region.residual}
+        inside, inputs = set(region.nodes), self._storage(region.entry) | self._storage(region.residual)
         first, last = min(map(self._order.__getitem__, inside)), self._order[region.nodes[-1]]
         for write, written in self._writes:
             # The target of an in-place sum is for the pattern to judge, which knows what became of both operands.

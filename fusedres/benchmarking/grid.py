@@ -1,0 +1,124 @@
+"""Every convolution block on a grid of shapes, down to the smallest: nowhere may fusing cost time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.resnet import BasicBlock, Bottleneck
+from ..patch import patch
+from ..testing import channels_last, compare
+from .agreement import verdict
+from .timing import Timing, interleave, speedup
+
+__all__ = ["BLOCKS", "NOT_SLOWER", "SHAPES", "Case", "Cell", "ConvNormAct", "cases", "measure"]
+
+
+class ConvNormAct(nn.Module):
+    """``relu(bn(conv3x3(x)))``."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn(self.conv(x)))
+
+
+BLOCKS: dict[str, Callable[[int], nn.Module]] = {
+    "conv-bn-relu": ConvNormAct,
+    "basic": lambda channels: BasicBlock(channels, channels, 1, None, 1, 64),
+    "bottleneck": lambda channels: Bottleneck(channels, channels // Bottleneck.expansion, 1, None, 1, 64),
+}
+
+SHAPES = ((1, 64, 7, 7), (1, 64, 56, 56), (1, 512, 7, 7), (2, 128, 28, 28), (8, 256, 14, 14), (8, 64, 56, 56))
+
+NOT_SLOWER = 0.97
+"""The ratio over eager below which a block counts as slower."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A block, the shape of its input, what is timed, and the dtype of autocast, if any."""
+
+    block: str
+    shape: tuple[int, int, int, int]
+    training: bool
+    autocast: torch.dtype | None = None
+
+    def __str__(self) -> str:
+        mode = "train" if self.training else "inference"
+        dtype = "fp32" if self.autocast is None else "bf16"
+        return f"{self.block} {'x'.join(map(str, self.shape))} {mode} {dtype}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A case, measured. Without agreement there are no times."""
+
+    case: Case
+    check: str
+    times: dict[str, Timing]
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times faster than eager."""
+        return speedup(self.times["eager"], self.times["fusedres"]) if self.times else None
+
+    def to_dict(self) -> dict[str, Any]:
+        times = {name: timing.to_dict() for name, timing in self.times.items()}
+        return {"case": str(self.case), "ratio": self.ratio, "check": self.check, "seconds": times}
+
+
+def cases(dtypes: Iterable[torch.dtype | None] = (None,)) -> Iterator[Case]:
+    """Every block on every shape, in training and inference."""
+    for dtype in dtypes:
+        for training in (True, False):
+            for block in BLOCKS:
+                for shape in SHAPES:
+                    yield Case(block, shape, training, dtype)
+
+
+def measure(case: Case, turns: int = 9) -> Cell:
+    """Checks a case, then times it. What looks too slow is measured once more, three times as long."""
+    torch.manual_seed(0)
+    stock = BLOCKS[case.block](case.shape[1]).to(memory_format=torch.channels_last).train(case.training)
+    ours = copy.deepcopy(stock)
+    patch(ours)
+    x, grad = channels_last(case.shape), channels_last(case.shape, seed=1)
+    check = compare(
+        stock,
+        patch,
+        lambda seed: [channels_last(case.shape, seed=seed)],
+        autocast=case.autocast,
+        backward=case.training,
+    )
+    if not check.ok:
+        return Cell(case, verdict(check), {})
+    step = partial(_train_step if case.training else _inference_step, case, x=x, grad=grad)
+    calls = {"eager": partial(step, stock), "fusedres": partial(step, ours)}
+    cell = Cell(case, verdict(check), interleave(calls, turns=turns, warmup=3, sample_seconds=2e-3))
+    if cell.ratio < NOT_SLOWER:
+        cell = Cell(case, verdict(check), interleave(calls, turns=3 * turns, warmup=1, sample_seconds=4e-3))
+    return cell
+
+
+def _train_step(case: Case, module: nn.Module, x: Tensor, grad: Tensor) -> None:
+    x = x.detach().requires_grad_()
+    with torch.autocast(x.device.type, case.autocast, enabled=case.autocast is not None):
+        out = module(x)
+    out.backward(grad.to(out.dtype))
+    module.zero_grad()
+
+
+def _inference_step(case: Case, module: nn.Module, x: Tensor, grad: Tensor) -> None:
+    with torch.no_grad(), torch.autocast(x.device.type, case.autocast, enabled=case.autocast is not None):
+        module(x)

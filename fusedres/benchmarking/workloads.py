@@ -1,0 +1,114 @@
+"""The steps that are timed: training and inference of a network, in float32 and bfloat16."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..patch import patch
+from ..testing import Comparison, compare
+
+__all__ = ["INFERENCE_BF16", "INFERENCE_FP32", "TRAIN_BF16", "TRAIN_FP32", "Batch", "Workload", "settle"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images in channels_last, and their classes."""
+
+    images: Tensor
+    classes: Tensor
+
+    @classmethod
+    def random(cls, size: int, resolution: int, seed: int = 0, num_classes: int = 1000) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randn(size, 3, resolution, resolution, generator=generator)
+        classes = torch.randint(num_classes, (size,), generator=generator)
+        return cls(images.contiguous(memory_format=torch.channels_last), classes)
+
+    def loss(self, logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), self.classes)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a step does.
+
+    Attributes:
+        name: for tables.
+        training: forward, loss, backward and an SGD step with momentum, or a forward without gradients.
+        autocast: the dtype of autocast, if any.
+        dtype: of the model and its input.
+    """
+
+    name: str
+    training: bool
+    autocast: torch.dtype | None = None
+    dtype: torch.dtype = torch.float32
+
+    def prepared(self, model: nn.Module) -> nn.Module:
+        """A copy of ``model`` in the mode and the dtype of this workload."""
+        return copy.deepcopy(model).train(self.training).to(self.dtype)
+
+    def stepper(self, batch: Batch) -> Callable[[nn.Module], Callable[[], Any]]:
+        """Makes, from a prepared model, the call to be timed."""
+        return lambda model: (self._train_step if self.training else self._inference_step)(model, batch)
+
+    def _train_step(self, model: nn.Module, batch: Batch) -> Callable[[], Any]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+        def step() -> None:
+            with torch.autocast(batch.images.device.type, self.autocast, enabled=self.autocast is not None):
+                loss = batch.loss(model(batch.images))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def _inference_step(self, model: nn.Module, batch: Batch) -> Callable[[], Any]:
+        images = batch.images.to(self.dtype)
+
+        def step() -> None:
+            with torch.no_grad():
+                model(images)
+
+        return step
+
+    def check(self, model: nn.Module, images: Callable[[int], Tensor], memory: str = "auto") -> Comparison:
+        """The errors of ``model``, stock and fused, against float64, on the images that a seed gives."""
+        return compare(
+            model.train(self.training),
+            partial(patch, memory=memory),
+            lambda seed: [images(seed)],
+            dtype=self.dtype,
+            autocast=self.autocast,
+            backward=self.training,
+        )
+
+
+TRAIN_BF16 = Workload("train step, bf16 autocast", training=True, autocast=torch.bfloat16)
+TRAIN_FP32 = Workload("train step, fp32", training=True)
+INFERENCE_BF16 = Workload("inference, bf16", training=False, dtype=torch.bfloat16)
+INFERENCE_FP32 = Workload("inference, fp32", training=False)
+
+
+def settle(model: nn.Module, images: Tensor) -> None:
+    """Gives a network that was never trained running statistics that fit its weights, from one batch."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(images)
+    for norm, momentum in zip(norms, before):
+        norm.momentum = momentum

@@ -1,0 +1,58 @@
+"""What every test runs under."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import deterministic
+
+from fusedres import env
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialised tensors hold NaN, those that C++ kernels allocate too, so that a read of one is seen.
+
+    With ``warn_only``, because deterministic algorithms bring this along and nothing else of them is wanted.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    deterministic.fill_uninitialized_memory = fills
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Modules that a test builds start from the same numbers in every run and order."""
+    torch.manual_seed(0)
+
+
+INSTRUCTION_SETS = list(torch.ops.fusedres.cpu_isas()) if env.library_missing() is None else []
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def isa(request) -> Iterator[str]:
+    """Runs a test once per instruction set of this machine; skips it without the compiled library."""
+    before = torch.ops.fusedres.cpu_isa()
+    torch.ops.fusedres.set_cpu_isa(request.param)
+    yield request.param
+    torch.ops.fusedres.set_cpu_isa(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[..., Any]]:
+    """``threads(count, function, *args)``: calls the function with that many threads."""
+    before = torch.get_num_threads()
+
+    def call(count: int, function: Callable[..., Any], *args: Any) -> Any:
+        torch.set_num_threads(count)
+        return function(*args)
+
+    yield call
+    torch.set_num_threads(before)

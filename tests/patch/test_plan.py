@@ -1,0 +1,534 @@
+"""Which module's forward is rewritten, what is declined and why, and the selection."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
+from torchvision_shim import torchvision_models
+
+from fusedres.patch import explain, patch, unpatch
+
+from .blocks import BottleneckBlock, Layers, MyResNet, ResidualBlock, check_patched, images, settled
+
+
+def reasons(report) -> dict[str, str]:
+    return {d.path: d.reason for d in report.declined}
+
+
+def patterns(report) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for site in report.fused:
+        found.setdefault(site.path, []).append(site.pattern)
+    return found
+
+
+# -- whose forward ---------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_of_one_block_leaves_it_to_the_block():
+    report = check_patched(nn.Sequential(nn.Sequential(ResidualBlock(4))))
+    assert list(patterns(report)) == ["0.0"]
+
+
+def test_a_block_swallows_the_submodules_that_a_region_cuts_through():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+            self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+
+        def forward(self, x):
+            y = torch.relu(self.body(x) + x)
+            return y * torch.sigmoid(self.gate(y))
+
+    model = Block()
+    called = []
+    report = check_patched(model)
+    assert patterns(report) == {
+        "": ["post-activation residual (identity)"],
+        "gate": ["conv-relu-conv"],
+    }
+    patch(model.double())
+    model.gate.register_forward_hook(lambda *_: called.append("gate"))
+    model(images())
+    assert called == ["gate"]
+
+
+def test_a_part_that_cannot_be_traced_does_not_spoil_the_rest():
+    class DropPath(nn.Module):
+        def forward(self, x):
+            return x if float(x.shape[0]) > 0 else x * 2
+
+    class Block(Layers):
+        def __init__(self):
+            super().__init__()
+            self.drop = DropPath()
+
+        def forward(self, x):
+            return self.drop(self.branch(x)) + x
+
+    report = check_patched(Block())
+    assert patterns(report) == {"": ["conv-bn-relu-conv-bn"]}
+    assert "self.drop(" in report.source("")
+
+
+def test_wrappers_are_looked_into():
+    model = settled(nn.DataParallel(ResidualBlock(4)))
+    assert list(patterns(patch(model))) == ["module"]
+
+
+# -- reasons: a layer that is not plain ------------------------------------------------------------------------------
+
+
+class StandardizedConv(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean(), self.bias, padding=self.padding)
+
+
+class PlainSubclass(nn.Conv2d):
+    pass
+
+
+class ScaledNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+
+def replaced_forward(m: Layers) -> None:
+    stock = m.conv1.forward
+    m.conv1.forward = lambda x: stock(x) * 2
+
+
+def share_weight(m: Layers) -> None:
+    m.conv1.weight = m.conv2.weight
+
+
+def share_norm_weight(m: Layers) -> None:
+    m.bn1.weight = m.bn2.weight
+
+
+CONV1_PROBLEMS = {
+    "forward hook": (lambda m: m.conv1.register_forward_hook(lambda *_: None), "conv1 has a forward hook"),
+    "forward pre-hook": (lambda m: m.conv1.register_forward_pre_hook(lambda *_: None), "has a forward pre-hook"),
+    "backward hook": (lambda m: m.conv1.register_full_backward_hook(lambda *_: None), "has a backward hook"),
+    "backward pre-hook": (lambda m: m.conv1.register_full_backward_pre_hook(lambda *_: None), "a backward pre-hook"),
+    "parametrization": (lambda m: parametrize.register_parametrization(m.conv1, "weight", Doubled()), "parametriz"),
+    "new weight norm": (lambda m: parametrizations.weight_norm(m.conv1), "has a parametrization"),
+    "weight norm": (lambda m: weight_norm(m.conv1), "weight norm"),
+    "spectral norm": (lambda m: spectral_norm(m.conv1), "spectral norm"),
+    "pruning": (lambda m: prune.random_unstructured(m.conv1, "weight", 0.5), "pruning"),
+    "padding mode": (lambda m: setattr(m, "conv1", nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")), "circular"),
+    "subclass": (lambda m: setattr(m, "conv1", StandardizedConv(4, 4, 3, padding=1)), "forward of its own"),
+    "replaced forward": (replaced_forward, "replaced on the instance"),
+    "shared weight": (share_weight, "shares its weight with another module (conv1, conv2)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("case", CONV1_PROBLEMS)
+def test_conv_that_is_not_plain_is_left_and_the_rest_fused(case):
+    spoil, words = CONV1_PROBLEMS[case]
+    model = settled(Layers())
+    spoil(model)
+    model.double()
+    expected = model.eval()(images())
+    report = patch(model)
+    assert words in reasons(report)["conv1"]
+    if case != "shared weight":
+        assert patterns(report) == {"": ["post-activation residual (second input)"]}
+        assert report.coverage == 0.5
+    torch.testing.assert_close(model(images()), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("norm", "words"),
+    [
+        (lambda: nn.SyncBatchNorm(4), "bn1 is a SyncBatchNorm"),
+        (lambda: nn.GroupNorm(2, 4), "bn1 is a GroupNorm"),
+        (lambda: nn.InstanceNorm2d(4), "bn1 is a InstanceNorm2d"),
+        (lambda: ScaledNorm(4), "bn1 is a ScaledNorm"),
+        (lambda: nn.Dropout(0.5), "bn1 is a dropout"),
+        (lambda: nn.Hardtanh(), "bn1 is a Hardtanh"),
+    ],
+)
+def test_layers_that_no_block_has_end_the_region(norm, words):
+    model = Layers()
+    model.bn1 = norm()
+    report = patch(model)
+    assert words in reasons(report)["conv1"]
+    assert patterns(report) == {"": ["post-activation residual (second input)"]}
+    assert "self.bn1(" in report.source("")
+
+
+def test_norm_that_shares_its_weight_is_left():
+    model = Layers()
+    share_norm_weight(model)
+    report = check_patched(model)
+    assert report.fused == ()
+    assert "bn1 shares its weight" in reasons(report)["conv1"]
+
+
+def test_hooked_norm_still_runs_its_hook():
+    model, seen = settled(Layers()), []
+    model.bn1.register_forward_hook(lambda *_: seen.append(1))
+    report = patch(model)
+    assert "bn1 has a forward hook" in reasons(report)["conv1"]
+    model(images())
+    assert seen == [1]
+
+
+def test_plain_subclass_is_accepted():
+    model = Layers()
+    model.conv1 = PlainSubclass(4, 4, 3, padding="same")
+    assert check_patched(model).coverage == 1.0
+
+
+def test_convolution_called_twice():
+    class Twice(Layers):
+        def forward(self, x):
+            return torch.relu(self.bn1(self.conv1(torch.relu(self.bn2(self.conv1(x)))))) + x
+
+    report = check_patched(Twice())
+    assert report.fused == ()
+    assert "called more than once" in reasons(report)["conv1"]
+
+
+def test_convolution_under_two_names():
+    class Alias(Layers):
+        def __init__(self):
+            super().__init__()
+            self.conv2 = self.conv1
+
+    report = check_patched(Alias())
+    assert report.fused == ()
+    assert report.total == 1
+    assert "called more than once" in reasons(report)["conv1"]
+
+
+def test_lazy_and_complex_layers():
+    model = Layers()
+    model.conv1 = nn.LazyConv2d(4, 3, padding=1)
+    model.conv2.to(torch.complex64)
+    report = explain(model)
+    assert report.fused == ()
+    assert "lazy" in reasons(report)["conv1"]
+    assert "complex" in reasons(report)["conv2"]
+
+
+def test_scripted_and_compiled_modules():
+    model = nn.Sequential(ResidualBlock(4), torch.jit.script(ResidualBlock(4)), ResidualBlock(4))
+    model[2].compile(backend="eager")
+    report = patch(model)
+    assert list(patterns(report)) == ["0"]
+    assert "TorchScript" in reasons(report)["1"]
+    assert {"2.conv1", "2.conv2"} <= reasons(report).keys()
+    assert "torch.compile" in reasons(report)["2.conv1"]
+    whole = explain(torch.compile(ResidualBlock(4), backend="eager"))
+    assert whole.coverage == 0
+    assert whole.total == 2
+    assert all("torch.compile" in reason for reason in reasons(whole).values())
+
+
+def test_graph_module_is_left():
+    report = patch(fx.symbolic_trace(ResidualBlock(4)))
+    assert report.fused == ()
+    assert "GraphModule" in reasons(report)["conv1"]
+
+
+# -- reasons: a forward that no graph can stand for ------------------------------------------------------------------
+
+
+def branches(self, x):
+    return self.branch(x) if x.sum() > 0 else self.branch(-x)
+
+
+def branches_on_shape(self, x):
+    return self.branch(x) if x.shape[0] > 1 else x
+
+
+def keeps_value(self, x):
+    self.kept = self.branch(x)
+    return self.kept
+
+
+def appends_value(self, x):
+    self.history.append(self.branch(x))
+    return self.history[-1]
+
+
+def counts(self, x):
+    self.calls += 1
+    return self.branch(x)
+
+
+def counts_in_buffer(self, x):
+    self.counter += 1
+    return self.branch(x)
+
+
+def without_gradient(self, x):
+    with torch.no_grad():
+        return self.branch(x)
+
+
+def with_autocast(self, x):
+    with torch.autocast("cpu", enabled=True):
+        return self.branch(x)
+
+
+def checkpoints(self, x):
+    return torch.utils.checkpoint.checkpoint(self.branch, x, use_reentrant=False)
+
+
+def asks_type(self, x):
+    return self.branch(x) if isinstance(x, torch.Tensor) else self.branch(x[0])
+
+
+def asks_torch_for_the_type(self, x):
+    return self.branch(x) if torch.is_tensor(x) else self.branch(x[0])
+
+
+def asks_for_an_attribute(self, x):
+    return self.branch(x.tensors if hasattr(x, "tensors") else x)
+
+
+def draws_torch(self, x):
+    return self.branch(x) if torch.rand(()) < 2 else x
+
+
+def draws_python(self, x):
+    return self.branch(x) if random.random() < 2 else x
+
+
+def draws_numpy(self, x):
+    return self.branch(x) if np.random.rand() < 2 else x
+
+
+def makes_constant(self, x):
+    return self.branch(x) + torch.ones(4, 1, 1, dtype=torch.float64)
+
+
+def trains_differently(self, x):
+    return self.branch(x) if self.training else self.bn1(self.conv1(x))
+
+
+def takes_any(self, *tensors):
+    return self.branch(tensors[0])
+
+
+def takes_options(self, x, **options):
+    return self.branch(x)
+
+
+def odd_default(self, x, sizes=(1, 2)):
+    return self.branch(x)
+
+
+def loops(self, x):
+    return sum(self.branch(part) for part in x.split(1))
+
+
+def stores_item(self, x):
+    y = self.branch(x)
+    y[0] = 0
+    return y
+
+
+def unregistered(self, x):
+    return self.hidden[0](self.branch(x))
+
+
+UNTRACEABLE = {
+    branches: "branches on data",
+    branches_on_shape: "branches on data",
+    keeps_value: "stores a value on the module ('kept')",
+    appends_value: "stores a value on the module ('history')",
+    counts: "stores a value on the module ('calls')",
+    counts_in_buffer: "stores a value on the module",
+    without_gradient: "switches gradients",
+    with_autocast: "switches gradients, autocast",
+    checkpoints: "checkpointing",
+    asks_type: "asks for the type",
+    asks_torch_for_the_type: "asks for the type",
+    asks_for_an_attribute: "reads 'tensors' of an argument",
+    draws_torch: "draws random numbers",
+    draws_python: "draws random numbers",
+    draws_numpy: "draws random numbers",
+    makes_constant: "builds a constant tensor",
+    trains_differently: "different things in train and in eval",
+    takes_any: "takes *tensors",
+    takes_options: "takes **options",
+    odd_default: "'sizes' is not a plain value",
+    loops: "loops over",
+    stores_item: "could not be traced (TypeError",
+    unregistered: "not registered as a submodule",
+}
+
+
+@pytest.mark.parametrize("forward", UNTRACEABLE, ids=lambda f: f.__name__)
+def test_untraceable(forward):
+    model = type("Odd", (Layers,), {"forward": forward})()
+    model.history, model.calls, model.hidden = [], 0, [nn.Conv2d(4, 4, 1)]
+    model.register_buffer("counter", torch.zeros(()))
+    settled(model.hidden[0])
+    settled(model).eval()
+    model.bn1.train()
+    before = {name: (dict(m.__dict__), m.training) for name, m in model.named_modules()}
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    report = patch(model)
+    assert report.fused == ()
+    for conv in ("conv1", "conv2"):
+        assert UNTRACEABLE[forward] in reasons(report)[conv]
+    assert type(model).__name__ == "Odd"
+    assert {name: (m.__dict__, m.training) for name, m in model.named_modules()} == before
+    assert model.history == []
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert (states[2] == np.random.get_state()[1]).all()
+    assert all(torch.equal(buffers[name], b) for name, b in model.named_buffers())
+
+
+def test_installed_libraries_are_the_users_code():
+    """The layers of torchvision's DenseNet ask for the type of their input, which is a list."""
+    model = torchvision_models().DenseNet(4, (1, 1), 4, 2, num_classes=3)
+    assert "asks for the type" in reasons(explain(model))["features.denseblock1.denselayer1.conv1"]
+
+
+def test_the_reason_shows_the_line():
+    report = explain(type("Odd", (Layers,), {"forward": branches})())
+    assert "test_plan.py" in reasons(report)["conv1"]
+    assert "x.sum() > 0" in reasons(report)["conv1"]
+
+
+def test_forward_replaced_on_the_block():
+    model = Layers()
+    model.forward = lambda x: x
+    assert "replaced on the instance" in reasons(patch(model))["conv1"]
+
+
+def test_defaults_are_honoured():
+    class Optional(Layers):
+        def forward(self, x, scale=1.0, mask=None, *, twice=False):
+            out = self.branch(x) * scale
+            if mask is not None:
+                out = out * mask
+            return out + out if twice else out
+
+    stock, model = settled(Optional()).eval(), settled(Optional()).eval()
+    assert patch(model).coverage == 1.0
+    x = images()
+    for args, kwargs in (((), {}), ((2.0,), {}), ((1.0, x), {}), ((), {"twice": True}), ((), {"mask": x})):
+        torch.testing.assert_close(model(x, *args, **kwargs), stock(x, *args, **kwargs), rtol=1e-9, atol=1e-11)
+
+
+def test_required_arguments_may_be_none():
+    class Skip(Layers):
+        def forward(self, x, skip):
+            return self.branch(x) if skip is None else self.branch(x) + skip
+
+    stock, model = settled(Skip()).eval(), settled(Skip()).eval()
+    assert patch(model).coverage == 1.0
+    for skip in (None, images() * 2):
+        torch.testing.assert_close(model(images(), skip), stock(images(), skip), rtol=1e-9, atol=1e-11)
+
+
+def test_arguments_named_like_the_generated_names():
+    class Names(Layers):
+        def forward(self, block_0, fusedres_block, stock):
+            return self.branch(block_0) + fusedres_block * stock
+
+    report = check_patched(Names(), images(), images() * 2, images() * 3)
+    assert report.coverage == 1.0
+
+
+# -- selection -------------------------------------------------------------------------------------------------------
+
+
+def blocks() -> nn.Sequential:
+    return nn.Sequential(ResidualBlock(4), BottleneckBlock(4, 8), MyResNet(8, 4, 2))
+
+
+ALL = ["0", "1", "2.stem", "2.layers.0", "2.layers.1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ALL),
+        ({"only": "2"}, ALL[2:]),
+        ({"only": "2.layers.*"}, ALL[3:]),
+        ({"only": ResidualBlock}, ["0", *ALL[3:]]),
+        ({"only": ["1", ResidualBlock], "skip": "*.0"}, ["0", "1", "2.layers.1"]),
+        ({"skip": (BottleneckBlock, "2.stem")}, ["0", *ALL[3:]]),
+        ({"skip": ""}, []),
+        ({"skip": nn.Conv2d}, []),
+    ],
+)
+def test_only_and_skip(options, expected):
+    model = blocks()
+    report = patch(model, **options)
+    assert list(patterns(report)) == expected
+    assert [p for p, m in model.named_modules() if type(m).__name__.startswith("Fused")] == expected
+    declined = list(reasons(report).values())
+    assert len(declined) + report.covered == report.total
+    assert all("only=" in reason or "skip=" in reason for reason in declined)
+
+
+def test_skip_of_one_inner_layer_fuses_the_rest():
+    report = check_patched(ResidualBlock(4), skip="conv1")
+    assert patterns(report) == {"": ["post-activation residual (second input)"]}
+    assert reasons(report) == {"conv1": "conv1 is named by skip="}
+
+
+@pytest.mark.parametrize("argument", ["only", "skip"])
+def test_bad_selection(argument):
+    with pytest.raises(ValueError, match=f"{argument}: the model has no module 'layer9'"):
+        patch(blocks(), **{argument: "layer9"})
+    with pytest.raises(TypeError, match=f"{argument} takes paths, globs and classes, got int"):
+        patch(blocks(), **{argument: 3})
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match=r"model must be an nn.Module, got int"):
+        patch(3)
+    with pytest.raises(ValueError, match="memory must be 'auto' or 'low', got 'high'"):
+        patch(blocks(), memory="high")
+    with pytest.raises(ValueError, match=r"backend must be 'auto' or one of .* got 'abacus'"):
+        patch(blocks(), backend="abacus")
+
+
+def test_backend_that_cannot_run_leaves_the_model():
+    model = settled(blocks())
+    with pytest.raises(RuntimeError, match="backend 'cpu' was asked for, but"):
+        patch(model, backend="cpu")
+    assert unpatch(model) == 0
+
+
+def test_class_that_refuses_to_be_derived_from():
+    class Final(Layers):
+        def __init_subclass__(cls):
+            raise ValueError("final")
+
+    report = check_patched(nn.Sequential(Final(), ResidualBlock(4)))
+    assert list(patterns(report)) == ["1"]
+    assert "cannot be derived from (ValueError: final)" in reasons(report)["0.conv1"]
+
+
+def test_models_without_convolutions():
+    for model in (nn.Linear(2, 2), nn.Sequential(), nn.Conv2d(1, 1, 1)):
+        report = patch(model)
+        assert report.fused == ()
+        assert unpatch(model) == 0
+        assert report.coverage == 0.0

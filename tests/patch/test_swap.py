@@ -1,0 +1,370 @@
+"""Life of a patched model: undoing, copying, pickling, hooks, modes, and what tracebacks show."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fusedres.patch import explain, patch, unpatch
+from fusedres.patch.swap import CACHE
+
+from .blocks import Layers, MyResNet, ResidualBlock, assert_same, check_patched, images, settled
+
+
+def classes(model: nn.Module) -> dict[str, type]:
+    return {path: type(module) for path, module in model.named_modules()}
+
+
+def state(model: nn.Module) -> dict[str, dict]:
+    return {path: dict(module.__dict__) for path, module in model.named_modules()}
+
+
+# -- doing and undoing -----------------------------------------------------------------------------------------------
+
+
+def test_unpatch_is_exact():
+    model = settled(MyResNet(3, 4, 2)).eval()
+    before, attributes, parameters = classes(model), state(model), list(model.parameters())
+    keys = list(model.state_dict())
+    assert patch(model).coverage == 1.0
+    assert classes(model) != before
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters))
+    assert isinstance(model.layers[0], ResidualBlock)
+    model(images(3))
+    model.layers[0].__dict__.setdefault(CACHE, {})
+    assert unpatch(model) == 3
+    assert classes(model) == before
+    assert state(model) == attributes
+    assert unpatch(model) == 0
+
+
+def test_patching_twice_changes_nothing():
+    model = MyResNet(3, 4, 2)
+    first = patch(model)
+    once = classes(model)
+    second = patch(model)
+    assert classes(model) == once
+    assert second.coverage == first.coverage == 1.0
+    assert [site.path for site in second.fused] == [site.path for site in first.fused]
+    assert not any(site.already for site in first.fused)
+    assert all(site.already for site in second.fused)
+    assert second.source("stem") == first.source("stem")
+    assert unpatch(model) == 3
+
+
+def test_patch_after_a_partial_unpatch():
+    model = MyResNet(3, 4, 2)
+    patch(model)
+    assert unpatch(model.layers) == 2
+    assert [site.already for site in patch(model).fused] == [True, False, False]
+    assert unpatch(model) == 3
+
+
+def test_explain_and_dry_run_change_nothing():
+    model = MyResNet(3, 4, 2)
+    before = classes(model)
+    for report in (explain(model), patch(model, dry_run=True)):
+        assert report.dry_run
+        assert report.coverage == 1.0
+        assert classes(model) == before
+    assert [site.path for site in report.fused] == [site.path for site in patch(model).fused]
+
+
+def test_no_class_is_touched_globally():
+    other, forward = ResidualBlock(4), ResidualBlock.forward
+    patch(ResidualBlock(4))
+    assert type(other) is ResidualBlock
+    assert ResidualBlock.forward is forward
+
+
+def test_equal_sites_share_a_class_and_others_do_not():
+    model = MyResNet(3, 4, 2)
+    patch(model)
+    assert type(model.layers[0]) is type(model.layers[1])
+    other = ResidualBlock(4)
+    patch(other, memory="low")
+    assert type(other) is not type(model.layers[0])
+
+
+def test_options_stay_with_the_site():
+    model = settled(ResidualBlock(4))
+    source = patch(model, memory="low", backend="reference").source("")
+    assert "run(block_0, self, x, backend = 'reference', memory = 'low')" in source
+    assert explain(model).fused[0].backend == "reference"
+
+
+# -- copies and files ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: copy.copy(m)], ids=["deepcopy", "copy"])
+def test_copies_stay_patched(duplicate):
+    model = settled(MyResNet(3, 4, 1))
+    patch(model)
+    model.layers[0].__dict__[CACHE] = marker = {"kept": object()}
+    twin = duplicate(model)
+    assert classes(twin) == classes(model)
+    assert model.layers[0].__dict__[CACHE] is marker
+    block = duplicate(model.layers[0])
+    assert type(block) is type(model.layers[0])
+    assert CACHE not in block.__dict__
+
+
+def test_deepcopy_is_independent():
+    stock = settled(MyResNet(3, 4, 1))
+    model = copy.deepcopy(stock)
+    patch(model)
+    twin = copy.deepcopy(model)
+    assert CACHE not in twin.layers[0].__dict__
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert_same(twin, stock, images(3))
+    assert unpatch(twin) == 2
+    assert type(model.layers[0]).__name__ == "FusedResidualBlock"
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickle_holds_the_stock_class(protocol):
+    model = settled(MyResNet(3, 4, 1))
+    patch(model)
+    model(images(3))
+    model.layers[0].__dict__[CACHE] = lambda: "not picklable"
+    loaded = pickle.loads(pickle.dumps(model, protocol))
+    assert {type(m) for m in loaded.modules()} == {type(m) for m in MyResNet(3, 4, 1).modules()}
+    assert all(CACHE not in m.__dict__ for m in loaded.modules())
+    assert CACHE in model.layers[0].__dict__
+    assert type(model.layers[0]).__name__ == "FusedResidualBlock"
+    assert_same(loaded, copy.deepcopy(loaded), images(3))
+
+
+LOAD_WITHOUT_FUSEDRES = """
+import sys
+sys.modules["fusedres"] = None  # makes every import of it fail
+sys.path.insert(0, sys.argv[1])
+import torch
+model = torch.load(sys.argv[2], weights_only=False).eval()
+assert [type(m).__name__ for m in model.modules()].count("ResidualBlock") == 2, model
+torch.save(model(torch.load(sys.argv[3])), sys.argv[4])
+assert not any(name.startswith("fusedres.") for name in sys.modules)
+"""
+
+STANDALONE = """
+import torch
+from torch import nn
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return torch.relu(self.bn(self.conv(x)) + x)
+"""
+
+
+def test_torch_save_loads_without_fusedres(tmp_path, monkeypatch):
+    (tmp_path / "standalone_model.py").write_text(STANDALONE)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = __import__("standalone_model")
+    model = settled(nn.Sequential(module.ResidualBlock(), module.ResidualBlock())).eval()
+    expected = model(images())
+    assert patch(model).coverage == 1.0
+    model(images())
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(images(), tmp_path / "x.pt")
+    files = [str(tmp_path / name) for name in ("", "model.pt", "x.pt", "y.pt")]
+    subprocess.run([sys.executable, "-c", LOAD_WITHOUT_FUSEDRES, *files], check=True, cwd=tmp_path)
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), expected)
+
+
+class Reduced(Layers):
+    """A block with pickling and copying of its own."""
+
+    def __reduce_ex__(self, protocol):
+        return _rebuild, (type(self), self.state_dict())
+
+    def __deepcopy__(self, memo):
+        twin = _rebuild(type(self), self.state_dict())
+        twin.copied = True
+        return twin
+
+
+class Stateful(Layers):
+    def __getstate__(self):
+        return {**self.__dict__, "saved": True}
+
+
+def _rebuild(cls, state_dict):
+    model = cls().double()
+    model.load_state_dict(state_dict)
+    return model
+
+
+def test_classes_with_their_own_pickling():
+    model = settled(Reduced())
+    patch(model)
+    model.__dict__[CACHE] = {}
+    loaded, twin = pickle.loads(pickle.dumps(model)), copy.deepcopy(model)
+    assert type(loaded) is Reduced
+    assert type(twin) is type(model) is not Reduced
+    assert twin.copied
+    unpatch(model)
+    assert_same(twin, copy.deepcopy(model), images())
+    stateful = settled(Stateful())
+    patch(stateful)
+    stateful.__dict__[CACHE] = {}
+    loaded = pickle.loads(pickle.dumps(stateful))
+    assert type(loaded) is Stateful
+    assert loaded.saved
+    assert CACHE not in loaded.__dict__
+
+
+def test_data_parallel_replicas():
+    model = settled(ResidualBlock(4))
+    patch(model)
+    model.__dict__[CACHE] = {}
+    replica = model._replicate_for_data_parallel()
+    assert type(replica) is type(model)
+    assert CACHE not in replica.__dict__
+    assert CACHE in model.__dict__
+
+
+# -- the module in use -----------------------------------------------------------------------------------------------
+
+
+def test_hooks_on_the_block_run():
+    model, seen = settled(MyResNet(3, 4, 1)), []
+    model.layers[0].register_forward_pre_hook(lambda *_: seen.append("before"))
+    report = patch(model)
+    model.layers[0].register_forward_hook(lambda *_: seen.append("after"))
+    model.layers[0].register_full_backward_hook(lambda *_: seen.append("backward"))
+    assert report.coverage == 1.0
+    model(images(3)).sum().backward()
+    assert seen == ["before", "after", "backward"]
+
+
+def test_modes_are_those_of_each_norm():
+    """A frozen norm inside a training model, and the reverse."""
+    stock = settled(ResidualBlock(4))
+    model = copy.deepcopy(stock)
+    patch(model)
+    for frozen in ("bn1", "bn2"):
+        for m in (stock, model):
+            m.train()
+            m.get_submodule(frozen).eval()
+        assert not model.get_submodule(frozen).training
+        before = model.get_submodule(frozen).running_mean.clone()
+        torch.testing.assert_close(model(images()), stock(images()), rtol=1e-9, atol=1e-11)
+        assert torch.equal(model.get_submodule(frozen).running_mean, before)
+        for name, buffer in stock.named_buffers():
+            torch.testing.assert_close(model.get_buffer(name), buffer, rtol=1e-9, atol=1e-11)
+
+
+def test_patching_leaves_the_modes():
+    model = MyResNet(3, 4, 2).eval()
+    model.layers[0].bn1.train()
+    before = {path: m.training for path, m in model.named_modules()}
+    patch(model)
+    assert {path: m.training for path, m in model.named_modules()} == before
+
+
+def test_a_train_method_of_its_own_is_not_called():
+    class Frozen(ResidualBlock):
+        def train(self, mode=True):
+            raise AssertionError("called")
+
+    assert patch(nn.Sequential(Frozen(4))).coverage == 1.0
+
+
+def test_a_sequential_that_grows_runs_what_it_holds():
+    model = settled(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())).eval()
+    x = images()
+    expected = model(x)
+    assert patch(model).coverage == 1.0
+    part = model[:2]
+    assert type(part) is nn.Sequential
+    assert len(part) == 2
+    assert part(x).min() < 0
+    model.append(nn.Hardtanh(0.0, 0.1))
+    torch.testing.assert_close(model(x), expected.clamp(0, 0.1))
+
+
+def test_repr_shows_the_class():
+    model = MyResNet(3, 4, 1)
+    patch(model)
+    assert "(0): FusedResidualBlock(" in repr(model)
+    assert "(conv1): Conv2d(4, 4" in repr(model)
+
+
+# -- the generated code ----------------------------------------------------------------------------------------------
+
+
+def test_source_is_what_runs():
+    model = ResidualBlock(4)
+    source = patch(model).source("")
+    assert source.splitlines() == [
+        f"# {ResidualBlock.__module__}.ResidualBlock, with a forward written by fusedres.patch",
+        "# block_0: relu(x -> conv1 -> bn1 -> relu -> conv2 -> bn2  +  x)",
+        "",
+        "def forward(self, x):",
+        "    return fusedres_block.run(block_0, self, x)",
+    ]
+    assert inspect.getsource(type(model).forward).strip() == "\n".join(source.splitlines()[3:])
+
+
+def test_tracebacks_show_the_line():
+    model = ResidualBlock(4)
+    patch(model)
+    with pytest.raises(RuntimeError) as caught:
+        model(torch.zeros(1, 5, 6, 6))
+    assert "return fusedres_block.run(block_0, self, x)" in "".join(traceback.format_tb(caught.value.__traceback__))
+
+
+def test_leftover_code_keeps_its_meaning():
+    class Busy(Layers):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(1))
+            self.register_buffer("offset", torch.ones(4, 1, 1))
+
+        def forward(self, x):
+            n, c = x.size(0), x.shape[1]
+            y = torch.relu(self.branch(x) + x) * self.gain + self.offset
+            y = torch.cat([y, x[:, :1]], dim=1).reshape(n, (c + 1), -1)
+            return {"out": y.mean(-1), "pair": (y.amax(-1), n)}["pair"][0]
+
+    assert check_patched(Busy()).coverage == 1.0
+
+
+def test_buffers_in_files_and_streams():
+    model = settled(MyResNet(3, 4, 1))
+    patch(model)
+    stream = io.BytesIO()
+    torch.save(model.state_dict(), stream)
+    stream.seek(0)
+    assert list(torch.load(stream)) == list(MyResNet(3, 4, 1).state_dict())
+
+
+def test_importing_submodules_leaves_the_function():
+    code = (
+        "import fusedres, sys\n"
+        "from fusedres.patch import patch\n"
+        "import fusedres.patch.report, fusedres.patch.trace, fusedres.patch.patterns.chain\n"
+        "assert fusedres.patch is patch and callable(fusedres.patch), fusedres.patch\n"
+        "assert fusedres.unpatch and fusedres.explain and fusedres.PatchReport\n"
+    )
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
