@@ -4,8 +4,11 @@ from .env import env_report, load_library
 
 load_library()
 
-from . import ops  # noqa: E402  the compiled kernels are known to the selector before any op asks for them
+# After the library, so that the selector knows the compiled kernels before any op asks for one.
+from . import ops  # noqa: E402  isort: skip
+from . import nn  # noqa: E402
+from .patch import PatchReport, explain, patch, unpatch  # noqa: E402
 from .select import use_backend  # noqa: E402
 
-__all__ = ["env_report", "ops", "use_backend"]
+__all__ = ["PatchReport", "env_report", "explain", "nn", "ops", "patch", "unpatch", "use_backend"]
 __version__ = "0.1.0"

@@ -159,15 +159,19 @@ def run(
         backend: the backend to force, or ``"auto"``.
         memory: ``"low"`` recomputes in backward what is cheap to recompute.
 
-    An input that the engine does not take runs as stock PyTorch, and raises what stock PyTorch raises.
+    An input that the engine does not take runs as stock PyTorch, and raises what stock PyTorch raises. A module that
+    has been replaced, hooked or reparametrized since the block was described is called, as stock PyTorch would.
     """
-    binder = _Binder(root)
     plan = link_plans(block)
-    branch = binder.chain(plan.branch)
-    if plan.shortcut is None:
-        shortcut = None
-    else:
-        shortcut = IDENTITY_SHORTCUT if len(plan.shortcut) == 1 else binder.chain(plan.shortcut)
+    binder = _Binder(root)
+    try:
+        branch = binder.chain(plan.branch)
+        if plan.shortcut is None:
+            shortcut = None
+        else:
+            shortcut = IDENTITY_SHORTCUT if len(plan.shortcut) == 1 else binder.chain(plan.shortcut)
+    except _NotOurs:
+        return _call_modules(block, root, x, residual)
     program = Program(branch, shortcut, block.act, block.in_place, memory, backend)
     if not _engine_takes(x, residual, binder.tensors):
         return execute_stock(program, x, residual, binder.tensors)
@@ -184,6 +188,34 @@ def _engine_takes(x: Tensor, residual: Tensor | None, tensors: list[Tensor | Non
     if residual is not None and (type(residual) is not Tensor or residual.dim() != 4):
         return False
     return all(t is None or t.device == x.device for t in tensors)
+
+
+class _NotOurs(Exception):
+    """A module that does more, or other, than the convolution or batch norm that the block was described with."""
+
+
+def _call_modules(block: Block, root: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
+    """The block by calling its modules one after the other."""
+
+    def through(steps: tuple[Step, ...], value: Tensor) -> Tensor:
+        for step in steps:
+            value = step.activation(value) if isinstance(step, Act) else root.get_submodule(step.path)(value)
+        return value
+
+    out = through(block.branch, x)
+    if block.shortcut is None:
+        return out
+    total = out + through(block.shortcut, x if residual is None else residual)
+    return block.act(total.to(out.dtype) if block.in_place else total)
+
+
+def _check_ours(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Raises :class:`_NotOurs` unless calling ``module`` is nothing but ``kind``'s forward on its own parameters."""
+    hooked = (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+    if hooked or type(module).forward is not kind.forward or "weight" not in module._parameters:
+        raise _NotOurs
 
 
 class _Binder:
@@ -210,12 +242,14 @@ class _Binder:
         return module
 
     def _conv(self, conv: nn.Module) -> ConvSlot:
+        _check_ours(conv, nn.Conv2d)
         first = len(self.tensors)
         parameters = conv._parameters
         self.tensors += (parameters["weight"], parameters["bias"])
         return ConvSlot(first, geometry(conv.stride, conv.padding, conv.dilation, conv.groups, conv.kernel_size))
 
     def _norm(self, norm: nn.Module) -> NormSlot:
+        _check_ours(norm, nn.BatchNorm2d)
         first = len(self.tensors)
         parameters, buffers = norm._parameters, norm._buffers
         mean, var = buffers["running_mean"], buffers["running_var"]

@@ -333,7 +333,8 @@ class _Backward:
         if self.residual is not None:
             return (None, self._chain(program.branch, branch, grad_y, self.needs_x), grad_side, *self.grads)
         # Both chains read x: the branch adds its gradient to the shortcut's.
-        return (None, self._chain(program.branch, branch, grad_y, self.needs_x, grad_side), None, *self.grads)
+        onto = grad_side if needs_side else None
+        return (None, self._chain(program.branch, branch, grad_y, self.needs_x, onto), None, *self.grads)
 
     def _raws(self, chain: tuple[Link, ...], x: Tensor) -> list[Raw]:
         """A chain's raw tensors as the forward had them, the last one recomputed if it was dropped."""

@@ -120,8 +120,8 @@ struct Hardswish {
   }
   template <class V>
   static FR_HD V gradient(V z, V g, V) {
-    const V ramp = select_le(z, V(3.f), g * (z / V(3.f) + V(0.5f)), g);
-    return select_gt(V(-3.f), z, V(0.f), ramp);
+    const V ramp = select_gt(V(3.f), z, g * (z / V(3.f) + V(0.5f)), g);
+    return select_le(z, V(-3.f), V(0.f), ramp);
   }
 };
 

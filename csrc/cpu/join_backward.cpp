@@ -73,7 +73,8 @@ std::tuple<Tensor, Tensor> join_backward_reduce_cpu(const Tensor& grad, const Te
   return {out, emitted};
 }
 
-// slope = -scale rstd^2 sum g (y - mean) / n and offset = -scale sum g / n; both zero where the statistics are constants.
+// slope = -scale rstd^2 sum g (y - mean) / n and offset = -scale sum g / n; both zero where the statistics are
+// constants.
 class StatsTerms {
  public:
   // Row 0 of `sums` is sum g, row `product_row` is sum g (y - mean).
@@ -98,8 +99,7 @@ class StatsTerms {
 std::tuple<Tensor, Tensor> join_backward_apply_cpu(const Tensor& grad, const Tensor& y, std::optional<Tensor> norm,
                                                    std::optional<Tensor> residual, std::optional<Tensor> res_norm,
                                                    int64_t act, double act_param, std::optional<Tensor> sums,
-                                                   double count, bool training, bool res_training,
-                                                   bool need_residual) {
+                                                   double count, bool training, bool res_training, bool need_residual) {
   constexpr const char* kOp = "join_backward_apply_cpu";
   const bool writes_residual = residual.has_value() && need_residual;
   Tensor grad_y = torch::stable::empty_like(y);
@@ -113,6 +113,8 @@ std::tuple<Tensor, Tensor> join_backward_apply_cpu(const Tensor& grad, const Ten
   const StatsTerms side(operands.side, sum_rows, 2, count, c, res_training);
   JoinApplyArgs args{};
   static_cast<JoinBackwardArgs&>(args) = operands.args;
+  args.training = training;
+  args.res_training = res_training;
   args.slope = main.slope();
   args.offset = main.offset();
   args.res_slope = side.slope();

@@ -43,6 +43,7 @@ struct JoinReduceMergeArgs {
 
 // dy = scale g + slope (y - mean) + offset, and the same for the residual.
 struct JoinApplyArgs : JoinBackwardArgs {
+  bool training, res_training;  // whether the statistics are the batch's, and have a gradient
   const float *slope, *offset;
   const float *res_slope, *res_offset;
   void* grad_y;

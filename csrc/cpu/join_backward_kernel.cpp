@@ -44,8 +44,7 @@ FR_INLINE void reduce_tile(const JoinReduceArgs& a, int64_t channel, int64_t at,
       const Vec g = Act::gradient(z, load(grad + i, extent), recompute.param);
       sums[0][k] = sums[0][k] + g;
       sums[1][k] = fma(g, value - mean.at(lane, extent), sums[1][k]);
-      if constexpr (kKind == Residual::kAffine)
-        sums[2][k] = fma(g, residual - res_mean.at(lane, extent), sums[2][k]);
+      if constexpr (kKind == Residual::kAffine) sums[2][k] = fma(g, residual - res_mean.at(lane, extent), sums[2][k]);
       if (emit) store(emit + i, Act::forward(z, recompute.param), extent);
     }
 }
@@ -108,13 +107,16 @@ void apply_spans(const JoinApplyArgs& a, int64_t begin, int64_t end) {
       const Vec residual = kKind == Residual::kNone ? Vec() : load(r + i, extent);
       const Vec z = recompute.argument(value, residual, i, extent);
       const Vec g = Act::gradient(z, load(grad + i, extent), recompute.param);
-      const Vec through_stats = fma(slope.at(i, extent), value - mean.at(i, extent), offset.at(i, extent));
+      // Without batch statistics the value takes no part, not even where it is NaN.
+      Vec through_stats, side;
+      if (a.training) through_stats = fma(slope.at(i, extent), value - mean.at(i, extent), offset.at(i, extent));
       store(grad_y + i, fma(recompute.scale.at(i, extent), g, through_stats), extent);
       if constexpr (kKind == Residual::kPlain) {
         if (grad_r) store(grad_r + i, g, extent);
       }
       if constexpr (kKind == Residual::kAffine) {
-        const Vec side = fma(res_slope.at(i, extent), residual - res_mean.at(i, extent), res_offset.at(i, extent));
+        if (a.res_training)
+          side = fma(res_slope.at(i, extent), residual - res_mean.at(i, extent), res_offset.at(i, extent));
         if (grad_r) store(grad_r + i, fma(res_scale.at(i, extent), g, side), extent);
       }
     });
@@ -124,9 +126,8 @@ void apply_spans(const JoinApplyArgs& a, int64_t begin, int64_t end) {
 template <class Body>
 FR_INLINE void dispatch(const JoinBackwardArgs& a, Body body) {
   dispatch_dtype(a.dtype, [&](auto element) {
-    dispatch_residual(a.kind, [&](auto kind) {
-      dispatch_activation(a.act, [&](auto act) { body(element, act, kind); });
-    });
+    dispatch_residual(a.kind,
+                      [&](auto kind) { dispatch_activation(a.act, [&](auto act) { body(element, act, kind); }); });
   });
 }
 

@@ -13,14 +13,16 @@ class ScalarVector {
  public:
   ScalarVector(const char* op, const char* name, const std::optional<torch::stable::Tensor>& t, int64_t length) {
     if (!t) return;
-    STD_TORCH_CHECK(t->numel() == length && t->is_contiguous(), op, ": ", name, " must be contiguous with ", length,
+    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == length, op, ": ", name, " must be one-dimensional with ", length,
                     " values, got ", t->numel());
     data_ = t->mutable_data_ptr();
     type_ = t->scalar_type();
+    stride_ = t->stride(0);
   }
 
   double get(int64_t i, double absent) const {
     if (data_ == nullptr) return absent;
+    i *= stride_;
     switch (type_) {
       case Type::Float:
         return static_cast<const float*>(data_)[i];
@@ -36,6 +38,7 @@ class ScalarVector {
   }
 
   void set(int64_t i, double value) {
+    i *= stride_;
     switch (type_) {
       case Type::Float:
         static_cast<float*>(data_)[i] = static_cast<float>(value);
@@ -58,6 +61,7 @@ class ScalarVector {
   using Type = torch::headeronly::ScalarType;
   void* data_ = nullptr;
   Type type_ = Type::Float;
+  int64_t stride_ = 1;
 };
 
 }  // namespace fusedres

@@ -6,7 +6,7 @@ is printed.
 
 from __future__ import annotations
 
-import gc
+import copy
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ from ..console import console, make_table, stages
 from ..patch import patch
 from . import grid
 from .agreement import verdict
-from .compiled import CompileBudget, Compiled, compile_contestant
+from .compiled import CompileBudget
+from .contest import contest
 from .memory import saved_bytes
 from .results import HEAD, Goal, Results, Row, this_machine
-from .timing import Timing, interleave, speedup
 from .workloads import INFERENCE_BF16, INFERENCE_FP32, TRAIN_BF16, TRAIN_FP32, Batch, Workload, settle
 
 __all__ = ["add_arguments", "run"]
@@ -85,14 +85,9 @@ def run(args: Namespace) -> int:
     _print_slow(cells)
     if args.json is not None:
         path = Path(args.json or f"bench/results/{machine.slug}/{'quick' if args.quick else 'full'}.json")
-        options = {
-            "quick": args.quick,
-            "compile": args.compile,
-            "network": "ResNet-50",
-            "batch": _BATCH[0],
-            "resolution": _BATCH[1],
-        }
-        Results(machine, options, rows, [cell.to_dict() for cell in cells]).save(path)
+        size, resolution = _BATCH
+        measured = {"quick": args.quick, "network": "ResNet-50", "batch": size, "resolution": resolution}
+        Results(machine, measured, rows, [cell.to_dict() for cell in cells]).save(path)
         console.print(f"written to {path}")
     return 0 if all(row.check in ("", "ok") for row in rows) else 1
 
@@ -114,7 +109,7 @@ def _compile_budget(args: Namespace) -> CompileBudget:
 
 def _measure(settings: _Settings, budget: CompileBudget) -> tuple[tuple[Row, ...], list[grid.Cell]]:
     cases = list(grid.cases(settings.grid_dtypes))
-    with stages(len(_GOALS) + 3 + len(cases), "bench") as begin:
+    with stages(len(_GOALS) + 3 + len(cases) // len(grid.SHAPES), "bench") as begin:
         begin("patch()")
         torch.manual_seed(0)
         model = models.resnet50(fused=False).to(memory_format=torch.channels_last)
@@ -124,7 +119,8 @@ def _measure(settings: _Settings, budget: CompileBudget) -> tuple[tuple[Row, ...
         settle(model, batch.images)
         rows = [_workload_row(w, goal, model, batch, settings, budget, begin) for w, goal in _GOALS.items()]
         begin("bytes saved for backward")
-        rows += _bytes_rows(model, batch)
+        checked = next(row.check for row in rows if row.name == TRAIN_FP32.name)
+        rows += _bytes_rows(model, batch, checked)
         cells = list(_grid_cells(cases, settings, begin))
     return (*rows, patch_row, *_grid_rows(cells)), cells
 
@@ -135,7 +131,7 @@ def _measure(settings: _Settings, budget: CompileBudget) -> tuple[tuple[Row, ...
 
 
 def _patch_row(model: nn.Module) -> Row:
-    twin = models.resnet50(fused=False).to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(model)
     start = perf_counter()
     patch(twin)
     seconds = perf_counter() - start
@@ -155,45 +151,29 @@ def _workload_row(
     check = verdict(workload.check(model, lambda seed: Batch.random(*_BATCH, seed).images))
     if check != "ok":
         return Row(workload.name, "ms", goal, check=check)
-    make_step = workload.stepper(batch)
-    stock, ours = workload.prepared(model), workload.prepared(model)
-    patch(ours)
-    compiled = compile_contestant(stock, make_step, workload.training, budget)
-    calls = {"eager": make_step(stock), "torch.compile": compiled.step, "fusedres": make_step(ours)}
-    times = interleave({k: call for k, call in calls.items() if call}, turns=settings.turns(workload))
-    gc.collect()
-    return _timed_row(workload.name, goal, times, compiled, len(batch))
-
-
-def _timed_row(name: str, goal: Goal, times: dict[str, Timing], compiled: Compiled, images: int) -> Row:
-    eager, ours, theirs = times["eager"], times["fusedres"], times.get("torch.compile")
+    found = contest(workload, model, batch, settings.turns(workload), budget)
+    eager, ours, theirs = (found.times.get(name) for name in ("eager", "fusedres", "torch.compile"))
     return Row(
-        name,
+        workload.name,
         "ms",
         goal,
         eager=1e3 * eager.median,
         compiled=None if theirs is None else 1e3 * theirs.median,
         ours=1e3 * ours.median,
-        ratio=speedup(eager, ours),
-        compile_ratio=None if theirs is None else speedup(theirs, ours),
-        images_per_second=images / ours.median,
-        compile_note=_compile_note(compiled),
+        ratio=found.speedup_over("eager"),
+        compile_ratio=found.speedup_over("torch.compile"),
+        images_per_second=len(batch) / ours.median,
+        compile_note=found.compile_note,
         check="ok",
-        spread={contestant: timing.to_dict() for contestant, timing in times.items()},
+        spread={name: timing.to_dict() for name, timing in found.times.items()},
     )
 
 
-def _compile_note(compiled: Compiled) -> str:
-    if compiled.first_step is None:
-        return compiled.missing
-    return f"({compiled.first_step:.0f} s{', cached' if compiled.cached else ''})"
-
-
-def _bytes_rows(model: nn.Module, batch: Batch) -> list[Row]:
+def _bytes_rows(model: nn.Module, batch: Batch, check: str) -> list[Row]:
     name = "bytes saved for backward, fp32"
     stock = _saved(model, batch, None)
     return [
-        _bytes_row(name, Goal(0.85, None, True), stock, _saved(model, batch, "auto"), "ok"),
+        _bytes_row(name, Goal(0.85, None, True), stock, _saved(model, batch, "auto"), check),
         _bytes_row(
             f'{name}, memory="low"',
             Goal(0.85, 0.55, True),
@@ -222,8 +202,9 @@ def _bytes_row(name: str, goal: Goal, stock: int, ours: int, check: str) -> Row:
 
 
 def _grid_cells(cases: list[grid.Case], settings: _Settings, begin: Callable[[str], None]) -> Iterator[grid.Cell]:
-    for case in cases:
-        begin(str(case))
+    for i, case in enumerate(cases):
+        if i % len(grid.SHAPES) == 0:
+            begin(f"{case.group} blocks")
         yield grid.measure(case, settings.grid_turns)
 
 
@@ -239,12 +220,12 @@ def _grid_row(cells: list[grid.Cell], training: bool) -> Row:
     if red:
         return Row(title, "ms", goal, check=f"{red[0].case}: {red[0].check}")
     worst = min(ours, key=lambda cell: cell.ratio)
-    name = f"{title}: {worst.case.block} {'x'.join(map(str, worst.case.shape))}"
     eager, fused = (1e3 * worst.times[contestant].median for contestant in ("eager", "fusedres"))
-    return Row(name, "ms", goal, eager=eager, ours=fused, ratio=worst.ratio, check="ok")
+    return Row(title, "ms", goal, eager=eager, ours=fused, ratio=worst.ratio, check="ok")
 
 
 def _print_slow(cells: list[grid.Cell]) -> None:
-    slow = [cell for cell in cells if cell.ratio is not None and cell.ratio < grid.NOT_SLOWER]
-    for cell in sorted(slow, key=lambda cell: cell.ratio):
-        console.print(f"slower than eager: {cell.case}: {cell.ratio:.2f}x")
+    timed = sorted((cell for cell in cells if cell.ratio is not None), key=lambda cell: cell.ratio)
+    slow = [cell for cell in timed if cell.ratio < grid.NOT_SLOWER]
+    for cell in slow or timed[:1]:
+        console.print(f"{'slower than eager' if slow else 'worst block'}: {cell.case}: {cell.ratio:.2f}x")

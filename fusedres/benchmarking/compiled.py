@@ -54,11 +54,9 @@ class CompileBudget:
             return "not asked for"
         left = self._deadline - self._reserve - perf_counter()
         expected = self._scale * _COLD_SECONDS[training]
-        return (
-            None
-            if expected <= left
-            else f"no time for it: about {expected:.0f} s to compile, {max(left, 0):.0f} s left"
-        )
+        if expected <= left:
+            return None
+        return f"no time: needs about {expected:.0f} s of {max(left, 0):.0f} s left"
 
     def spent(self, training: bool, seconds: float) -> None:
         """Learns from a compilation how long the next one will take."""

@@ -54,10 +54,14 @@ class Case:
     training: bool
     autocast: torch.dtype | None = None
 
-    def __str__(self) -> str:
+    @property
+    def group(self) -> str:
+        """The case without its shape."""
         mode = "train" if self.training else "inference"
-        dtype = "fp32" if self.autocast is None else "bf16"
-        return f"{self.block} {'x'.join(map(str, self.shape))} {mode} {dtype}"
+        return f"{self.block} {mode} {'fp32' if self.autocast is None else 'bf16'}"
+
+    def __str__(self) -> str:
+        return f"{self.group} {'x'.join(map(str, self.shape))}"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Whole networks from stock PyTorch modules, fused on request.
 
 Every function takes ``fused=True``, which applies :func:`fusedres.patch` to the network, or ``fused=False`` for the
-stock one. Both have the same parameters and the same ``state_dict`` keys, those of torchvision where it has the network.
+stock one. Both have the same parameters and the same ``state_dict`` keys: torchvision's, where it has the network.
 """
 
 from ..nn.init import init_weights

@@ -64,8 +64,8 @@ def _silu_derivative(z: Tensor, _: float) -> Tensor:
 
 
 def _hardswish_derivative(z: Tensor, _: float) -> Tensor:
-    inner = torch.where(z <= 3, z / 3 + 0.5, torch.ones_like(z))
-    return torch.where(z < -3, torch.zeros_like(z), inner)
+    inner = torch.where(z < 3, z / 3 + 0.5, torch.ones_like(z))
+    return torch.where(z <= -3, torch.zeros_like(z), inner)
 
 
 def _gelu_derivative(z: Tensor, _: float) -> Tensor:
@@ -80,7 +80,7 @@ ACTIVATIONS: dict[str, _Formula] = {
     "relu": _Formula(1, lambda z, _: torch.relu(z), lambda z, _: (~(z <= 0)).to(z.dtype)),
     "relu6": _Formula(2, lambda z, _: F.relu6(z), lambda z, _: (~((z <= 0) | (z >= 6))).to(z.dtype)),
     "leaky_relu": _Formula(
-        3, lambda z, a: F.leaky_relu(z, a), lambda z, a: torch.where(z > 0, 1.0, a).to(z.dtype)
+        3, lambda z, a: F.leaky_relu(z, a), lambda z, a: torch.where(z > 0, torch.ones_like(z), torch.full_like(z, a))
     ),
     "silu": _Formula(4, lambda z, _: F.silu(z), _silu_derivative),
     "hardswish": _Formula(5, lambda z, _: F.hardswish(z), _hardswish_derivative),

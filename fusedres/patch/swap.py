@@ -20,10 +20,7 @@ from torch import nn
 from ..block import Block
 from .codegen import compile_forward
 
-__all__ = ["CACHE", "Site", "Template", "fused_class", "swap", "template_of", "unswap"]
-
-CACHE = "_fusedres_cache"
-"""The attribute under which the engine keeps what it derived from one instance; never copied, never pickled."""
+__all__ = ["Site", "Template", "fused_class", "swap", "template_of", "unswap"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,6 @@ def unswap(module: nn.Module) -> bool:
     if template is None:
         return False
     module.__class__ = template.stock
-    module.__dict__.pop(CACHE, None)
     return True
 
 
@@ -112,18 +108,16 @@ def fused_class(template: Template, names: dict[str, Any]) -> type:
 
 @contextmanager
 def _as_stock(module: nn.Module) -> Iterator[None]:
-    """Inside, ``module`` is of its stock class and has no cache, so that whatever the class defines works on it.
+    """Inside, ``module`` is of its stock class, so that whatever the class defines works on it.
 
     A forward that another thread runs meanwhile is the stock one: the same numbers.
     """
-    fused, cache = type(module), module.__dict__.pop(CACHE, None)
+    fused = type(module)
     module.__class__ = template_of(module).stock
     try:
         yield
     finally:
         module.__class__ = fused
-        if cache is not None:
-            module.__dict__[CACHE] = cache
 
 
 def _like(module: nn.Module, duplicate: Callable[[], Any]) -> Any:
@@ -148,9 +142,6 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
     if function is copyreg.__newobj__:
         # Pickle refuses this one where the class that it is given is not the object's.
         function, arguments = _make(*arguments)
-    if rest:
-        # The state is the live dictionary, to which the cache has returned by the time that it is pickled.
-        rest[0] = _without_cache(rest[0])
     return (function, arguments, *rest)
 
 
@@ -159,12 +150,6 @@ def _make(cls: type, *args: Any) -> tuple[Any, tuple]:
     if not args and cls.__new__ is object.__new__:
         return copyreg._reconstructor, (cls, object, None)
     return partial(cls.__new__, cls, *args), ()
-
-
-def _without_cache(state: Any) -> Any:
-    if isinstance(state, tuple):
-        return tuple(map(_without_cache, state))
-    return {k: v for k, v in state.items() if k != CACHE} if isinstance(state, dict) and CACHE in state else state
 
 
 def _deepcopy(self: nn.Module, memo: dict) -> Any:

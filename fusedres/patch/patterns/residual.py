@@ -44,7 +44,7 @@ def _fuse(view: View, node: fx.Node, addition: Addition, left: Chain, right: Cha
     if addition.in_place and not view.written_by(node) <= set(left.nodes):
         return None, f"it writes into {addition.left.name}, which others may still see"
     reasons = []
-    for region in _candidates(view, node, left, right):
+    for region in _candidates(view, node, left, right, addition.in_place):
         reason = view.problem(region)
         if reason is None:
             return region, ""
@@ -52,26 +52,30 @@ def _fuse(view: View, node: fx.Node, addition: Addition, left: Chain, right: Cha
     return None, reasons[0]
 
 
-def _candidates(view: View, node: fx.Node, left: Chain, right: Chain) -> Iterator[Region]:
+def _candidates(view: View, node: fx.Node, left: Chain, right: Chain, in_place: bool) -> Iterator[Region]:
     """The ways to see the sum as a block, best first: the longer branch, the whole shortcut, the fewest tensors."""
     tail = view.activation_after(node)
     longer, shorter = (left, right) if left.convolutions >= right.convolutions else (right, left)
     for branch, other in ((longer, shorter), (shorter, longer)):
         for part in branch.from_each_convolution():
-            yield from _with_shortcut(part, other, node, tail)
-            yield _with_argument(part, other, node, tail)
+            # ``left += right`` keeps the dtype of its left side, which autocast may have made narrower.
+            keeps_dtype = in_place and branch is left
+            yield from _with_shortcut(part, other, node, tail, keeps_dtype)
+            yield _with_argument(part, other, node, tail, keeps_dtype)
 
 
-def _with_shortcut(branch: Chain, other: Chain, node: fx.Node, tail: Chain) -> Iterator[Region]:
+def _with_shortcut(
+    branch: Chain, other: Chain, node: fx.Node, tail: Chain, in_place: bool
+) -> Iterator[Region]:
     if other.entry is not branch.entry:
         return
     kind = "projection" if other.steps else "identity"
-    block = Block(branch.steps, other.steps, _activation(tail))
+    block = Block(branch.steps, other.steps, _activation(tail), in_place=in_place)
     yield Region(_name(kind), block, branch.entry, (*other.nodes, *branch.nodes, node, *tail.nodes))
 
 
-def _with_argument(branch: Chain, other: Chain, node: fx.Node, tail: Chain) -> Region:
-    block = Block(branch.steps, (), _activation(tail), residual="argument")
+def _with_argument(branch: Chain, other: Chain, node: fx.Node, tail: Chain, in_place: bool) -> Region:
+    block = Block(branch.steps, (), _activation(tail), residual="argument", in_place=in_place)
     return Region(_name("second input"), block, branch.entry, (*branch.nodes, node, *tail.nodes), residual=other.end)
 
 

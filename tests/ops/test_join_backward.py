@@ -1,0 +1,200 @@
+"""The join's two backward passes against stock PyTorch's autograd, with batch statistics and with constants."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fusedres.ops.activations import ACTIVATIONS, Activation
+from fusedres.testing import assert_within_budget, channels_last, contiguous, expanded, rms
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = {"channels_last": channels_last, "contiguous": contiguous}
+RESIDUALS = ("none", "plain", "affine")
+ACTS = [Activation(name, 0.125) for name in ACTIVATIONS]
+KINKS = (-3.0, 0.0, 3.0, 6.0)
+EPS = 1e-5
+relaxed = settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+class Case:
+    """A join with its operands, and the gradients that three implementations give it."""
+
+    def __init__(
+        self, make, shape, dtype, residual: str, act: Activation, training: bool = True, normed: bool = True
+    ) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.act, self.training = act, training
+        self.y, self.grad = make(shape, dtype, 3), make(shape, dtype, 6)
+        self.residual = None if residual == "none" else make(shape, dtype, 4)
+        vectors = torch.randn(2, 2, shape[1], generator=generator)
+        self.norm = (vectors[0, 0] + 1.5, vectors[0, 1]) if normed else None
+        self.side = (vectors[1, 0] + 1.5, vectors[1, 1]) if residual == "affine" else None
+        self._leave_the_kinks()
+
+    def _leave_the_kinks(self) -> None:
+        """Moves values away from where two right answers have different gradients."""
+        for _ in range(20):
+            z = self._argument(self.y.double(), None if self.residual is None else self.residual.double())
+            near = torch.stack([(z - kink).abs() < 0.04 for kink in KINKS]).any(0)
+            if not near.any():
+                return
+            self.y[near] += 0.4
+        raise AssertionError("some values stay at the kinks")
+
+    def _argument(self, y: Tensor, residual: Tensor | None, leaves: list[Tensor] | None = None) -> Tensor:
+        def normalised(x: Tensor, norm: tuple[Tensor, Tensor] | None) -> Tensor:
+            if norm is None:
+                return x
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            gamma, beta = (t.to(dtype).requires_grad_(leaves is not None) for t in norm)
+            if leaves is not None:
+                leaves.extend((gamma, beta))
+            if self.training:
+                return F.batch_norm(x, None, None, gamma, beta, True, 0.0, EPS)
+            constants = torch.zeros_like(gamma), torch.ones_like(gamma)
+            return F.batch_norm(x, *constants, gamma, beta, False, 0.0, EPS)
+
+        z = normalised(y, self.norm)
+        return z if residual is None else z + normalised(residual, self.side)
+
+    def autograd(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """``[dy, dresidual, dgamma, dbeta, ...]`` by stock PyTorch."""
+        leaves = [t.to(dtype or t.dtype).detach().requires_grad_() for t in (self.y, self.residual) if t is not None]
+        vectors: list[Tensor] = []
+        z = self._argument(leaves[0], leaves[1] if len(leaves) > 1 else None, vectors)
+        out = self.act(z)
+        return list(torch.autograd.grad(out, leaves + vectors, self.grad.to(out.dtype)))
+
+    def rows(self, x: Tensor, norm: tuple[Tensor, Tensor] | None) -> Tensor | None:
+        if norm is None:
+            return None
+        if self.training:
+            stats = torch.ops.fusedres.bn_stats(x)
+            return torch.ops.fusedres.bn_norm(stats, x.numel() / x.shape[1], *norm, None, None, 0.0, EPS)
+        constants = torch.zeros_like(norm[0]), torch.ones_like(norm[0])
+        return torch.ops.fusedres.bn_norm(None, 1.0, *norm, *constants, 0.0, EPS)
+
+    def operands(self) -> tuple:
+        side = None if self.residual is None else self.rows(self.residual, self.side)
+        return (self.grad, self.y, self.rows(self.y, self.norm), self.residual, side, self.act.code, self.act.param)
+
+    def kernels(self, suffix: str = "_cpu") -> list[Tensor]:
+        """The same list from our two passes."""
+        args = self.operands()
+        main, side = args[2], args[4]
+        sums, _ = getattr(torch.ops.fusedres, f"join_backward_reduce{suffix}")(*args, False)
+        count = self.y.numel() / self.y.shape[1]
+        flags = main is not None and self.training, side is not None and self.training, True
+        dy, dresidual = getattr(torch.ops.fusedres, f"join_backward_apply{suffix}")(*args, sums, count, *flags)
+        found = [dy] if self.residual is None else [dy, dresidual]
+        for rows, row in ((main, 1), (side, 2)):
+            if rows is not None:
+                found += [sums[row] * rows[1], sums[0]]
+        return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False], ids=["batch statistics", "constants"])
+def test_against_float64(isa, layout, dtype, training):
+    for residual, act in itertools.product(RESIDUALS, ACTS):
+        case = Case(LAYOUTS[layout], (2, 37, 7, 5), dtype, residual, act, training)
+        for i, tensors in enumerate(zip(case.kernels(), case.autograd(), case.autograd(torch.float64))):
+            # A vector is a sum of numbers that cancel: one rounding of those is always allowed.
+            scale = None if tensors[0].dim() == 4 else rms(case.grad) * (case.y.numel() / 37) ** 0.5
+            assert_within_budget(*tensors, f"{residual} {act} gradient {i}", scale=scale)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_without_a_norm(isa, layout, residual):
+    case = Case(LAYOUTS[layout], (2, 21, 4, 5), torch.float32, residual, Activation("relu"), normed=False)
+    for tensors in zip(case.kernels(), case.autograd(), case.autograd(torch.float64)):
+        assert_within_budget(*tensors, scale=rms(case.grad) * 40**0.5 if tensors[0].dim() == 1 else None)
+
+
+def close_to_reference(case: Case) -> None:
+    for ours, reference in zip(case.kernels(), case.kernels("")):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_remainder_of_channels(isa, layout):
+    for channels in range(1, 68):
+        close_to_reference(Case(LAYOUTS[layout], (2, channels, 3, 3), torch.float32, "affine", Activation("silu")))
+
+
+@relaxed
+@given(
+    n=st.integers(1, 3),
+    c=st.integers(1, 70),
+    h=st.integers(2, 17),
+    w=st.integers(1, 17),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    residual=st.sampled_from(RESIDUALS),
+    act=st.sampled_from([act for act in ACTS if act.name in ("identity", "silu", "gelu")]),
+)
+def test_any_shape(n, c, h, w, layout, residual, act):
+    close_to_reference(Case(LAYOUTS[layout], (n, c, h, w), torch.float32, residual, act))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_emitted_value_is_the_forwards(isa, layout, dtype, residual):
+    args = Case(LAYOUTS[layout], (2, 21, 4, 5), dtype, residual, Activation("hardswish")).operands()
+    _, value = torch.ops.fusedres.join_backward_reduce_cpu(*args, True)
+    assert torch.equal(value, torch.ops.fusedres.join_cpu(*args[1:]))
+
+
+@pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu", "hardswish"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_gradients_travel_as_in_stock(isa, act, value):
+    case = Case(channels_last, (1, 19, 3, 4), torch.float32, "plain", Activation(act, 0.125), training=False)
+    case.grad[0, 3] = value
+    for ours, expected in zip(case.kernels()[:2], case.autograd()[:2]):
+        torch.testing.assert_close(ours, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])  # stock's hardswish has two answers itself
+def test_gradients_of_nan_values_are_those_of_stock(isa, act):
+    case = Case(channels_last, (1, 19, 3, 4), torch.float32, "plain", Activation(act, 0.125), training=False)
+    case.y[0, 3, 1] = float("nan")
+    for ours, expected in zip(case.kernels()[:2], case.autograd()[:2]):
+        assert torch.equal(ours.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bitwise_the_same_for_any_number_of_threads(layout, threads):
+    case = Case(LAYOUTS[layout], (3, 48, 33, 33), torch.bfloat16, "affine", Activation("silu"))
+    for one, two in zip(threads(1, case.kernels), threads(2, case.kernels)):
+        assert torch.equal(one, two)
+
+
+def test_wrong_input_raises():
+    case = Case(channels_last, (2, 5, 4, 3), torch.float32, "plain", Activation("relu"))
+    _, *rest = case.operands()
+    with pytest.raises(RuntimeError, match="grad"):
+        torch.ops.fusedres.join_backward_reduce_cpu(case.grad[:1], *rest, False)
+    with pytest.raises(RuntimeError, match="dense"):
+        torch.ops.fusedres.join_backward_reduce_cpu(expanded(case.y.shape), *rest, False)
+    with pytest.raises(RuntimeError, match="need the sums"):
+        torch.ops.fusedres.join_backward_apply_cpu(case.grad, *rest, None, 1.0, True, False, True)
+
+
+@pytest.mark.parametrize("suffix", ["", "_cpu"])
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("emit", [True, False])
+def test_opcheck(suffix, residual, emit):
+    args = Case(channels_last, (2, 5, 4, 3), torch.float32, residual, Activation("silu")).operands()
+    reduce = getattr(torch.ops.fusedres, f"join_backward_reduce{suffix}").default
+    apply = getattr(torch.ops.fusedres, f"join_backward_apply{suffix}").default
+    torch.library.opcheck(reduce, (*args, emit))
+    torch.library.opcheck(apply, (*args, reduce(*args, False)[0], 24.0, True, residual == "affine", emit))
