@@ -70,6 +70,14 @@ class Block:
     residual: str = "input"
     in_place: bool = False
 
+    def __post_init__(self) -> None:
+        # Blocks are looked up in every call.
+        parts = (self.branch, self.shortcut, self.act, self.residual, self.in_place)
+        object.__setattr__(self, "_hash", hash(parts))
+
+    def __hash__(self) -> int:
+        return self._hash
+
 
 class _LinkPlan(NamedTuple):
     """A :class:`~fusedres.engine.Link` with the modules' paths, split, in the place of operands."""

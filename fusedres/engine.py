@@ -24,7 +24,7 @@ from .ops.activations import IDENTITY, Activation
 from .ops.conv import ConvGeometry, adds_pointwise_dgrad, conv_backward, conv_fprop, pointwise_dgrad_add_
 from .ops.conv_affine_act import FoldedConv, fold
 from .ops.conv_wgrad import fuses_wgrad
-from .select import kernels
+from .select import backend_for, kernels
 
 __all__ = ["ConvSlot", "IDENTITY_SHORTCUT", "Link", "NormSlot", "Program", "execute", "execute_stock"]
 
@@ -108,7 +108,8 @@ def execute(
         tensors: the operands of the program's slots.
         folded: where folded and packed weights are kept between inference calls.
     """
-    if x.numel() == 0 or torch.compiler.is_compiling():
+    stock = backend_for(x.device, _compute_dtype(x), program.backend) == "stock"
+    if stock or x.numel() == 0 or torch.compiler.is_compiling():
         return execute_stock(program, x, residual, tensors)
     if program.constant and not _needs_gradient(x, residual, tensors):
         return _infer(program, x, residual, tensors, {} if folded is None else folded)
@@ -390,11 +391,12 @@ class _Backward:
         sums, value = None, None
         if training or side_training or emit or self._sums_needed(chain, index) or self._side_sums_needed(side_chain):
             sums, value = self.k.join_backward_reduce(*operands, emit)
-            self._affine(norm, rows, sums, 1)
-            self._bias(chain, index, rows, sums, None)
+            each = sums.unbind(0)
+            self._affine(norm, each, 1)
+            self._bias(chain, index, rows, each[0], None)
             if side_chain is not None:
-                self._affine(side_norm, side_rows, sums, 2)
-                self._bias(side_chain, len(side_chain) - 1, side_rows, sums, None)
+                self._affine(side_norm, each, 2)
+                self._bias(side_chain, len(side_chain) - 1, side_rows, each[0], None)
         count = float(y.numel() // y.shape[1])
         grad_y, grad_side = self.k.join_backward_apply(
             *operands, sums, count, training, side_training, residual is not None and needs_side
@@ -410,19 +412,20 @@ class _Backward:
     def _side_sums_needed(self, chain: tuple[Link, ...] | None) -> bool:
         return chain is not None and self._sums_needed(chain, len(chain) - 1)
 
-    def _affine(self, norm: NormSlot | None, rows: Tensor | None, sums: Tensor, row: int) -> None:
-        """dgamma = rstd sum g (y - mean) and dbeta = sum g."""
+    def _affine(self, norm: NormSlot | None, sums: tuple[Tensor, ...], row: int) -> None:
         if norm is None:
             return
         if self.needs[norm.first]:
-            self.grads[norm.first] = sums[row] * rows[1]
+            self.grads[norm.first] = sums[row]
         if self.needs[norm.first + 1]:
-            self.grads[norm.first + 1] = sums[0].clone()
+            self.grads[norm.first + 1] = sums[0] if row == 1 else sums[0].clone()
 
     def _bias(
-        self, chain: tuple[Link, ...], index: int, rows: Tensor | None, sums: Tensor | None, grad: Tensor | None
+        self, chain: tuple[Link, ...], index: int, rows: Tensor | None, total: Tensor | None, grad: Tensor | None
     ) -> None:
-        """The gradient of the bias of the convolution that made raw tensor ``index``, from sums that are there already.
+        """The gradient of the bias of the convolution that made raw tensor ``index``.
+
+        From the sum of the gradient behind the norm, which is there already, or from the raw tensor's gradient.
 
         A norm with batch statistics takes any constant out again, so its gradient is exactly zero.
         """
@@ -431,9 +434,9 @@ class _Backward:
             return
         norm = chain[index].norm
         if norm is None:
-            total = grad.sum((0, 2, 3)) if sums is None else sums[0].clone()
+            total = grad.sum((0, 2, 3)) if total is None else total.clone()
         else:
-            total = torch.zeros_like(sums[0]) if norm.batch_statistics else sums[0] * rows[2]
+            total = torch.zeros_like(total) if norm.batch_statistics else total * rows[2]
         self.grads[conv.first + 1] = total
 
     # -- a chain of convolutions ---------------------------------------------------------------------------------

@@ -191,11 +191,11 @@ def _cpu_backend(isa: str, problem: str | None) -> Backend:
 
 
 def _cuda_backend() -> Backend:
-    reason = _cuda_missing()
+    reason = cuda_missing()
     return Backend("cuda", reason is None, reason or f"compiled kernels for {_build_record()['archs']}")
 
 
-def _cuda_missing() -> str | None:
+def cuda_missing() -> str | None:
     record = _build_record()
     if torch.version.cuda is None:
         return "torch was built without CUDA"

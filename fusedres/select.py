@@ -1,8 +1,7 @@
 """Which backend runs an op: predicates that answer yes, or no with the reason in words, and the one choice.
 
 A forced backend comes first (:func:`use_backend`, or the ``backend=`` of a call), then the fastest backend whose
-predicate says yes, then the reference. Layout is no part of the question: the engine brings every tensor to a dense
-layout before it asks.
+predicate says yes. Layout is no part of the question: the engine brings every tensor to a dense layout before it asks.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from .ops.registry import OPS
 
 __all__ = ["BACKENDS", "backend_for", "forced_backend", "kernels", "use_backend", "why_not"]
 
-_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _forced = threading.local()
 
@@ -28,17 +27,40 @@ _forced = threading.local()
 def _cpu_refuses(device_type: str, dtype: torch.dtype) -> str | None:
     if device_type != "cpu":
         return f"the tensor is on {device_type}"
-    if dtype not in _CPU_DTYPES:
+    if dtype not in _DTYPES:
         return f"the CPU kernels take float32, bfloat16 and float16, not {dtype}"
     return env.library_missing()
+
+
+def _cuda_refuses(device_type: str, dtype: torch.dtype) -> str | None:
+    if device_type != "cuda":
+        return f"the tensor is on {device_type}"
+    if dtype not in _DTYPES:
+        return f"the CUDA kernels take float32, bfloat16 and float16, not {dtype}"
+    return env.cuda_missing()
+
+
+def _stock_refuses(device_type: str, dtype: torch.dtype) -> str | None:
+    return None
 
 
 def _reference_refuses(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-# Fastest first. Each predicate answers None for yes, or why it cannot.
-BACKENDS = {"cpu": _cpu_refuses, "reference": _reference_refuses}
+# Each predicate answers None for yes, or why it cannot. ``stock`` is the block in PyTorch's own ops, ``reference`` the
+# fused formulas in plain PyTorch: less memory, more passes.
+BACKENDS = {
+    "cpu": _cpu_refuses,
+    "cuda": _cuda_refuses,
+    "stock": _stock_refuses,
+    "reference": _reference_refuses,
+}
+
+# What "auto" goes through, fastest first. The CUDA backend has one kernel so far, and what surrounds it would make a
+# block slower than stock: it runs when it is asked for.
+_AUTOMATIC = {"cpu": ("cpu", "reference")}
+_AUTOMATIC_ELSEWHERE = ("stock",)
 
 
 def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -91,7 +113,8 @@ def _resolve(device_type: str, dtype: torch.dtype, forced: str) -> str:
         if reason is not None:
             raise RuntimeError(f"backend {forced!r} was asked for, but {reason}")
         return forced
-    return next(name for name in BACKENDS if why_not(name, device_type, dtype) is None)
+    names = _AUTOMATIC.get(device_type, _AUTOMATIC_ELSEWHERE)
+    return next(name for name in names if why_not(name, device_type, dtype) is None)
 
 
 def kernels(device_type: str, dtype: torch.dtype, forced: str = "auto") -> SimpleNamespace:

@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> join_backward_reduce_cpu(const Tensor& grad, const Te
   const auto run = FR_FOR_ACTIVE_ISA(join_reduce_range);
   parallel_over(args.parts, y.numel() / args.parts, [&](int64_t begin, int64_t end) { run(args, begin, end); });
 
-  const JoinReduceMergeArgs merge{args.channels, args.parts, args.sums, out.mutable_data_ptr<float>()};
+  const JoinReduceMergeArgs merge{args.channels, args.parts, args.sums, operands.main.rstd(), operands.side.rstd(), out.mutable_data_ptr<float>()};
   const auto run_merge = FR_FOR_ACTIVE_ISA(join_reduce_merge_range);
   parallel_over(args.channels, args.parts, [&](int64_t begin, int64_t end) { run_merge(merge, begin, end); });
   return {out, emitted};
@@ -77,14 +77,14 @@ std::tuple<Tensor, Tensor> join_backward_reduce_cpu(const Tensor& grad, const Te
 // constants.
 class StatsTerms {
  public:
-  // Row 0 of `sums` is sum g, row `product_row` is sum g (y - mean).
-  StatsTerms(const NormRows& norm, const float* sums, int product_row, double count, int64_t channels, bool training)
+  // Row 0 of `sums` is dbeta, row `dgamma_row` is dgamma.
+  StatsTerms(const NormRows& norm, const float* sums, int dgamma_row, double count, int64_t channels, bool training)
       : terms_(2 * channels, 0.f), channels_(channels) {
     if (!training) return;
     for (int64_t c = 0; c < channels; ++c) {
       const double share = static_cast<double>(norm.scale()[c]) / count;
       const double rstd = norm.rstd()[c];
-      terms_[c] = static_cast<float>(-share * rstd * rstd * sums[product_row * channels + c]);
+      terms_[c] = static_cast<float>(-share * rstd * sums[dgamma_row * channels + c]);
       terms_[channels + c] = static_cast<float>(-share * sums[c]);
     }
   }

@@ -38,7 +38,8 @@ struct JoinReduceMergeArgs {
   int64_t channels;
   int64_t parts;
   const float* sums;  // [kReduceSums, parts, channels]
-  float* out;         // [kReduceSums, channels]
+  const float *rstd, *res_rstd;
+  float* out;  // [kReduceSums, channels]: sum g, rstd sum g (y - mean), res_rstd sum g (r - res_mean)
 };
 
 // dy = scale g + slope (y - mean) + offset, and the same for the residual.

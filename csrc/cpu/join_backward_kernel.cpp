@@ -150,7 +150,8 @@ void join_reduce_merge_range(const JoinReduceMergeArgs& a, int64_t begin, int64_
       double total = 0;
       for (int64_t part = 0; part < a.parts; ++part)
         total += static_cast<double>(a.sums[(s * a.parts + part) * a.channels + c]);
-      a.out[s * a.channels + c] = static_cast<float>(total);
+      const double scale = s == 0 ? 1.0 : s == 1 ? a.rstd[c] : a.res_rstd[c];
+      a.out[s * a.channels + c] = static_cast<float>(scale * total);
     }
 }
 

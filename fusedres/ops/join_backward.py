@@ -5,8 +5,9 @@ With :math:`z` the activation's argument, recomputed from what the forward read,
 :mod:`fusedres.ops.bn_norm`)
 
 .. math::
-    dy = scale \\Big( g - \\frac{\\sum g}{n} - (y - mean)\\, rstd^2 \\frac{\\sum g (y - mean)}{n} \\Big)
-    \\qquad dgamma = rstd \\sum g (y - mean) \\qquad dbeta = \\sum g
+    \\hat y = (y - mean)\\, rstd \\qquad dgamma = \\sum g \\hat y \\qquad dbeta = \\sum g
+
+    dy = scale \\Big( g - \\frac{dbeta}{n} - \\hat y \\, \\frac{dgamma}{n} \\Big)
 
 and :math:`dy = scale \\cdot g` where its statistics are constants. The residual's gradient is ``g`` itself, or the same
 formula with the residual's norm; it is written in the pass that has ``g`` in registers.
@@ -42,8 +43,9 @@ def _masked_gradient(
     return z, torch.where(slope == 0, 0.0, grad.to(z.dtype) * slope)
 
 
-def _deviation(x: Tensor, norm: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if norm is None else x.to(dtype) - norm[0, :, None, None]
+def _normalised(x: Tensor, norm: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(x - mean) rstd, or x without a norm."""
+    return x.to(dtype) if norm is None else (x.to(dtype) - norm[0, :, None, None]) * norm[1, :, None, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,9 +66,9 @@ def _reduce_reference(
     z, g = _masked_gradient(grad, y, norm, residual, res_norm, act, act_param)
     sums = g.new_zeros((3, y.shape[1]))
     sums[0] = g.sum((0, 2, 3))
-    sums[1] = (g * _deviation(y, norm, g.dtype)).sum((0, 2, 3))
+    sums[1] = (g * _normalised(y, norm, g.dtype)).sum((0, 2, 3))
     if residual is not None and res_norm is not None:
-        sums[2] = (g * _deviation(residual, res_norm, g.dtype)).sum((0, 2, 3))
+        sums[2] = (g * _normalised(residual, res_norm, g.dtype)).sum((0, 2, 3))
     if not emit:
         return sums, y.new_empty(0)
     return sums, torch.empty_like(y).copy_(BY_CODE[act].forward(z, act_param))
@@ -93,8 +95,7 @@ JOIN_BACKWARD_REDUCE = declare(
     fake=_reduce_fake,
     kernels=("cpu",),
 )
-"""Rows ``sum g``, ``sum g (y - mean)`` and ``sum g (residual - res_mean)`` (zero without a residual norm), shape
-``[3, C]``, and with ``emit`` the forward's ``act(z)``, recomputed in the same pass for the weight gradient that needs
+"""Rows ``dbeta``, ``dgamma`` and the residual norm's ``dgamma`` (zero without one), shape ``[3, C]``, and with ``emit`` the forward's ``act(z)``, recomputed in the same pass for the weight gradient that needs
 it next."""
 
 
@@ -112,8 +113,8 @@ def _input_gradient(
     if not training:
         return scale * g
     assert sums is not None
-    slope = (norm[1].square() * sums[row] / count)[:, None, None]
-    return scale * (g - (sums[0] / count)[:, None, None] - _deviation(x, norm, g.dtype) * slope)
+    offset, slope = sums[0] / count, sums[row] / count
+    return scale * (g - offset[:, None, None] - _normalised(x, norm, g.dtype) * slope[:, None, None])
 
 
 def _apply_reference(

@@ -96,7 +96,7 @@ class Case:
         found = [dy] if self.residual is None else [dy, dresidual]
         for rows, row in ((main, 1), (side, 2)):
             if rows is not None:
-                found += [sums[row] * rows[1], sums[0]]
+                found += [sums[row], sums[0]]
         return found
 
 
