@@ -24,7 +24,7 @@ from .ops.activations import IDENTITY, Activation
 from .ops.conv import ConvGeometry, adds_pointwise_dgrad, conv_backward, conv_fprop, pointwise_dgrad_add_
 from .ops.conv_affine_act import FoldedConv, fold
 from .ops.conv_wgrad import fuses_wgrad
-from .select import backend_for, kernels
+from .select import backend_for, kernels, too_small
 
 __all__ = ["ConvSlot", "IDENTITY_SHORTCUT", "Link", "NormSlot", "Program", "execute", "execute_stock"]
 
@@ -109,9 +109,11 @@ def execute(
         folded: where folded and packed weights are kept between inference calls.
     """
     stock = backend_for(x.device, _compute_dtype(x), program.backend) == "stock"
-    if stock or x.numel() == 0 or torch.compiler.is_compiling():
+    inference = program.constant and not _needs_gradient(x, residual, tensors)
+    small = program.memory != "low" and too_small(x, "inference" if inference else "training", program.backend)
+    if stock or small or x.numel() == 0 or torch.compiler.is_compiling():
         return execute_stock(program, x, residual, tensors)
-    if program.constant and not _needs_gradient(x, residual, tensors):
+    if inference:
         return _infer(program, x, residual, tensors, {} if folded is None else folded)
     return BlockFunction.apply(program, x, residual, *tensors)
 
@@ -216,6 +218,12 @@ def _recomputes(chain: tuple[Link, ...], memory: str, tensors: Operands) -> bool
     return tuple(tensors[chain[-2].conv.first].shape[2:]) == (1, 1)
 
 
+def _only_adds(program: Program) -> bool:
+    """Whether at most an addition follows the chains, so that backward reads nothing of what they made."""
+    chains = (program.branch,) if program.shortcut is None else (program.branch, program.shortcut)
+    return program.act == IDENTITY and all(chain[-1].plain for chain in chains)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training: one autograd node for the block
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,7 +305,7 @@ def _save(
         if chain is None:
             continue
         inner = [raw.tensor for raw in raws[1:]]
-        if _recomputes(chain, program.memory, tensors):
+        if inner and (_only_adds(program) or _recomputes(chain, program.memory, tensors)):
             inner[-1] = None
         kept += [*inner, *(raw.rows for raw in raws)]
     ctx.program = program
@@ -344,7 +352,7 @@ class _Backward:
         rows = self._rest[inner : 2 * inner + 1]
         self._rest = self._rest[2 * inner + 1 :]
         raws = [Raw(t, r) for t, r in zip(tensors, rows)]
-        if raws[-1].tensor is None:
+        if raws[-1].tensor is None and not _only_adds(self.program):
             raws[-1] = Raw(_convolve(chain[-2], raws[-2], self.tensors, self.k), rows[-1])
         return raws
 
@@ -356,16 +364,20 @@ class _Backward:
 
     def _join(self, grad: Tensor, main: Raw, side: Raw | None, needs_side: bool) -> tuple[Tensor, Tensor | None]:
         chain, shortcut = self.program.branch, self.program.shortcut
+        if _only_adds(self.program):
+            return self._addition(_dense(grad), needs_side)
         act = chain[-1].act if shortcut is None else self.program.act
         y, residual = _aligned(main.tensor, None if side is None else side.tensor)
-        if shortcut is None and chain[-1].norm is None and act == IDENTITY:
-            grad = _like(grad, y)
-            self._bias(chain, len(chain) - 1, None, None, grad)
-            return grad, None
         grad_y, grad_side, _ = self._pending(
             chain, len(chain) - 1, y, main.rows, grad, act, False, residual, side, needs_side
         )
         return grad_y, grad_side
+
+    def _addition(self, grad: Tensor, needs_side: bool) -> tuple[Tensor, Tensor | None]:
+        for chain in (self.program.branch, self.program.shortcut or IDENTITY_SHORTCUT):
+            self._bias(chain, len(chain) - 1, None, None, grad)
+        # An identity shortcut's gradient is added to in place.
+        return grad, grad.clone() if needs_side else None
 
     def _pending(
         self,

@@ -17,7 +17,16 @@ import torch
 from . import env
 from .ops.registry import OPS
 
-__all__ = ["BACKENDS", "backend_for", "forced_backend", "kernels", "use_backend", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "FEWEST_ELEMENTS",
+    "backend_for",
+    "forced_backend",
+    "kernels",
+    "too_small",
+    "use_backend",
+    "why_not",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,6 +70,19 @@ BACKENDS = {
 # block slower than stock: it runs when it is asked for.
 _AUTOMATIC = {"cpu": ("cpu", "reference")}
 _AUTOMATIC_ELSEWHERE = ("stock",)
+
+
+# Elements of the input below which a block runs as stock: what its passes save there is less than what one more call
+# from Python costs. Measured on two cores; see ``python -m fusedres bench``.
+FEWEST_ELEMENTS = {"training": 2**18, "inference": 2**14}
+
+
+def too_small(x: torch.Tensor, mode: str, forced: str = "auto") -> bool:
+    """Whether a block with this input is faster as stock in ``mode``, ``"training"`` or ``"inference"``.
+
+    A forced backend is never second-guessed.
+    """
+    return x.numel() < FEWEST_ELEMENTS[mode] and forced == "auto" and forced_backend() == "auto"
 
 
 def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:

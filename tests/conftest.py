@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils import deterministic
 
-from fusedres import env
+from fusedres import env, select
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +31,13 @@ def poisoned_memory() -> Iterator[None]:
 def seeded() -> None:
     """Modules that a test builds start from the same numbers in every run and order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_too_small(monkeypatch) -> None:
+    """Fused kernels run at the sizes of tests, where a user's call would run as stock."""
+    for mode in select.FEWEST_ELEMENTS:
+        monkeypatch.setitem(select.FEWEST_ELEMENTS, mode, 0)
 
 
 INSTRUCTION_SETS = list(torch.ops.fusedres.cpu_isas()) if env.library_missing() is None else []

@@ -39,7 +39,15 @@ BLOCKS: dict[str, Callable[[int], nn.Module]] = {
     "bottleneck": lambda channels: Bottleneck(channels, channels // Bottleneck.expansion, 1, None, 1, 64),
 }
 
-SHAPES = ((1, 64, 7, 7), (1, 64, 56, 56), (1, 512, 7, 7), (2, 128, 28, 28), (8, 256, 14, 14), (8, 64, 56, 56))
+SHAPES = (
+    (1, 64, 7, 7),
+    (1, 512, 7, 7),
+    (1, 64, 56, 56),
+    (2, 128, 28, 28),
+    (8, 256, 14, 14),
+    (8, 64, 56, 56),
+    (32, 16, 32, 32),
+)
 
 NOT_SLOWER = 0.97
 """The ratio over eager below which a block counts as slower."""

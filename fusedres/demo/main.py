@@ -154,8 +154,8 @@ def _print_agreement(comparisons: dict[Workload, Comparison]) -> None:
     ]
     head = ("agreement with float64", "what", "tensors", "error of stock", "error of fusedres", "of its budget", "")
     caption = (
-        "Errors relative to the tensor, the median over the tensors. Budget: twice the error of stock; the share is that "
-        "of the worst tensor.\nGradients in bf16 of a deep network that was never trained are mostly rounding, in stock too."
+        "Relative errors, medians over the tensors. Budget: twice the error of stock; share: the worst tensor's.\n"
+        "The bf16 gradients of a deep network that was never trained are mostly rounding, in stock too."
     )
     console.print(make_table("", head, rows, caption))
 

@@ -16,6 +16,7 @@ from fusedres.ops import ConvParams, NormParams
 from fusedres.ops.activations import ACTIVATIONS, activation
 from fusedres.testing import channels_last, compare, contiguous, expanded, sliced, transposed
 
+# Narrow dtypes with a smooth activation: for a kink they need more values than these (tests/test_engine.py has them).
 RUNS = {
     "float32": {},
     "bfloat16": {"dtype": torch.bfloat16},
@@ -87,7 +88,8 @@ def per_channel(v: Tensor) -> Tensor:
 
 
 def stock_conv_affine_act(m, x, residual=None, *, training, act="relu", **conv):
-    y = per_channel(m.gamma) * F.conv2d(x, m.weight, None, **conv) + per_channel(m.beta)
+    y = F.conv2d(x, m.weight, None, **conv)
+    y = (per_channel(m.gamma) * y + per_channel(m.beta)).to(y.dtype)
     return activation(act)(added(y, residual))
 
 
@@ -128,7 +130,7 @@ def inputs_of(name: str, residual: bool, make=channels_last, size: int = 12) -> 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_against_float64(name, residual, mode, run):
-    stock = module(name).train(mode == "train")
+    stock = module(name, act="relu" if run == "float32" else "silu").train(mode == "train")
     compare(stock, fuse, inputs_of(name, residual), backward=mode != "infer", **RUNS[run]).check()
 
 
@@ -152,7 +154,7 @@ def test_gradcheck_in_float64(name):
     stock = module(name, act="silu").double().train()
     x, residual = inputs_of(name, True, size=3)(0)
     x, residual = x[:2].double().requires_grad_(), residual[:2].double().requires_grad_()
-    parameters = {n: p for n, p in stock.named_parameters()}
+    parameters = dict(stock.named_parameters())
     names = ["gamma", "beta", *(["weight", "bias"] if name in ("conv_bn_act", "bn_act_conv") else [])]
     stock.fuses = True
 
@@ -342,7 +344,7 @@ def test_residual_block_without_addition():
 
 def good() -> dict[str, Tensor | None]:
     m = module("conv_bn_act")
-    keys = "x weight bias gamma beta running_mean running_var".split()
+    keys = ["x", "weight", "bias", "gamma", "beta", "running_mean", "running_var"]
     return dict(zip(keys, (channels_last((2, C, 6, 6)), m.weight, m.bias, *m.norm)))
 
 
@@ -374,7 +376,7 @@ BAD = {
     "weight of another dtype": (
         {"weight": torch.zeros(K, C, 3, 3, dtype=torch.bfloat16)},
         TypeError,
-        r"weight of shape \(32, 24, 3, 3\) is torch.bfloat16, expected torch.float32 beside x of shape .* torch.float32",
+        r"weight of shape \(32, 24, 3, 3\) is torch.bfloat16, expected torch.float32 beside x of shape",
     ),
     "weight on another device": (
         {"weight": torch.zeros(K, C, 3, 3, device="meta")},
