@@ -7,11 +7,10 @@ code; :func:`run` binds it to a module's parameters as they are at that moment a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple, Union
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from .engine import IDENTITY_SHORTCUT, ConvSlot, Link, NormSlot, Program, execute, execute_stock
@@ -105,7 +104,7 @@ def unsupported(block: Block) -> str | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def link_plans(block: Block) -> _Plan:
     """The steps grouped into links; raises :class:`UnsupportedBlock` where the engine cannot express them."""
     if block.shortcut is None:
@@ -219,9 +218,7 @@ def _call_modules(block: Block, root: nn.Module, x: Tensor, residual: Tensor | N
 
 def _check_ours(module: nn.Module, kind: type[nn.Module]) -> None:
     """Raises :class:`_NotOurs` unless calling ``module`` is nothing but ``kind``'s forward on its own parameters."""
-    hooked = (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     if hooked or type(module).forward is not kind.forward or "weight" not in module._parameters:
         raise _NotOurs
 

@@ -12,13 +12,13 @@ activation behind their sum. Every op here comes from :func:`fusedres.select.ker
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Sequence, Union
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .ops.activations import IDENTITY, Activation
 from .ops.conv import ConvGeometry, adds_pointwise_dgrad, conv_backward, conv_fprop, pointwise_dgrad_add_
@@ -26,7 +26,7 @@ from .ops.conv_affine_act import FoldedConv, fold
 from .ops.conv_wgrad import fuses_wgrad
 from .select import backend_for, kernels, too_small
 
-__all__ = ["ConvSlot", "IDENTITY_SHORTCUT", "Link", "NormSlot", "Program", "execute", "execute_stock"]
+__all__ = ["IDENTITY_SHORTCUT", "ConvSlot", "Link", "NormSlot", "Program", "execute", "execute_stock"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ class Link(NamedTuple):
 
 IDENTITY_SHORTCUT = (Link(None, IDENTITY, None),)
 
-Operands = Sequence[Union[Tensor, None]]
+Operands = Sequence[Tensor | None]
 
 
 class Program(NamedTuple):
@@ -255,8 +255,12 @@ class BlockFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # only with create_graph=True; a gradient that looks constant would be wrong
+            raise RuntimeError(
+                "a fused block is differentiable once; where second derivatives are wanted (create_graph=True), run it "
+                "under fusedres.use_backend('stock')"
+            )
         return _Backward(ctx).run(grad)
 
 
@@ -474,9 +478,7 @@ class _Backward:
     def _norm_needed(self, link: Link) -> bool:
         return link.norm is not None and (self.needs[link.norm.first] or self.needs[link.norm.first + 1])
 
-    def _link(
-        self, chain: tuple[Link, ...], index: int, raw: Raw, grad: Tensor, needed: bool
-    ) -> Tensor | None:
+    def _link(self, chain: tuple[Link, ...], index: int, raw: Raw, grad: Tensor, needed: bool) -> Tensor | None:
         """Backward of ``conv(act(norm(raw)))``: sets the weight's gradient, returns that of ``raw`` if needed."""
         link = chain[index]
         conv, weight = link.conv, self.tensors[link.conv.first]

@@ -7,10 +7,10 @@ predicate says yes. Layout is no part of the question: the engine brings every t
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from types import SimpleNamespace
-from typing import Iterator
 
 import torch
 
@@ -128,7 +128,7 @@ def backend_for(device: torch.device | str, dtype: torch.dtype, forced: str = "a
     return _resolve(device_type, dtype, name)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _resolve(device_type: str, dtype: torch.dtype, forced: str) -> str:
     if forced != "auto":
         reason = why_not(forced, device_type, dtype)
@@ -150,7 +150,7 @@ def kernels(device_type: str, dtype: torch.dtype, forced: str = "auto") -> Simpl
     return _kernels(device_type, dtype, forced if forced != "auto" else forced_backend())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernels(device_type: str, dtype: torch.dtype, forced: str) -> SimpleNamespace:
     backend = _resolve(device_type, dtype, forced)
     chosen = {name: op.overload(backend if backend in op.kernels else "reference") for name, op in OPS.items()}

@@ -184,6 +184,7 @@ def compare(
     autocast: torch.dtype | None = None,
     cotangent: Callable[[Tensor], Tensor] | None = None,
     backward: bool = True,
+    input_gradients: bool = True,
 ) -> Comparison:
     """Runs a stock module and its fused form against the stock module in float64.
 
@@ -194,16 +195,19 @@ def compare(
         stock: the module, in the training or evaluation mode that is wanted; it is copied, not touched.
         fuse: makes the fused form from a copy of ``stock``; may return it, or change it in place and return something
             else (as ``fusedres.patch`` does).
-        inputs: from a seed, the tensors that the module is called with; each asks for its gradient if it can have one.
+        inputs: from a seed, the tensors that the module is called with.
         dtype: of parameters and inputs.
         autocast: run ours and stock under autocast to this dtype.
         cotangent: makes the gradient that enters backward from the output, for gradients with strides of their own; by
             default, random numbers in the output's layout.
         backward: whether to run it; without it everything runs under ``torch.no_grad()``.
+        input_gradients: whether the inputs ask for their gradients.
     """
 
     def draw(seed: int) -> Comparison:
-        rounded = [x.to(dtype) if x.is_floating_point() else x for x in inputs(seed)]
+        rounded = [x.detach().to(dtype) if x.is_floating_point() else x for x in inputs(seed)]
+        for x in rounded:
+            x.requires_grad_(input_gradients and backward and x.is_floating_point())
         return _draw(copy.deepcopy(stock).to(dtype), fuse, rounded, autocast, cotangent, backward)
 
     first = draw(0)
@@ -225,10 +229,14 @@ def _draw(
     with torch.autocast(inputs[0].device.type, autocast) if autocast else nullcontext():
         expected = run_and_collect(plain, inputs, cotangent, backward)
         ours = run_and_collect(fused, inputs, cotangent, backward)
-    exact_inputs = [x.double() if x.is_floating_point() else x for x in inputs]
+    exact_inputs = [_widened(x).detach().requires_grad_(x.requires_grad) for x in inputs]
     exact = run_and_collect(exact_module, exact_inputs, cotangent, backward, like=expected["output"])
     assert ours.keys() == expected.keys(), f"{sorted(ours)} against stock's {sorted(expected)}"
     return Comparison(tuple(_entry(name, ours[name], expected[name], exact[name]) for name in expected))
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
 
 
 def _median(draws: Sequence[Comparison]) -> Comparison:
@@ -247,9 +255,10 @@ def run_and_collect(
     """One forward and backward: the output, all gradients and buffers, by name.
 
     Args:
+        inputs: those that require a gradient get one, in copies that share their memory.
         like: the output from whose dtype the gradient takes its precision, so that several dtypes get the same numbers.
     """
-    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
     with nullcontext() if backward else torch.no_grad():
         out = module(*leaves)
     found: dict[str, Tensor | None] = {"output": out.detach()}
@@ -305,8 +314,8 @@ def transposed(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) 
 
 
 def expanded(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """One number per channel, with strides of zero, as a gradient behind a sum or a mean has."""
-    return _values((1, shape[1], 1, 1), dtype, seed).expand(shape)
+    """One number per channel and row, with strides of zero elsewhere, as a gradient behind a sum or a mean has them."""
+    return _values((1, shape[1], shape[2], 1), dtype, seed).expand(shape)
 
 
 INPUTS: dict[str, Callable[..., Tensor]] = {

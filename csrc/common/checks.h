@@ -6,7 +6,13 @@
 
 #include <cstdint>
 
+#include "common/activations.h"
+
 namespace fusedres {
+
+inline void check_activation(const char* op, int64_t code) {
+  STD_TORCH_CHECK(0 <= code && code < kActivationCount, op, ": unknown activation code ", code);
+}
 
 inline void check_matches(const char* op, const char* name, const torch::stable::Tensor& t,
                           const torch::stable::Tensor& like) {

@@ -10,8 +10,7 @@ namespace fusedres {
 namespace {
 
 Tensor bn_norm_cpu(std::optional<Tensor> stats, double count, std::optional<Tensor> gamma, std::optional<Tensor> beta,
-                   std::optional<Tensor> running_mean, std::optional<Tensor> running_var, double momentum,
-                   double eps) {
+                   std::optional<Tensor> running_mean, std::optional<Tensor> running_var, double momentum, double eps) {
   constexpr const char* kOp = "bn_norm_cpu";
   STD_TORCH_CHECK(stats.has_value() || (running_mean.has_value() && running_var.has_value()), kOp,
                   ": neither batch statistics nor running statistics are given");

@@ -10,7 +10,8 @@
 namespace fusedres {
 namespace {
 
-// Memory for one thread's panels, aligned to cache lines and kept for its next call: fresh pages cost more than the work.
+// Memory for one thread's panels, aligned to cache lines and kept for its next call: fresh pages cost more than the
+// work.
 class Scratch {
  public:
   void* reserve(size_t bytes) {
@@ -44,8 +45,8 @@ void set_geometry(WgradArgs& a, const Tensor& x, const Tensor& grad, const std::
   a.stride_h = stride[0], a.stride_w = stride[1];
   a.pad_h = padding[0], a.pad_w = padding[1];
   a.dilation_h = dilation[0], a.dilation_w = dilation[1];
-  const bool pointwise = a.kernel_h == 1 && a.kernel_w == 1 && a.stride_h == 1 && a.stride_w == 1 && a.pad_h == 0 &&
-                         a.pad_w == 0;
+  const bool pointwise =
+      a.kernel_h == 1 && a.kernel_w == 1 && a.stride_h == 1 && a.stride_w == 1 && a.pad_h == 0 && a.pad_w == 0;
   if (pointwise) {  // no pixel sees another: one flat picture of long rows
     const int64_t pixels = x.size(0) * x.size(2) * x.size(3);
     a.width = a.out_width = divide_up(divide_up(pixels, divide_up(pixels, kFlatWidth)), 2) * 2;
@@ -113,8 +114,8 @@ void check_convolution(const char* op, const Tensor& grad, const Tensor& x, cons
                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, const Tensor& out) {
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
                   ": stride, padding and dilation must have two values each");
-  STD_TORCH_CHECK(out.dim() == 4 && out.size(0) == grad.size(1) && out.size(1) == x.size(1), op,
-                  ": out must be [", grad.size(1), ", ", x.size(1), ", R, S]");
+  STD_TORCH_CHECK(out.dim() == 4 && out.size(0) == grad.size(1) && out.size(1) == x.size(1), op, ": out must be [",
+                  grad.size(1), ", ", x.size(1), ", R, S]");
   STD_TORCH_CHECK(x.size(0) == grad.size(0) && x.numel() > 0 && grad.numel() > 0, op,
                   ": grad and x must hold the same number of samples, and at least one");
   for (int d = 0; d < 2; ++d) {
@@ -128,11 +129,13 @@ void conv_wgrad_cpu(const Tensor& grad, const Tensor& x, std::optional<Tensor> n
                     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                     Tensor out) {
   constexpr const char* kOp = "conv_wgrad_cpu";
-  STD_TORCH_CHECK(grad.dim() == 4 && x.dim() == 4 && grad.scalar_type() == x.scalar_type(), kOp, ": grad and x must be 4-d and have one dtype");
+  STD_TORCH_CHECK(grad.dim() == 4 && x.dim() == 4 && grad.scalar_type() == x.scalar_type(), kOp,
+                  ": grad and x must be 4-d and have one dtype");
   STD_TORCH_CHECK(is_dense(x, Layout::kChannelsLast) && is_dense(grad, Layout::kChannelsLast), kOp,
                   ": grad and x must be dense in channels_last");
   check_convolution(kOp, grad, x, stride, padding, dilation, out);
-  const NormRows rows(kOp, norm, x.size(1));
+  check_activation(kOp, act);
+  const NormRows rows(kOp, "norm", norm, x);
   WgradArgs args{};
   args.dtype = dtype_of(kOp, x);
   args.pending = norm.has_value() || act != 0;

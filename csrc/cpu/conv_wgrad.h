@@ -57,8 +57,8 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct WgradWindow {
   // With a single tap only the pixels that are read are packed; otherwise all between, and taps step inside.
   int64_t source_step_h, source_step_w, panel_step_h, panel_step_w;
-  int64_t columns;          // of a packed row
-  int64_t padded_width;     // output pixels of a row, made even
+  int64_t columns;       // of a packed row
+  int64_t padded_width;  // output pixels of a row, made even
 
   static WgradWindow of(const WgradArgs& a) {
     const bool one_h = a.kernel_h == 1, one_w = a.kernel_w == 1;

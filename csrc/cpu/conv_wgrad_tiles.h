@@ -152,8 +152,7 @@ class WgradBody {
     const T zeros[kTileK] = {};
     for (int64_t i = 0; i < block.count; ++i) {
       const int64_t width = width_of(block.first + i);
-      const T* source =
-          static_cast<const T*>(a_.grad) + (block.first + i) * a_.out_width * a_.filters + t_.k_begin;
+      const T* source = static_cast<const T*>(a_.grad) + (block.first + i) * a_.out_width * a_.filters + t_.k_begin;
       for (int64_t p = 0; p < window_.padded_width; p += kPixels) {
         const T* one = p < width ? source + p * a_.filters : nullptr;
         const T* two = p + 1 < width ? source + (p + 1) * a_.filters : nullptr;
@@ -249,8 +248,8 @@ class WgradBody {
           for (int64_t k = 0; k < k_panels_; ++k, sums += kTileK * kTileC) {
             next.prefetch();
             Arithmetic::tile(static_cast<const Panel*>(t_.x_panels) + q * x_panel, window_.panel_step_w,
-                             static_cast<const Panel*>(t_.grad_panels) + k * grad_strip, block.rows, block.count,
-                             width, tap, block.first == 0, sums);
+                             static_cast<const Panel*>(t_.grad_panels) + k * grad_strip, block.rows, block.count, width,
+                             tap, block.first == 0, sums);
           }
         }
   }

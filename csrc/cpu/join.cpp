@@ -11,11 +11,12 @@ Tensor join_cpu(const Tensor& y, std::optional<Tensor> norm, std::optional<Tenso
                 std::optional<Tensor> res_norm, int64_t act, double act_param) {
   constexpr const char* kOp = "join_cpu";
   Tensor out = torch::stable::empty_like(y);
-  if (residual) check_like(kOp, "residual", *residual, y);
+  if (residual) check_matches(kOp, "residual", *residual, y);
+  check_activation(kOp, act);
   if (y.numel() == 0) return out;
   const Spans spans = Spans::of(y, common_layout(kOp, {&y, pointer_to(residual), &out}));
-  const NormRows main(kOp, norm, spans.channels);
-  const NormRows side(kOp, res_norm, spans.channels);
+  const NormRows main(kOp, "norm", norm, y);
+  const NormRows side(kOp, "res_norm", res_norm, y);
   JoinArgs args{};
   args.dtype = dtype_of(kOp, y);
   args.kind = !residual ? Residual::kNone : res_norm ? Residual::kAffine : Residual::kPlain;

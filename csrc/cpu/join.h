@@ -10,8 +10,8 @@ struct JoinArgs {
   Residual kind;
   int64_t act;
   float act_param;
-  bool per_lane;     // the affine varies along a span (channels_last) or is one value for it (contiguous)
-  int64_t inner;     // elements in a span
+  bool per_lane;  // the affine varies along a span (channels_last) or is one value for it (contiguous)
+  int64_t inner;  // elements in a span
   int64_t channels;
   const void* y;
   const void* residual;

@@ -15,10 +15,11 @@ struct Operands {
   Operands(const char* op, const Tensor& grad, const Tensor& y, const std::optional<Tensor>& norm,
            const std::optional<Tensor>& residual, const std::optional<Tensor>& res_norm, int64_t act, double act_param)
       : spans(Spans::of(y, common_layout(op, {&y, &grad, pointer_to(residual)}))),
-        main(op, norm, spans.channels),
-        side(op, res_norm, spans.channels) {
-    check_like(op, "grad", grad, y);
-    if (residual) check_like(op, "residual", *residual, y);
+        main(op, "norm", norm, y),
+        side(op, "res_norm", res_norm, y) {
+    check_matches(op, "grad", grad, y);
+    if (residual) check_matches(op, "residual", *residual, y);
+    check_activation(op, act);
     args.dtype = dtype_of(op, y);
     args.kind = !residual ? Residual::kNone : res_norm ? Residual::kAffine : Residual::kPlain;
     args.act = act;
@@ -67,7 +68,8 @@ std::tuple<Tensor, Tensor> join_backward_reduce_cpu(const Tensor& grad, const Te
   const auto run = FR_FOR_ACTIVE_ISA(join_reduce_range);
   parallel_over(args.parts, y.numel() / args.parts, [&](int64_t begin, int64_t end) { run(args, begin, end); });
 
-  const JoinReduceMergeArgs merge{args.channels, args.parts, args.sums, operands.main.rstd(), operands.side.rstd(), out.mutable_data_ptr<float>()};
+  const JoinReduceMergeArgs merge{args.channels,        args.parts,           args.sums,
+                                  operands.main.rstd(), operands.side.rstd(), out.mutable_data_ptr<float>()};
   const auto run_merge = FR_FOR_ACTIVE_ISA(join_reduce_merge_range);
   parallel_over(args.channels, args.parts, [&](int64_t begin, int64_t end) { run_merge(merge, begin, end); });
   return {out, emitted};

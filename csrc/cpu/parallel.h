@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/checks.h"
 #include "common/isa.h"
 #include "common/layout.h"
 #include "cpu/types.h"
@@ -44,30 +45,19 @@ inline DType dtype_of(const char* op, const Tensor& t) {
   }
 }
 
-inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of the first tensor");
-  STD_TORCH_CHECK(t.dim() == like.dim(), op, ": ", name, " must have as many dimensions as the first tensor");
-  for (int64_t d = 0; d < t.dim(); ++d)
-    STD_TORCH_CHECK(t.size(d) == like.size(d), op, ": ", name, " differs from the first tensor in dimension ", d);
-}
-
-inline size_t element_size(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }
-
 // The rows (mean, rstd, scale, shift) of a norm, or those of the identity where there is none.
 class NormRows {
  public:
-  NormRows(const char* op, const std::optional<Tensor>& norm, int64_t channels) {
+  NormRows(const char* op, const char* name, const std::optional<Tensor>& norm, const Tensor& like)
+      : channels_(like.size(1)) {
     if (norm) {
-      STD_TORCH_CHECK(norm->dim() == 2 && norm->size(0) == 4 && norm->size(1) == channels && norm->is_contiguous() &&
-                          norm->scalar_type() == torch::headeronly::ScalarType::Float,
-                      op, ": a norm must be a contiguous float32 tensor of shape [4, ", channels, "]");
+      check_norm(op, name, *norm, like);
       base_ = norm->const_data_ptr<float>();
     } else {
-      identity_.assign(4 * channels, 0.f);
-      std::fill(identity_.begin() + channels, identity_.begin() + 3 * channels, 1.f);
+      identity_.assign(4 * channels_, 0.f);
+      std::fill(identity_.begin() + channels_, identity_.begin() + 3 * channels_, 1.f);
       base_ = identity_.data();
     }
-    channels_ = channels;
   }
   const float* mean() const { return base_; }
   const float* rstd() const { return base_ + channels_; }

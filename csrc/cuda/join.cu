@@ -140,7 +140,7 @@ void launch_widest(const JoinArgs& a, Layout layout, cudaStream_t stream) {
 Tensor join_cuda(const Tensor& y, std::optional<Tensor> norm, std::optional<Tensor> residual,
                  std::optional<Tensor> res_norm, int64_t act, double act_param) {
   constexpr const char* kOp = "join_cuda";
-  STD_TORCH_CHECK(0 <= act && act < kActivationCount, kOp, ": unknown activation code ", act);
+  check_activation(kOp, act);
   if (residual) check_matches(kOp, "residual", *residual, y);
   STD_TORCH_CHECK(y.dim() == 4, kOp, ": y must have 4 dimensions, got ", y.dim());
   if (norm) check_norm(kOp, "norm", *norm, y);

@@ -13,11 +13,22 @@ from torch import Tensor, nn
 
 from ..models.resnet import BasicBlock, Bottleneck
 from ..patch import patch
-from ..testing import channels_last, compare
+from ..testing import Comparison, channels_last, compare
 from .agreement import verdict
 from .timing import Timing, interleave, speedup
 
-__all__ = ["BLOCKS", "NOT_SLOWER", "SHAPES", "Case", "Cell", "ConvNormAct", "cases", "measure"]
+__all__ = [
+    "BLOCKS",
+    "NOT_SLOWER",
+    "SHAPES",
+    "Case",
+    "Cell",
+    "ConvNormAct",
+    "cases",
+    "compared",
+    "contestants",
+    "measure",
+]
 
 
 class ConvNormAct(nn.Module):
@@ -99,28 +110,42 @@ def cases(dtypes: Iterable[torch.dtype | None] = (None,)) -> Iterator[Case]:
                     yield Case(block, shape, training, dtype)
 
 
-def measure(case: Case, turns: int = 9) -> Cell:
-    """Checks a case, then times it. What looks too slow is measured once more, three times as long."""
-    torch.manual_seed(0)
-    stock = BLOCKS[case.block](case.shape[1]).to(memory_format=torch.channels_last).train(case.training)
-    ours = copy.deepcopy(stock)
-    patch(ours)
-    x, grad = channels_last(case.shape), channels_last(case.shape, seed=1)
-    check = compare(
-        stock,
-        patch,
+def compared(case: Case, backend: str = "auto") -> Comparison:
+    """The errors of the fused block against float64."""
+    return compare(
+        _stock(case),
+        partial(patch, backend=backend),
         lambda seed: [channels_last(case.shape, seed=seed)],
         autocast=case.autocast,
         backward=case.training,
     )
-    if not check.ok:
-        return Cell(case, verdict(check), {})
+
+
+def contestants(case: Case, backend: str = "auto") -> dict[str, Callable[[], None]]:
+    """What is timed: one step of the stock block and one of the fused block."""
+    stock = _stock(case)
+    ours = copy.deepcopy(stock)
+    patch(ours, backend=backend)
+    x, grad = channels_last(case.shape), channels_last(case.shape, seed=1)
     step = partial(_train_step if case.training else _inference_step, case, x=x, grad=grad)
-    calls = {"eager": partial(step, stock), "fusedres": partial(step, ours)}
-    cell = Cell(case, verdict(check), interleave(calls, turns=turns, warmup=3, sample_seconds=2e-3))
+    return {"eager": partial(step, stock), "fusedres": partial(step, ours)}
+
+
+def measure(case: Case, turns: int = 9) -> Cell:
+    """Checks a case, then times it. What looks too slow is measured once more, three times as long."""
+    check = verdict(compared(case))
+    if check != "ok":
+        return Cell(case, check, {})
+    calls = contestants(case)
+    cell = Cell(case, check, interleave(calls, turns=turns, warmup=3, sample_seconds=2e-3))
     if cell.ratio < NOT_SLOWER:
-        cell = Cell(case, verdict(check), interleave(calls, turns=3 * turns, warmup=1, sample_seconds=4e-3))
+        cell = Cell(case, check, interleave(calls, turns=3 * turns, warmup=1, sample_seconds=4e-3))
     return cell
+
+
+def _stock(case: Case) -> nn.Module:
+    torch.manual_seed(0)
+    return BLOCKS[case.block](case.shape[1]).to(memory_format=torch.channels_last).train(case.training)
 
 
 def _train_step(case: Case, module: nn.Module, x: Tensor, grad: Tensor) -> None:

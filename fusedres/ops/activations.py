@@ -7,8 +7,8 @@ for the compiled kernels; ``tests/ops/test_activations.py`` compares the two, co
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 import torch.nn.functional as F

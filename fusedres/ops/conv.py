@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -98,7 +98,7 @@ def conv_backward(
     return dx, dweight
 
 
-@lru_cache(maxsize=None)
+@cache
 def onednn_refuses(device_type: str, dtype: torch.dtype) -> str | None:
     """``None`` where oneDNN's fused convolutions run this dtype here, else why they do not."""
     if device_type != "cpu" or not torch.backends.mkldnn.is_available():

@@ -9,7 +9,8 @@ residual and applies the activation on the accumulator, from weights that were p
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

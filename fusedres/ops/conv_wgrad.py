@@ -11,7 +11,7 @@ dtype of ``x``, as the forward's convolution read it; sums are in float32.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def fuses_wgrad(backend: str, x: Tensor, grad: Tensor, weight: Tensor, g: ConvGe
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _instructions_suit(dtype: torch.dtype) -> bool:
     """float32 needs AVX-512; bfloat16 its dot products, and no AMX, with which the vendor's kernels are ahead."""
     isa = torch.ops.fusedres.cpu_isa()

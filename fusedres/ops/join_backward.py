@@ -23,9 +23,7 @@ from .registry import declare
 
 __all__ = ["JOIN_BACKWARD_APPLY", "JOIN_BACKWARD_REDUCE"]
 
-_OPERANDS = (
-    "Tensor grad, Tensor y, Tensor? norm, Tensor? residual, Tensor? res_norm, int act, float act_param"
-)
+_OPERANDS = "Tensor grad, Tensor y, Tensor? norm, Tensor? residual, Tensor? res_norm, int act, float act_param"
 
 
 def _masked_gradient(

@@ -7,7 +7,8 @@ with the same schema. :mod:`fusedres.select` decides which of them runs.
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 

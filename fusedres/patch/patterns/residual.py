@@ -64,9 +64,7 @@ def _candidates(view: View, node: fx.Node, left: Chain, right: Chain, in_place: 
             yield _with_argument(part, other, node, tail, keeps_dtype)
 
 
-def _with_shortcut(
-    branch: Chain, other: Chain, node: fx.Node, tail: Chain, in_place: bool
-) -> Iterator[Region]:
+def _with_shortcut(branch: Chain, other: Chain, node: fx.Node, tail: Chain, in_place: bool) -> Iterator[Region]:
     if other.entry is not branch.entry:
         return
     kind = "projection" if other.steps else "identity"

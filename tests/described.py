@@ -1,0 +1,166 @@
+"""Residual blocks that run either way: module by module in stock PyTorch, or as a description by the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fusedres.block import Act, Block, Conv, Norm, run
+from fusedres.ops.activations import IDENTITY, Activation, activation
+
+__all__ = ["BLOCKS", "Described", "basic", "bottleneck", "fuse", "norms"]
+
+Step = nn.Module | str
+
+
+class Described(nn.Module):
+    """``act(branch(x) + shortcut(x))``; a step is a convolution, a batch norm, or an activation's name.
+
+    Args:
+        branch, shortcut: as in :class:`fusedres.block.Block`.
+        act: the activation behind the addition.
+        residual: whether the shortcut reads a second argument.
+        in_place: whether the addition is written ``+=``.
+        options: of :func:`fusedres.block.run`.
+    """
+
+    def __init__(
+        self,
+        branch: list[Step],
+        shortcut: list[Step] | None = None,
+        act: str = "relu",
+        *,
+        residual: bool = False,
+        in_place: bool = False,
+        **options: str,
+    ) -> None:
+        super().__init__()
+        self.branch, self.branch_steps = _split(branch)
+        self.shortcut, self.shortcut_steps = _split(shortcut or [])
+        self.joins, self.act, self.in_place, self.options = shortcut is not None, activation(act), in_place, options
+        self.fuses = False
+        self.block = Block(
+            _described("branch", self.branch, self.branch_steps),
+            _described("shortcut", self.shortcut, self.shortcut_steps) if self.joins else None,
+            self.act if self.joins else IDENTITY,
+            "argument" if residual else "input",
+            in_place,
+        )
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.fuses:
+            return run(self.block, self, x, residual, **self.options)
+        out = _called(self.branch, self.branch_steps, x)
+        if not self.joins:
+            return out
+        side = _called(self.shortcut, self.shortcut_steps, x if residual is None else residual)
+        if self.in_place:
+            out += side
+        else:
+            out = out + side
+        return self.act(out)
+
+
+def fuse(module: Described) -> None:
+    module.fuses = True
+
+
+def _split(steps: list[Step]) -> tuple[nn.ModuleList, list[int | Activation]]:
+    """The modules, and for every step its module's number or its activation."""
+    modules, order = nn.ModuleList(), []
+    for step in steps:
+        if isinstance(step, str):
+            order.append(activation(step))
+        else:
+            order.append(len(modules))
+            modules.append(step)
+    return modules, order
+
+
+def _described(name: str, modules: nn.ModuleList, order: list[int | Activation]) -> tuple:
+    def step(entry: int | Activation) -> Conv | Norm | Act:
+        if isinstance(entry, Activation):
+            return Act(entry)
+        return (Norm if isinstance(modules[entry], nn.BatchNorm2d) else Conv)(f"{name}.{entry}")
+
+    return tuple(step(entry) for entry in order)
+
+
+def _called(modules: nn.ModuleList, order: list[int | Activation], x: Tensor) -> Tensor:
+    for entry in order:
+        x = entry(x) if isinstance(entry, Activation) else modules[entry](x)
+    return x
+
+
+def norms(module: nn.Module) -> list[nn.BatchNorm2d]:
+    return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def _conv(c: int, k: int, size: int, stride: int = 1, bias: bool = False, **options) -> nn.Conv2d:
+    options.setdefault("padding", size // 2)
+    return nn.Conv2d(c, k, size, stride, bias=bias, **options)
+
+
+def _norm(channels: int, **options) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels, **options)
+    with torch.no_grad():
+        for t, low, high in (
+            (norm.weight, 0.5, 1.5),
+            (norm.bias, -0.5, 0.5),
+            (norm.running_mean, -0.3, 0.3),
+            (norm.running_var, 0.5, 1.5),
+        ):
+            if t is not None:
+                t.uniform_(low, high)
+    return norm
+
+
+def basic(c: int = 24, k: int | None = None, stride: int = 1, bias: bool = True, **options) -> Described:
+    """Two 3x3 convolutions; keyword arguments that start with ``norm_`` go to the norms, others to the convolutions."""
+    k = k or c
+    of_norm = {name[5:]: options.pop(name) for name in list(options) if name.startswith("norm_")}
+    branch = [
+        _conv(c, k, 3, stride, bias, **options),
+        _norm(k, **of_norm),
+        "relu",
+        _conv(k, k, 3, 1, bias, **options),
+        _norm(k, **of_norm),
+    ]
+    projection = [_conv(c, k, 1, stride, bias), _norm(k, **of_norm)] if (k, stride) != (c, 1) else []
+    return Described(branch, projection)
+
+
+def bottleneck(c: int = 32, k: int | None = None, stride: int = 1, **options) -> Described:
+    """1x1, 3x3 and 1x1, without biases, as torchvision writes it."""
+    k = k or c
+    branch = [
+        _conv(c, 16, 1),
+        _norm(16),
+        "relu",
+        _conv(16, 16, 3, stride),
+        _norm(16),
+        "relu",
+        _conv(16, k, 1),
+        _norm(k),
+    ]
+    projection = [_conv(c, k, 1, stride), _norm(k)] if (k, stride) != (c, 1) else []
+    return Described(branch, projection, in_place=True, **options)
+
+
+BLOCKS: dict[str, Callable[[], Described]] = {
+    "basic": basic,
+    "basic, projection": lambda: basic(24, 32, 2),
+    "bottleneck": bottleneck,
+    "bottleneck, projection": lambda: bottleneck(24, 48, 2),
+    "plain shortcut": lambda: Described([_conv(24, 32, 3, bias=True), _norm(32)], [_conv(24, 32, 1, bias=True)]),
+    "chain": lambda: Described(
+        [_conv(24, 32, 3, 2), _norm(32), "relu", _conv(32, 24, 1, bias=True), _norm(24), "silu"]
+    ),
+    "pre-activation": lambda: Described(
+        [_norm(24), "relu", _conv(24, 24, 3, bias=True), _norm(24), "relu", _conv(24, 24, 3, bias=True)], [], "identity"
+    ),
+    "no norm": lambda: Described([_conv(24, 24, 3, bias=True), "relu", _conv(24, 24, 3, bias=True)], []),
+}
+"""One of each kind, all with 24 input channels, but for ``bottleneck`` with 32."""
