@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class Act:
     activation: Activation
 
 
-Step = Union[Conv, Norm, Act]
+Step = Conv | Norm | Act
 
 
 @dataclass(frozen=True)

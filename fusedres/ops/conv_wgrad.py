@@ -4,8 +4,8 @@
     \\qquad z = act(scale_c \\cdot x + shift_c)
 
 ``grad`` is ``[N, K, P, Q]``, ``x`` ``[N, C, H, W]``, both of one dtype and channels_last; ``norm`` is the ``[4, C]``
-tensor of :mod:`fusedres.ops.bn_norm`, or ``None`` for no norm. The result is written to ``out``, ``[K, C, R, S]`` of any
-floating dtype: that of the parameter, where autocast made the operands narrower. No groups. ``z`` is rounded to the
+tensor of :mod:`fusedres.ops.bn_norm`, or ``None`` for no norm. The result is written to ``out``, ``[K, C, R, S]`` of
+any floating dtype: that of the parameter, where autocast made the operands narrower. No groups. ``z`` is rounded to the
 dtype of ``x``, as the forward's convolution read it; sums are in float32.
 """
 

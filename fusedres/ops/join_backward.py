@@ -93,8 +93,8 @@ JOIN_BACKWARD_REDUCE = declare(
     fake=_reduce_fake,
     kernels=("cpu",),
 )
-"""Rows ``dbeta``, ``dgamma`` and the residual norm's ``dgamma`` (zero without one), shape ``[3, C]``, and with ``emit`` the forward's ``act(z)``, recomputed in the same pass for the weight gradient that needs
-it next."""
+"""Rows ``dbeta``, ``dgamma`` and the residual norm's ``dgamma`` (zero without one), shape ``[3, C]``, and with ``emit``
+the forward's ``act(z)``, recomputed in the same pass for the weight gradient that needs it next."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
