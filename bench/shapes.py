@@ -7,7 +7,7 @@ __all__ = ["ACTIVATIONS", "BATCH", "CHANNELS", "NETWORKS", "SMOKE_BATCH", "WEIGH
 BATCH = (8, 224)
 """Images and their resolution, for whole networks."""
 
-SMOKE_BATCH = (2, 32)
+SMOKE_BATCH = (2, 64)
 
 ACTIVATIONS = (
     (8, 64, 112, 112),

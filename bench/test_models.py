@@ -20,7 +20,7 @@ def test_model(race, smoke, network, workload, contestant):
     size = SMOKE_BATCH if smoke else BATCH
     batch = Batch.random(*size, num_classes=10)
     torch.manual_seed(0)
-    model = getattr(models, network)(num_classes=10, fused=False).to(memory_format=torch.channels_last)
+    model = getattr(models, network)(fused=False).to(memory_format=torch.channels_last)
     settle(model, batch.images)
     if contestant == "fusedres":
         workload.check(model, lambda seed: Batch.random(*size, seed).images).check()

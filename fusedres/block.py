@@ -11,9 +11,10 @@ from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
-from .engine import IDENTITY_SHORTCUT, ConvSlot, Link, NormSlot, Program, execute, execute_stock
+from .engine import IDENTITY_SHORTCUT, ConvSlot, Link, NormSlot, Program, execute
 from .ops.activations import IDENTITY, Activation
 from .ops.conv import geometry
 
@@ -170,6 +171,8 @@ def run(
     has been replaced, hooked or reparametrized since the block was described is called, as stock PyTorch would.
     """
     plan = link_plans(block)
+    if not (_engine_takes(x) and (residual is None or _engine_takes(residual))):
+        return _call_modules(block, root, x, residual)
     binder = _Binder(root)
     try:
         branch = binder.chain(plan.branch)
@@ -179,9 +182,10 @@ def run(
             shortcut = IDENTITY_SHORTCUT if len(plan.shortcut) == 1 else binder.chain(plan.shortcut)
     except _NotOurs:
         return _call_modules(block, root, x, residual)
+    if not binder.suits(x):
+        return _call_modules(block, root, x, residual)
+    binder.count_batch()
     program = Program(branch, shortcut, block.act, block.in_place, memory, backend)
-    if not _engine_takes(x, residual, binder.tensors):
-        return execute_stock(program, x, residual, binder.tensors)
     if not program.constant:
         _FOLDED.pop(root, None)  # training writes to the weights at every step: nothing folded stays true
         return execute(program, x, residual, binder.tensors)
@@ -189,12 +193,9 @@ def run(
     return execute(program, x, residual, binder.tensors, folded)
 
 
-def _engine_takes(x: Tensor, residual: Tensor | None, tensors: list[Tensor | None]) -> bool:
-    if type(x) is not Tensor or x.dim() != 4 or not x.is_floating_point():
-        return False
-    if residual is not None and (type(residual) is not Tensor or residual.dim() != 4):
-        return False
-    return all(t is None or t.device == x.device for t in tensors)
+def _engine_takes(x: Tensor) -> bool:
+    plain = type(x) is Tensor and x.dim() == 4 and x.is_floating_point()
+    return plain and not torch._C._are_functorch_transforms_active()
 
 
 class _NotOurs(Exception):
@@ -229,6 +230,19 @@ class _Binder:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.tensors: list[Tensor | None] = []
+        self.weights: list[Tensor] = []
+        self.counters: list[Tensor] = []
+
+    def suits(self, x: Tensor) -> bool:
+        """Whether the operands' devices and dtypes are such that stock PyTorch would run them with ``x``."""
+        if not all(t is None or t.device == x.device for t in self.tensors):
+            return False
+        return all(w.dtype == x.dtype for w in self.weights) or torch.is_autocast_enabled(x.device.type)
+
+    def count_batch(self) -> None:
+        """Counts this batch in the norms that count batches; the last thing before it runs."""
+        for counter in self.counters:
+            counter.add_(1)
 
     def chain(self, plans: tuple[_LinkPlan, ...]) -> tuple[Link, ...]:
         return tuple(
@@ -251,6 +265,7 @@ class _Binder:
         first = len(self.tensors)
         parameters = conv._parameters
         self.tensors += (parameters["weight"], parameters["bias"])
+        self.weights.append(parameters["weight"])
         return ConvSlot(first, geometry(conv.stride, conv.padding, conv.dilation, conv.groups, conv.kernel_size))
 
     def _norm(self, norm: nn.Module) -> NormSlot:
@@ -262,9 +277,9 @@ class _Binder:
         updates = norm.training and norm.track_running_stats
         momentum = 0.0 if norm.momentum is None else norm.momentum
         if updates and buffers["num_batches_tracked"] is not None:
-            buffers["num_batches_tracked"].add_(1)
-            if norm.momentum is None:  # the running statistics are the average over all batches so far
-                momentum = 1.0 / float(buffers["num_batches_tracked"])
+            self.counters.append(buffers["num_batches_tracked"])
+            if norm.momentum is None:  # the running statistics are the average over all batches, this one included
+                momentum = 1.0 / (float(buffers["num_batches_tracked"]) + 1.0)
         if batch_statistics and not updates:
             mean, var = None, None
         self.tensors += (parameters["weight"], parameters["bias"], mean, var)

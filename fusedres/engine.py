@@ -21,7 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ops.activations import IDENTITY, Activation
-from .ops.conv import ConvGeometry, adds_pointwise_dgrad, conv_backward, conv_fprop, pointwise_dgrad_add_
+from .ops.conv import (
+    ConvGeometry,
+    adds_pointwise_dgrad,
+    conv_backward,
+    conv_fprop,
+    output_size,
+    pointwise_dgrad_add_,
+)
 from .ops.conv_affine_act import FoldedConv, fold
 from .ops.conv_wgrad import fuses_wgrad
 from .select import backend_for, kernels, too_small
@@ -111,11 +118,28 @@ def execute(
     stock = backend_for(x.device, _compute_dtype(x), program.backend) == "stock"
     inference = program.constant and not _needs_gradient(x, residual, tensors)
     small = program.memory != "low" and too_small(x, "inference" if inference else "training", program.backend)
-    if stock or small or x.numel() == 0 or torch.compiler.is_compiling():
+    if stock or small or x.numel() == 0 or torch.compiler.is_compiling() or _broadcasts(program, x, residual, tensors):
         return execute_stock(program, x, residual, tensors)
     if inference:
         return _infer(program, x, residual, tensors, {} if folded is None else folded)
     return BlockFunction.apply(program, x, residual, *tensors)
+
+
+def _broadcasts(program: Program, x: Tensor, residual: Tensor | None, tensors: Operands) -> bool:
+    """Whether the join's two sides differ in shape."""
+    if program.shortcut is None:
+        return False
+    side = x if residual is None else residual
+    return _shape(program.branch, x.shape, tensors) != _shape(program.shortcut, side.shape, tensors)
+
+
+def _shape(chain: tuple[Link, ...], shape: tuple[int, ...], tensors: Operands) -> tuple[int, ...]:
+    """What a chain makes of an input of this shape."""
+    for link in chain:
+        if link.conv is not None:
+            weight = tensors[link.conv.first].shape
+            shape = (shape[0], weight[0], *output_size(shape[2:], weight[2:], link.conv.geometry))
+    return tuple(shape)
 
 
 def _needs_gradient(x: Tensor, residual: Tensor | None, tensors: Operands) -> bool:
@@ -587,11 +611,14 @@ def _folded(
     weight, bias = tensors[conv.first : conv.first + 2]
     affine = () if norm is None else tuple(tensors[norm.first : norm.first + 4])
     last = x.is_contiguous(memory_format=torch.channels_last)
-    key = (_identity_of((weight, bias, *affine)), x.dtype, last, norm.eps if norm else None, conv.geometry)
+    operands = (weight, bias, *affine)
+    key = (_identity_of(operands), x.dtype, last, norm.eps if norm else None, conv.geometry)
     entry = cache.get(conv.first)
     if entry is None or entry[0] != key or key[0] is None:
         rows = None if norm is None else k.bn_norm(None, 1.0, *affine, 0.0, norm.eps)
-        entry = cache[conv.first] = (key, fold(weight, bias, rows, conv.geometry, x))
+        # The operands and their memory are held on to, so that nothing else can come to lie at their addresses.
+        held = [(t, t.detach()) for t in operands if t is not None]
+        entry = cache[conv.first] = (key, fold(weight, bias, rows, conv.geometry, x), held)
     return entry[1]
 
 
@@ -599,7 +626,7 @@ def _identity_of(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...] | None:
     """What changes when a tensor is replaced or written to; ``None`` where PyTorch does not count writes."""
     if any(t is not None and t.is_inference() for t in tensors):
         return None
-    return tuple(None if t is None else (t.data_ptr(), t._version) for t in tensors)
+    return tuple(None if t is None else (id(t), t.data_ptr(), t._version) for t in tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

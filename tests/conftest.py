@@ -40,12 +40,6 @@ def nothing_too_small(monkeypatch) -> None:
         monkeypatch.setitem(select.FEWEST_ELEMENTS, mode, 0)
 
 
-@pytest.fixture(autouse=True)
-def engine_at_any_size(monkeypatch) -> None:
-    """Blocks run fused however small their input is, so that tests can be quick and still test what they mean to."""
-    monkeypatch.setattr(select, "FEWEST_ELEMENTS", dict.fromkeys(select.FEWEST_ELEMENTS, 0))
-
-
 INSTRUCTION_SETS = list(torch.ops.fusedres.cpu_isas()) if env.library_missing() is None else []
 
 

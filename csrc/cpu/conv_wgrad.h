@@ -58,7 +58,7 @@ struct WgradWindow {
   // With a single tap only the pixels that are read are packed; otherwise all between, and taps step inside.
   int64_t source_step_h, source_step_w, panel_step_h, panel_step_w;
   int64_t columns;       // of a packed row
-  int64_t padded_width;  // output pixels of a row, made even
+  int64_t padded_width;  // of a packed row of the gradient: output pixels, made even
 
   static WgradWindow of(const WgradArgs& a) {
     const bool one_h = a.kernel_h == 1, one_w = a.kernel_w == 1;
@@ -68,7 +68,7 @@ struct WgradWindow {
     w.panel_step_h = one_h ? 1 : a.stride_h;
     w.panel_step_w = one_w ? 1 : a.stride_w;
     w.padded_width = divide_up(a.out_width, 2) * 2;
-    w.columns = (w.padded_width - 1) * w.panel_step_w + (a.kernel_w - 1) * a.dilation_w + 1;
+    w.columns = (a.out_width - 1) * w.panel_step_w + (a.kernel_w - 1) * a.dilation_w + 1;
     return w;
   }
 

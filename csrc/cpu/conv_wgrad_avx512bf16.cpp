@@ -21,24 +21,17 @@ struct DotArithmetic {
   }
 
   static FR_INLINE void tile(const Panel* x, int64_t x_step, const Panel* grad, const PackedRow* rows, int64_t count,
-                             int64_t width, int64_t tap, bool first, float* sums) {
+                             int64_t tap, bool first, float* sums) {
     __m512 acc[kTileK][2];
     for (int k = 0; k < kTileK; ++k)
       for (int v = 0; v < 2; ++v) acc[k][v] = _mm512_setzero_ps();
     for (int64_t row = 0; row < count; ++row) {
       const Panel* xp = x + (rows[row].x + tap) * kTileC;
       const Panel* gp = grad + rows[row].grad * kTileK;
-      for (int64_t i = 0; i < width; i += 2, xp += 2 * x_step * kTileC, gp += 2 * kTileK) {
-        const __m512i one = _mm512_loadu_si512(xp);
-        const __m512i two = _mm512_loadu_si512(xp + x_step * kTileC);
-        const auto low = (__m512bh)_mm512_unpacklo_epi16(one, two);
-        const auto high = (__m512bh)_mm512_unpackhi_epi16(one, two);
-        for (int k = 0; k < kTileK; ++k) {
-          const auto pair = (__m512bh)_mm512_set1_epi32(bit_cast<int32_t>(load_pair(gp + 2 * k)));
-          acc[k][0] = _mm512_dpbf16_ps(acc[k][0], low, pair);
-          acc[k][1] = _mm512_dpbf16_ps(acc[k][1], high, pair);
-        }
-      }
+      const int64_t pairs = rows[row].width / 2;
+      for (int64_t i = 0; i < pairs; ++i, xp += 2 * x_step * kTileC, gp += 2 * kTileK)
+        add_pair(_mm512_loadu_si512(xp), _mm512_loadu_si512(xp + x_step * kTileC), gp, acc);
+      if (rows[row].width % 2) add_pair(_mm512_loadu_si512(xp), _mm512_setzero_si512(), gp, acc);
     }
     for (int k = 0; k < kTileK; ++k)
       for (int v = 0; v < 2; ++v) {
@@ -55,6 +48,16 @@ struct DotArithmetic {
   }
 
  private:
+  static FR_INLINE void add_pair(__m512i one, __m512i two, const Panel* grad, __m512 (&acc)[kTileK][2]) {
+    const auto low = (__m512bh)_mm512_unpacklo_epi16(one, two);
+    const auto high = (__m512bh)_mm512_unpackhi_epi16(one, two);
+    for (int k = 0; k < kTileK; ++k) {
+      const auto pair = (__m512bh)_mm512_set1_epi32(bit_cast<int32_t>(load_pair(grad + 2 * k)));
+      acc[k][0] = _mm512_dpbf16_ps(acc[k][0], low, pair);
+      acc[k][1] = _mm512_dpbf16_ps(acc[k][1], high, pair);
+    }
+  }
+
   static FR_INLINE uint32_t load_pair(const Panel* p) {
     uint32_t pair;
     std::memcpy(&pair, p, sizeof(pair));

@@ -11,9 +11,9 @@ namespace fusedres {
 namespace FUSEDRES_ISA {
 namespace {
 
-// An output row inside a block: where its taps start in the packed x, and where its packed gradient lies.
+// An output row inside a block: where its taps start in the packed x, where its packed gradient lies, its pixels.
 struct PackedRow {
-  int64_t x, grad;
+  int64_t x, grad, width;
 };
 
 struct Block {
@@ -35,14 +35,14 @@ struct FloatArithmetic {
   // sums[k][c] += sum over the block's pixels of grad[pixel][k] x[pixel][c]. The block is summed on its own first, so
   // that rounding errors grow with the block and with the number of blocks, not with their product.
   static FR_INLINE void tile(const Panel* x, int64_t x_step, const Panel* grad, const PackedRow* rows, int64_t count,
-                             int64_t width, int64_t tap, bool first, float* sums) {
+                             int64_t tap, bool first, float* sums) {
     constexpr int kVectors = Vec::kWidth == 16 ? 2 : 1;  // channels at a time: as registers hold sums for
     for (int64_t c = 0; c < kTileC; c += kVectors * Vec::kWidth) {
       Vec acc[kTileK][kVectors];
       for (int64_t row = 0; row < count; ++row) {
         const Panel* xp = x + (rows[row].x + tap) * kTileC + c;
         const Panel* gp = grad + rows[row].grad * kTileK;
-        for (int64_t i = 0; i < width; ++i, xp += x_step * kTileC, gp += kTileK) {
+        for (int64_t i = 0; i < rows[row].width; ++i, xp += x_step * kTileC, gp += kTileK) {
           Vec values[kVectors];
           for (int v = 0; v < kVectors; ++v) values[v] = load(xp + v * Vec::kWidth);
           for (int k = 0; k < kTileK; ++k) {
@@ -135,7 +135,8 @@ class WgradBody {
       const int64_t left = a_.out_height - oh;
       const int64_t rows = left < block.count - i ? left : block.count - i;
       for (int64_t j = 0; j < rows; ++j)
-        block.rows[i + j] = {(base + j * window_.panel_step_h) * window_.columns, (i + j) * window_.padded_width};
+        block.rows[i + j] = {(base + j * window_.panel_step_h) * window_.columns, (i + j) * window_.padded_width,
+                             width_of(first + i + j)};
       base += window_.packed_rows(a_, rows);
       i += rows;
     }
@@ -151,7 +152,7 @@ class WgradBody {
     const int64_t filters = t_.k_end - t_.k_begin, whole = filters / kTileK;
     const T zeros[kTileK] = {};
     for (int64_t i = 0; i < block.count; ++i) {
-      const int64_t width = width_of(block.first + i);
+      const int64_t width = block.rows[i].width;
       const T* source = static_cast<const T*>(a_.grad) + (block.first + i) * a_.out_width * a_.filters + t_.k_begin;
       for (int64_t p = 0; p < window_.padded_width; p += kPixels) {
         const T* one = p < width ? source + p * a_.filters : nullptr;
@@ -238,7 +239,6 @@ class WgradBody {
   template <class T>
   void accumulate(const Block& block) const {
     const int64_t x_panel = panel_of(block.packed_rows), grad_strip = strip_of(block);
-    const int64_t width = a_.rows == 1 ? divide_up(a_.last_width, 2) * 2 : window_.padded_width;
     float* sums = t_.sums;
     NextRows<T> next(a_, t_, block.first + block.count, c_panels_ * k_panels_ * a_.kernel_h * a_.kernel_w);
     for (int64_t q = 0; q < c_panels_; ++q)
@@ -248,8 +248,8 @@ class WgradBody {
           for (int64_t k = 0; k < k_panels_; ++k, sums += kTileK * kTileC) {
             next.prefetch();
             Arithmetic::tile(static_cast<const Panel*>(t_.x_panels) + q * x_panel, window_.panel_step_w,
-                             static_cast<const Panel*>(t_.grad_panels) + k * grad_strip, block.rows, block.count, width,
-                             tap, block.first == 0, sums);
+                             static_cast<const Panel*>(t_.grad_panels) + k * grad_strip, block.rows, block.count, tap,
+                             block.first == 0, sums);
           }
         }
   }

@@ -1,0 +1,39 @@
+"""Bytes saved for backward, counted by storage."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fusedres import models
+from fusedres.benchmarking import saved_bytes
+from fusedres.patch import patch
+
+
+def test_a_linear_layer_keeps_its_input_and_not_its_weight():
+    model, x = nn.Linear(8, 4), torch.randn(16, 8)
+    assert saved_bytes(model, lambda: model(x)) == x.nbytes
+
+
+def test_views_of_one_storage_count_once():
+    x = torch.randn(4, 4, requires_grad=True)
+    assert saved_bytes(nn.Identity(), lambda: (x * x.t()).sum()) == x.nbytes
+
+
+def test_nothing_without_gradients():
+    x = torch.randn(4, 4)
+    assert saved_bytes(nn.Identity(), lambda: x * x) == 0
+
+
+def test_a_fused_network_keeps_less_and_least_with_low_memory():
+    stock = models.resnet18(fused=False).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    kept = {"stock": saved_bytes(stock, lambda: stock(x))}
+    assert kept["stock"] == saved_bytes(stock, lambda: stock(x))
+    bottlenecks = models.resnet50(fused=False).to(memory_format=torch.channels_last)
+    kept["bottlenecks"] = saved_bytes(bottlenecks, lambda: bottlenecks(x))
+    for memory in ("auto", "low"):
+        model = models.resnet50(fused=False).to(memory_format=torch.channels_last)
+        patch(model, memory=memory)
+        kept[memory] = saved_bytes(model, lambda model=model: model(x))
+    assert kept["low"] < kept["auto"] < kept["bottlenecks"]
