@@ -612,7 +612,7 @@ def _folded(
     affine = () if norm is None else tuple(tensors[norm.first : norm.first + 4])
     last = x.is_contiguous(memory_format=torch.channels_last)
     operands = (weight, bias, *affine)
-    key = (_identity_of(operands), x.dtype, last, norm.eps if norm else None, conv.geometry)
+    key = (_identity_of(operands, k), x.dtype, last, norm.eps if norm else None, conv.geometry)
     entry = cache.get(conv.first)
     if entry is None or entry[0] != key or key[0] is None:
         rows = None if norm is None else k.bn_norm(None, 1.0, *affine, 0.0, norm.eps)
@@ -622,11 +622,15 @@ def _folded(
     return entry[1]
 
 
-def _identity_of(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...] | None:
-    """What changes when a tensor is replaced or written to; ``None`` where PyTorch does not count writes."""
-    if any(t is not None and t.is_inference() for t in tensors):
+def _identity_of(tensors: tuple[Tensor | None, ...], k: SimpleNamespace) -> tuple[Any, ...] | None:
+    """What changes when a tensor is replaced or written to; ``None`` where PyTorch does not count writes.
+
+    The count misses writes through ``.data``, for which there is a sample of the values.
+    """
+    present = [t for t in tensors if t is not None]
+    if any(t.is_inference() for t in present):
         return None
-    return tuple(None if t is None else (id(t), t.data_ptr(), t._version) for t in tensors)
+    return k.fingerprint(present), *((t.data_ptr(), t._version) for t in present)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

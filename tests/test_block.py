@@ -122,11 +122,19 @@ def new_padding(block: Described) -> None:
     block.branch[2].padding = (2, 2)
 
 
+def through_data(block: Described) -> None:
+    """Averaged weights are often written like this, and PyTorch does not count it."""
+    for t in block.state_dict(keep_vars=True).values():
+        if t.is_floating_point():
+            t.data.mul_(1.5)
+
+
 CHANGES = {
     "optimizer step": optimizer_step,
     "load_state_dict": load,
     "load_state_dict, assigned": lambda block: load(block, assign=True),
     "in place": in_place,
+    "through .data": through_data,
     "a parameter replaced": replaced,
     "a parameter replaced at the same address": replaced_at_the_same_address,
     "through another dtype": lambda block: block.half().float(),
@@ -334,3 +342,4 @@ def test_a_hooked_module_is_called_once_and_counts_once():
     assert len(calls) == 2
     for a, b in zip(norms(ours), norms(stock)):
         assert a.num_batches_tracked == b.num_batches_tracked == 1
+

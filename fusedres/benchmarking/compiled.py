@@ -79,7 +79,8 @@ def compile_contestant(
         step = make_step(torch.compile(copy.deepcopy(model), options=options))
         step()
     except Exception as error:  # whatever a compiler may raise
-        return Compiled(missing=f"it failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        first_line = str(error).strip().partition("\n")[0]
+        return Compiled(missing=f"it failed: {type(error).__name__}: {first_line}".rstrip(" :"))
     seconds = perf_counter() - start
     budget.spent(training, seconds)
     return Compiled(step, seconds, _cache_hits() > hits)

@@ -43,7 +43,7 @@ def _draw_losses(axes, trainings: Mapping[str, Training]) -> None:
     )
     for (name, training), style in zip(trainings.items(), styles):
         axes.plot(training.losses, label=name, **style)
-    axes.set(title="CIFAR ResNet-20 on handwritten digits", xlabel="step", ylabel="training loss", yscale="log")
+    axes.set(title="CIFAR ResNet-20 on handwritten digits", xlabel="step", ylabel="training loss")
     axes.legend()
 
 

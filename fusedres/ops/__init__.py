@@ -1,6 +1,6 @@
 """The ops: maths, reference and schema, one file each; and the public functions made of them."""
 
-from . import bn_norm, bn_stats, conv_wgrad, join, join_backward  # noqa: F401  they register themselves
+from . import bn_norm, bn_stats, conv_wgrad, fingerprint, join, join_backward  # noqa: F401  they register themselves
 from .functional import (  # noqa: F811  the function takes the name; the module stays in sys.modules
     ConvParams,
     NormParams,

@@ -26,14 +26,11 @@ def test_nothing_without_gradients():
 
 
 def test_a_fused_network_keeps_less_and_least_with_low_memory():
-    stock = models.resnet18(fused=False).to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
-    kept = {"stock": saved_bytes(stock, lambda: stock(x))}
-    assert kept["stock"] == saved_bytes(stock, lambda: stock(x))
-    bottlenecks = models.resnet50(fused=False).to(memory_format=torch.channels_last)
-    kept["bottlenecks"] = saved_bytes(bottlenecks, lambda: bottlenecks(x))
-    for memory in ("auto", "low"):
+    kept = {}
+    for memory in ("stock", "auto", "low"):
         model = models.resnet50(fused=False).to(memory_format=torch.channels_last)
-        patch(model, memory=memory)
+        if memory != "stock":
+            patch(model, memory=memory)
         kept[memory] = saved_bytes(model, lambda model=model: model(x))
-    assert kept["low"] < kept["auto"] < kept["bottlenecks"]
+    assert kept["low"] < kept["auto"] < kept["stock"]

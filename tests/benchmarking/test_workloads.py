@@ -43,8 +43,8 @@ def test_a_contest_leaves_the_model_alone_and_times_both(network, workload):
 def test_the_check_of_a_workload(network, workload):
     comparison = workload.check(network, lambda seed: Batch.random(8, 16, seed).images)
     assert verdict(comparison) == "ok"
-    assert [summary.kind for summary in summaries(comparison)][0] == "output"
-    assert any(summary.kind == "gradients" for summary in summaries(comparison)) == workload.training
+    kinds = [summary.kind for summary in summaries(comparison)]
+    assert "output" in kinds and ("gradients" in kinds) == workload.training
 
 
 def test_settling_gives_the_statistics_of_the_batch():

@@ -1,0 +1,62 @@
+"""The fingerprint tells written tensors from untouched ones, the same from the kernel as from the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusedres import env
+from fusedres.ops.fingerprint import FINGERPRINT
+
+pytestmark = pytest.mark.skipif(env.library_missing() is not None, reason="needs the compiled library")
+
+reference, kernel = FINGERPRINT.overload("reference"), FINGERPRINT.overload("cpu")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def tensors(dtype: torch.dtype) -> list[torch.Tensor]:
+    shapes = [(64, 32, 3, 3), (7,), (1,), (0,), (17, 5, 1, 1)]
+    made = [torch.randn(shape).to(dtype) for shape in shapes]
+    made.append(torch.randn(8, 6, 3, 3).to(dtype).to(memory_format=torch.channels_last))
+    made.append(torch.randn(8, 6).to(dtype)[:, ::2])
+    return made
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel_equals_reference(dtype):
+    some = tensors(dtype)
+    assert kernel(some) == reference(some)
+    assert kernel([]) == reference([])
+    assert kernel(some) != kernel(some[:-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", [kernel, reference], ids=["kernel", "reference"])
+def test_every_written_tensor_is_noticed(op, dtype):
+    some = tensors(dtype)
+    seen = {op(some)}
+    for t in some:
+        if t.numel():
+            t.data.mul_(1.5).add_(0.1)
+            seen.add(op(some))
+    assert len(seen) == sum(t.numel() > 0 for t in some) + 1
+
+
+def test_order_and_values_count():
+    a, b = torch.tensor([1.0]), torch.tensor([2.0])
+    assert kernel([a, b]) != kernel([b, a])
+    assert kernel([a]) == kernel([a.clone()])
+
+
+def test_the_ends_are_sampled():
+    t = torch.zeros(1000)
+    before = kernel([t])
+    t[-1] = 1
+    assert kernel([t]) != before
+
+
+@pytest.mark.parametrize("op", [kernel, reference], ids=["kernel", "reference"])
+def test_opcheck(op):
+    """fingerprint has no meaning without values, so it has no fake."""
+    torch.library.opcheck(op, (tensors(torch.float32),), test_utils=("test_schema", "test_autograd_registration"))
