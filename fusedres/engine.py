@@ -26,6 +26,7 @@ from .ops.conv import (
     adds_pointwise_dgrad,
     conv_backward,
     conv_fprop,
+    onednn_refuses,
     output_size,
     pointwise_dgrad_add_,
 )
@@ -561,7 +562,8 @@ def _infer(program: Program, x: Tensor, residual: Tensor | None, tensors: Operan
     dtype = _compute_dtype(x)
     k = kernels(x.device.type, dtype, program.backend)
     x = _dense(x)
-    if len(program.branch) == 1:  # no convolution to fold the join into
+    # Without a convolution there is nothing to fold the join into; and NaN would not come out of oneDNN's ReLU.
+    if len(program.branch) == 1 or (_may_swallow(x, dtype) and not _finite(k, x, residual)):
         return _forward(program, x, residual, tensors, k)[0]
     if program.shortcut is None:
         return _infer_chain(program.branch, x, None, program.branch[-1].act, dtype, tensors, folded, k)
@@ -570,6 +572,15 @@ def _infer(program: Program, x: Tensor, residual: Tensor | None, tensors: Operan
     if program.in_place:
         side = side.to(dtype)
     return _infer_chain(program.branch, x, side, program.act, dtype, tensors, folded, k)
+
+
+def _may_swallow(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether oneDNN's fused convolutions, which turn NaN into 0, may run on this input."""
+    return x.is_contiguous(memory_format=torch.channels_last) and onednn_refuses(x.device.type, dtype) is None
+
+
+def _finite(k: SimpleNamespace, *tensors: Tensor | None) -> bool:
+    return all(k.all_finite(_dense(t)) for t in tensors if t is not None)
 
 
 def _infer_chain(

@@ -342,4 +342,3 @@ def test_a_hooked_module_is_called_once_and_counts_once():
     assert len(calls) == 2
     for a, b in zip(norms(ours), norms(stock)):
         assert a.num_batches_tracked == b.num_batches_tracked == 1
-

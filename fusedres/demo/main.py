@@ -151,6 +151,7 @@ def _print_agreement(comparisons: dict[Workload, Comparison]) -> None:
         (w.name, s.kind, str(s.count), f"{s.stock:.1e}", f"{s.ours:.1e}", f"{s.budget_used:.2f}", verdict(comparison))
         for w, comparison in comparisons.items()
         for s in summaries(comparison)
+        if w.training or s.kind == "output"
     ]
     head = ("agreement with float64", "what", "tensors", "error of stock", "error of fusedres", "of its budget", "")
     caption = (

@@ -1,6 +1,14 @@
 """The ops: maths, reference and schema, one file each; and the public functions made of them."""
 
-from . import bn_norm, bn_stats, conv_wgrad, fingerprint, join, join_backward  # noqa: F401  they register themselves
+from . import (  # noqa: F401  they register themselves
+    all_finite,
+    bn_norm,
+    bn_stats,
+    conv_wgrad,
+    fingerprint,
+    join,
+    join_backward,
+)
 from .functional import (  # noqa: F811  the function takes the name; the module stays in sys.modules
     ConvParams,
     NormParams,

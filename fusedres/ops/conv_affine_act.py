@@ -77,6 +77,8 @@ def fold(weight: Tensor, bias: Tensor | None, norm: Tensor | None, g: ConvGeomet
         weight = weight * scale[:, None, None, None]
     folded = weight.detach().to(x.dtype)
     packs = x.is_contiguous(memory_format=torch.channels_last) and onednn_refuses(x.device.type, x.dtype) is None
+    # oneDNN's ReLU turns NaN into 0: weights that make NaN are for the stock convolution.
+    packs = packs and bool(torch.isfinite(folded).all()) and (bias is None or bool(torch.isfinite(bias).all()))
     if not packs:
         return FoldedConv(folded, None if bias is None else bias.detach().to(x.dtype), g, packed=False)
     packed = torch._C._nn.mkldnn_reorder_conv2d_weight(

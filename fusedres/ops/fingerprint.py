@@ -2,9 +2,9 @@
 
 .. math:: h \\leftarrow (h \\oplus bits(t_i)) \\cdot p \\bmod 2^{64}
 
-over values spread evenly in the order of memory. PyTorch counts writes to a tensor, but not those through ``.data`` or a
-NumPy view, as old code for averaged weights makes them; those change every value, so a few tell. Only dense tensors are
-sampled, of any other the first value.
+over values spread evenly in the order of memory. PyTorch counts writes to a tensor, but not those through ``.data`` or
+a NumPy view, as old code for averaged weights makes them; those change every value, so a few tell. Only dense tensors
+are sampled, of any other the first value.
 """
 
 from __future__ import annotations
@@ -45,6 +45,4 @@ def _fake(tensors: list[Tensor]) -> int:
     raise NotImplementedError("a fingerprint depends on the values of its tensors")
 
 
-FINGERPRINT = declare(
-    "fingerprint", "(Tensor[] tensors) -> int", reference=_reference, fake=_fake, kernels=("cpu",)
-)
+FINGERPRINT = declare("fingerprint", "(Tensor[] tensors) -> int", reference=_reference, fake=_fake, kernels=("cpu",))
