@@ -50,6 +50,7 @@ test: install
 	$(PY) -m ruff format --check .
 	$(CLANG_FORMAT) --dry-run -Werror $(FORMATTED)
 	$(PY) -m pytest -q
+	$(PY) -m pytest -q bench --benchmark-disable
 
 bench: install
 	$(PY) -m fusedres bench
