@@ -68,7 +68,7 @@ std::pair<int64_t, int64_t> task_extent(const WgradArgs& a) {
   k = std::min(k, divide_up(a.filters, kTileK) * kTileK);
   c = std::min(c, divide_up(a.channels, kTileC) * kTileC);
   const int64_t threads = torch::stable::get_num_threads();
-  while (divide_up(a.filters, k) * divide_up(a.channels, c) < threads && (k > 4 * kTileK || c > kTileC)) {
+  while (divide_up(a.filters, k) * divide_up(a.channels, c) < threads && (k > kTileK || c > kTileC)) {
     if (k >= 2 * c || c == kTileC)
       k = divide_up(k / 2, kTileK) * kTileK;
     else

@@ -11,6 +11,11 @@ struct DotArithmetic {
   using Panel = BFloat16;
   static constexpr int kPixels = 2;
 
+  static FR_INLINE void store_x(Panel* to, Vec value) {
+    const __m256bh narrow = _mm512_cvtneps_pbh(value.v);
+    std::memcpy(to, &narrow, sizeof(narrow));
+  }
+
   // kTileK filters of two pixels, interleaved.
   static FR_INLINE void pack_strip(Panel* to, const BFloat16* one, const BFloat16* two) {
     static_assert(kTileK == 8, "a strip is one 128-bit register of each pixel");

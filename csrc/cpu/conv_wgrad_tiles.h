@@ -26,6 +26,8 @@ struct FloatArithmetic {
   using Panel = float;
   static constexpr int kPixels = 1;
 
+  static FR_INLINE void store_x(Panel* to, Vec value) { store(to, value); }
+
   // kTileK filters of one pixel.
   template <class T>
   static FR_INLINE void pack_strip(Panel* to, const T* from, const T*) {
@@ -201,24 +203,30 @@ class WgradBody {
       const int64_t iw = column * window_.source_step_w - a_.pad_w;
       const bool inside = source != nullptr && iw >= 0 && iw < width;
       Panel* to = static_cast<Panel*>(t_.x_panels) + (packed * window_.columns + column) * kTileC;
-      for (int64_t q = 0; q < c_panels_; ++q, to += panel)
+      const T* from = source + iw * a_.channels + t_.c_begin;
+      const int64_t whole = inside ? (t_.c_end - t_.c_begin) / kTileC : 0;
+      for (int64_t q = 0; q < whole; ++q, to += panel)
+        for (int64_t lane = 0; lane < kTileC; lane += Vec::kWidth)
+          pack_vector<T, Act, kPending>(to + lane, from + q * kTileC + lane, t_.c_begin + q * kTileC + lane, param);
+      for (int64_t q = whole; q < c_panels_; ++q, to += panel)
         for (int64_t lane = 0; lane < kTileC; lane += Vec::kWidth) {
-          const int64_t c = t_.c_begin + q * kTileC + lane;
-          const int64_t n = t_.c_end - c;
-          if constexpr (!kPending && sizeof(T) < sizeof(float) && sizeof(T) == sizeof(Panel)) {
-            if (inside && n >= Vec::kWidth) {  // the same bits
-              std::memcpy(to + lane, source + iw * a_.channels + c, Vec::kWidth * sizeof(T));
-              continue;
-            }
-          }
+          const int64_t c = q * kTileC + lane, n = t_.c_end - t_.c_begin - c;
           if (inside && n >= Vec::kWidth)
-            pack_value<Act, kPending>(to + lane, source + iw * a_.channels + c, c, param, Whole{});
+            pack_vector<T, Act, kPending>(to + lane, from + c, t_.c_begin + c, param);
           else if (inside && n > 0)
-            pack_value<Act, kPending>(to + lane, source + iw * a_.channels + c, c, param, Tail{n});
+            pack_value<Act, kPending>(to + lane, from + c, t_.c_begin + c, param, Tail{n});
           else
-            store(to + lane, Vec());
+            Arithmetic::store_x(to + lane, Vec());
         }
     }
+  }
+
+  template <class T, class Act, bool kPending>
+  FR_INLINE void pack_vector(Panel* to, const T* from, int64_t c, Vec param) const {
+    if constexpr (!kPending && sizeof(T) == sizeof(Panel))
+      std::memcpy(to, from, Vec::kWidth * sizeof(T));  // the same bits
+    else
+      pack_value<Act, kPending>(to, from, c, param, Whole{});
   }
 
   // One vector of the value that the convolution read, in x's dtype.
@@ -233,7 +241,7 @@ class WgradBody {
         value = load(rounded);
       }
     }
-    store(to, value);
+    Arithmetic::store_x(to, value);
   }
 
   template <class T>

@@ -27,8 +27,8 @@ _SCHEMA = (
     "Tensor(a!) out) -> ()"
 )
 
-# Channels below which most of a tile of the kernel would be padding.
-_FEWEST_CHANNELS = 16
+# Channels below which part of a tile of the kernel would be padding.
+_FEWEST_CHANNELS = 32
 
 
 def _reference(
