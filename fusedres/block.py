@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .engine import IDENTITY_SHORTCUT, ConvSlot, Link, NormSlot, Program, execute
 from .ops.activations import IDENTITY, Activation
 from .ops.conv import geometry
+from .select import too_small
 
 __all__ = ["Act", "Block", "Conv", "Norm", "Step", "link_plans", "run", "unsupported"]
 
@@ -128,12 +129,12 @@ def _links(steps: tuple[Step, ...]) -> tuple[_LinkPlan, ...]:
     act = IDENTITY
     for step in steps:
         if isinstance(step, Conv):
-            links.append(_LinkPlan(norm, act, tuple(step.path.split("."))))
+            links.append(_LinkPlan(norm, act, _names(step.path)))
             norm, act = None, IDENTITY
         elif isinstance(step, Norm):
             if norm is not None or act != IDENTITY:
                 raise UnsupportedBlock("a norm that follows a norm or an activation, without a convolution between")
-            norm = tuple(step.path.split("."))
+            norm = _names(step.path)
         else:
             if act != IDENTITY:
                 raise UnsupportedBlock("two activations in a row")
@@ -173,6 +174,9 @@ def run(
     plan = link_plans(block)
     if not (_engine_takes(x) and (residual is None or _engine_takes(residual))):
         return _call_modules(block, root, x, residual)
+    mode = "training" if torch.is_grad_enabled() else "inference"
+    if memory != "low" and too_small(x, mode, backend):  # asked here too, before the work of binding
+        return _call_modules(block, root, x, residual)
     binder = _Binder(root)
     try:
         branch = binder.chain(plan.branch)
@@ -207,14 +211,25 @@ def _call_modules(block: Block, root: nn.Module, x: Tensor, residual: Tensor | N
 
     def through(steps: tuple[Step, ...], value: Tensor) -> Tensor:
         for step in steps:
-            value = step.activation(value) if isinstance(step, Act) else root.get_submodule(step.path)(value)
+            value = step.activation(value) if isinstance(step, Act) else _module(root, _names(step.path))(value)
         return value
 
     out = through(block.branch, x)
     if block.shortcut is None:
         return out
-    total = out + through(block.shortcut, x if residual is None else residual)
-    return block.act(total.to(out.dtype) if block.in_place else total)
+    side = through(block.shortcut, x if residual is None else residual)
+    return block.act(out.add_(side) if block.in_place else out + side)
+
+
+@cache
+def _names(path: str) -> tuple[str, ...]:
+    return tuple(path.split("."))
+
+
+def _module(root: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    for name in names:
+        root = root._modules[name]
+    return root
 
 
 def _check_ours(module: nn.Module, kind: type[nn.Module]) -> None:
@@ -247,18 +262,12 @@ class _Binder:
     def chain(self, plans: tuple[_LinkPlan, ...]) -> tuple[Link, ...]:
         return tuple(
             Link(
-                None if plan.norm is None else self._norm(self._module(plan.norm)),
+                None if plan.norm is None else self._norm(_module(self.root, plan.norm)),
                 plan.act,
-                None if plan.conv is None else self._conv(self._module(plan.conv)),
+                None if plan.conv is None else self._conv(_module(self.root, plan.conv)),
             )
             for plan in plans
         )
-
-    def _module(self, path: tuple[str, ...]) -> nn.Module:
-        module = self.root
-        for name in path:
-            module = module._modules[name]
-        return module
 
     def _conv(self, conv: nn.Module) -> ConvSlot:
         _check_ours(conv, nn.Conv2d)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import fusedres
-from fusedres import engine, select
+from fusedres import block as block_module
+from fusedres import select
 
 
 @pytest.fixture(autouse=True)
@@ -20,13 +21,13 @@ def thresholds(monkeypatch, nothing_too_small) -> None:
 def stock_runs(monkeypatch) -> list[torch.Size]:
     """The shapes of the inputs that ran as stock."""
     shapes: list[torch.Size] = []
-    stock = engine.execute_stock
+    stock = block_module._call_modules
 
-    def spy(program, x, residual, tensors):
+    def spy(block, root, x, residual):
         shapes.append(x.shape)
-        return stock(program, x, residual, tensors)
+        return stock(block, root, x, residual)
 
-    monkeypatch.setattr(engine, "execute_stock", spy)
+    monkeypatch.setattr(block_module, "_call_modules", spy)
     return shapes
 
 
