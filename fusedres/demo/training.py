@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import models
+from ..patch import patch
+from ..select import backend_for
 from .data import Digits
 
 __all__ = ["Training", "deviation", "train"]
@@ -32,9 +34,14 @@ def train(
     fused: bool,
     memory_format: torch.memory_format = torch.channels_last,
 ) -> Training:
-    """Trains from seed 0: the same weights and the same batches in the same order, whatever the other arguments."""
+    """Trains from seed 0: the same weights and the same batches in the same order, whatever the other arguments.
+
+    Images this small would run as stock, so the fused kernels are forced: it is their numbers that are to be seen.
+    """
     torch.manual_seed(0)
-    model = models.cifar_resnet(20, in_channels=1, fused=fused).to(memory_format=memory_format)
+    model = models.cifar_resnet(20, in_channels=1, fused=False).to(memory_format=memory_format)
+    if fused:
+        patch(model, backend=backend_for("cpu", torch.float32))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(data.train_images) // _BATCH))
     losses = []

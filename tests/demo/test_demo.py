@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from fusedres import engine, select
 from fusedres.cli import main
 from fusedres.demo import main as demo
 from fusedres.demo.data import digits, photographs
@@ -55,3 +56,15 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "sklearn" else object())
     assert main(["demo", "--quick"]) == 2
     assert "the demo needs sklearn: pip install fusedres[demo]" in capsys.readouterr().out
+
+
+def test_training_runs_the_fused_kernels_at_the_size_of_digits(monkeypatch):
+    """A curve that lies on stock's because both are stock would show nothing."""
+    monkeypatch.setitem(select.FEWEST_ELEMENTS, "training", 2**60)
+    calls = []
+    apply = engine.BlockFunction.apply
+    monkeypatch.setattr(engine.BlockFunction, "apply", lambda *args: calls.append(1) or apply(*args))
+    data = digits()
+    few = dataclasses.replace(data, train_images=data.train_images[:64], train_classes=data.train_classes[:64])
+    train(few, 1, fused=True)
+    assert len(calls) == 10  # nine blocks and the stem
