@@ -13,8 +13,8 @@ from described import BLOCKS, Described, basic, bottleneck, fuse, norms
 from torch import Tensor, nn
 
 from fusedres import block as block_module
-from fusedres import engine
 from fusedres.block import Act, Block, Conv, Norm, link_plans, run, unsupported
+from fusedres.engine import inference
 from fusedres.ops.activations import IDENTITY, RELU
 from fusedres.testing import channels_last, compare
 
@@ -157,7 +157,7 @@ def test_folded_weights_follow_the_module(change):
 
 def test_folding_is_done_once(monkeypatch):
     calls = []
-    monkeypatch.setattr(engine, "fold", lambda *args, fold=engine.fold: calls.append(1) or fold(*args))
+    monkeypatch.setattr(inference, "fold", lambda *args, fold=inference.fold: calls.append(1) or fold(*args))
     block = bottleneck(24, 48, 2).eval()
     fuse(block)
     with torch.no_grad():
