@@ -42,7 +42,8 @@ class Depth(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        return x * torch.empty((len(x), 1, 1, 1), dtype=x.dtype).bernoulli_(1 - self.p) / (1 - self.p)
+        kept = torch.empty((len(x), 1, 1, 1), dtype=x.dtype).bernoulli_(1 - self.p)
+        return x * (kept / (1 - self.p) if self.p < 1 else kept)
 
 
 class Described(nn.Module):
