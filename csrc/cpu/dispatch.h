@@ -55,6 +55,16 @@ FR_INLINE void store(T* p, Vec a, Tail tail) {
   store(p, a, tail.n);
 }
 
+// Bits as they are, whatever they stand for.
+template <class T>
+FR_INLINE void copy(T* to, const T* from, Whole) {
+  std::memcpy(to, from, Vec::kWidth * sizeof(T));
+}
+template <class T>
+FR_INLINE void copy(T* to, const T* from, Tail tail) {
+  std::memcpy(to, from, tail.n * sizeof(T));
+}
+
 // Calls step(offset, extent) for every whole vector of a span, then for its tail.
 template <class Step>
 FR_INLINE void for_each_vector(int64_t n, Step step) {
