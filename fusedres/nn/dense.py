@@ -12,25 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..block import Act, Block, Conv, Dropout, Norm, Step, run
+from ..block import Act, Block, Conv, Dense, Dropout, Norm, Step, run_dense
 from ..ops.activations import RELU
 from .base import FusedBlock, conv1x1, conv3x3
 
 __all__ = ["DenseBlock", "DenseBottleneckBlock", "DenseBottleneckLayer", "Transition"]
 
 
-class _DenseBlock(FusedBlock):
-    """A block of dense layers, each described by ``_layers`` as a chain of steps from its input to its new channels."""
-
-    _layers: tuple[Block, ...]
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self._layers:
-            x = torch.cat((x, run(layer, self, x, memory=self.memory)), 1)
-        return x
-
-
-class DenseBlock(_DenseBlock):
+class DenseBlock(FusedBlock):
     """A dense block of plain layers::
 
         x_i = conv3x3(relu(bn([x_0, x_1, ..., x_{i-1}]))),  i = 1 ... num_layers
@@ -57,9 +46,10 @@ class DenseBlock(_DenseBlock):
             nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), conv3x3(channels, growth_rate, bias=bias))
             for channels in _inputs(num_layers, in_channels, growth_rate)
         )
-        self._layers = tuple(
-            Block((Norm(f"layers.{i}.0"), Act(RELU), Conv(f"layers.{i}.2"))) for i in range(num_layers)
-        )
+        self._dense = Dense(tuple((Norm(f"layers.{i}.0"), Act(RELU), Conv(f"layers.{i}.2")) for i in range(num_layers)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_dense(self._dense, self, x, memory=self.memory)
 
 
 class DenseBottleneckLayer(FusedBlock):
@@ -96,11 +86,11 @@ class DenseBottleneckLayer(FusedBlock):
         self.norm2 = nn.BatchNorm2d(bn_size * growth_rate)
         self.conv2 = conv3x3(bn_size * growth_rate, growth_rate, bias=bias)
         self.dropout = nn.Dropout(dropout)
-        self._block = Block(self.steps())
+        self._block = Block((*self.steps(), Dropout("dropout")))
 
     @staticmethod
     def steps(prefix: str = "") -> tuple[Step, ...]:
-        """The layer as a chain, its paths behind ``prefix``."""
+        """The layer as a chain without its dropout, its paths behind ``prefix``."""
         return (
             Norm(f"{prefix}norm1"),
             Act(RELU),
@@ -108,7 +98,6 @@ class DenseBottleneckLayer(FusedBlock):
             Norm(f"{prefix}norm2"),
             Act(RELU),
             Conv(f"{prefix}conv2"),
-            Dropout(f"{prefix}dropout"),
         )
 
     def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
@@ -116,7 +105,7 @@ class DenseBottleneckLayer(FusedBlock):
         return super().forward(x if isinstance(x, Tensor) else torch.cat(tuple(x), 1))
 
 
-class DenseBottleneckBlock(_DenseBlock):
+class DenseBottleneckBlock(FusedBlock):
     """A dense block of bottleneck layers, the block of DenseNet-121 and its like::
 
         x_i = layer_i([x_0, x_1, ..., x_{i-1}]),  i = 1 ... num_layers
@@ -130,7 +119,7 @@ class DenseBottleneckBlock(_DenseBlock):
         num_layers: how many layers.
         in_channels: channels of the input.
         growth_rate: channels that a layer adds.
-        bn_size, dropout, bias: of :class:`DenseBottleneckLayer`.
+        bn_size, dropout, bias: of :class:`DenseBottleneckLayer`. With dropout, every layer is a call of its own.
         memory: ``"low"`` recomputes in backward what is cheap to recompute.
     """
 
@@ -149,7 +138,15 @@ class DenseBottleneckBlock(_DenseBlock):
         names = [f"denselayer{i + 1}" for i in range(num_layers)]
         for name, channels in zip(names, _inputs(num_layers, in_channels, growth_rate)):
             self.add_module(name, DenseBottleneckLayer(channels, growth_rate, bn_size, dropout, bias=bias))
-        self._layers = tuple(Block(DenseBottleneckLayer.steps(f"{name}.")) for name in names)
+        self._drops = dropout > 0
+        self._dense = Dense(tuple(DenseBottleneckLayer.steps(f"{name}.") for name in names))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._drops:
+            return run_dense(self._dense, self, x, memory=self.memory)
+        for layer in self.children():
+            x = torch.cat((x, layer(x)), 1)
+        return x
 
 
 class Transition(FusedBlock):
