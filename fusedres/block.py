@@ -14,12 +14,40 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .engine import IDENTITY_SHORTCUT, ConvSlot, Link, NormSlot, Program, execute
-from .ops.activations import IDENTITY, Activation
+from .engine import (
+    GATES,
+    IDENTITY_SHORTCUT,
+    ConvSlot,
+    DenseProgram,
+    ExciteSlot,
+    GainSlot,
+    Link,
+    NormSlot,
+    Program,
+    execute,
+    execute_dense,
+    is_constant,
+)
+from .ops.activations import IDENTITY, RELU, Activation
 from .ops.conv import geometry
 from .select import too_small
 
-__all__ = ["Act", "Block", "Conv", "Norm", "Step", "link_plans", "run", "unsupported"]
+__all__ = [
+    "Act",
+    "Block",
+    "Conv",
+    "Dense",
+    "DropPath",
+    "Dropout",
+    "Norm",
+    "SqueezeExcite",
+    "Step",
+    "dense_plans",
+    "link_plans",
+    "run",
+    "run_dense",
+    "unsupported",
+]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,7 +76,37 @@ class Act:
     activation: Activation
 
 
-Step = Conv | Norm | Act
+@dataclass(frozen=True)
+class Dropout:
+    """The elementwise dropout held by the ``nn.Dropout`` at ``path``."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class SqueezeExcite:
+    """A gate per sample and channel, ``x * gate(fc2(act(fc1(mean(x)))))`` (Hu et al. 2018, eq. 2 to 4).
+
+    Args:
+        fc1, fc2: paths of the two layers, each an ``nn.Conv2d`` of kernel size 1 or an ``nn.Linear``.
+        act: between them.
+        gate: a key of :data:`fusedres.engine.GATES`.
+    """
+
+    fc1: str
+    fc2: str
+    act: Activation = RELU
+    gate: str = "sigmoid"
+
+
+@dataclass(frozen=True)
+class DropPath:
+    """Stochastic depth by the module at ``path``: in training, samples are dropped with its probability ``p``."""
+
+    path: str
+
+
+Step = Conv | Norm | Act | Dropout | SqueezeExcite | DropPath
 
 
 @dataclass(frozen=True)
@@ -59,8 +117,8 @@ class Block:
         branch: the steps from the input to the join (or to the output), in the order in which they run.
         shortcut: ``None`` for no join, ``()`` for an identity shortcut, otherwise the steps of the projection.
         act: the activation after the join; identity without a join (an activation is then the branch's last step).
-        residual: what the shortcut reads: ``"input"``, the block's own input, or ``"argument"``, a second tensor
-            that the caller passes.
+        residual: what the shortcut reads: ``"input"``, the block's own input; ``"argument"``, a second tensor that the
+            caller passes; or ``"pending"``, the input behind the norm and activation with which the branch begins.
         in_place: whether the join is ``branch += shortcut``, whose result has the branch's dtype, rather than
             ``branch + shortcut``, whose result has the common one. They differ under autocast.
     """
@@ -80,27 +138,48 @@ class Block:
         return self._hash
 
 
+@dataclass(frozen=True)
+class Dense:
+    """A dense block: every layer reads the channels of the input and of all layers before it, and appends its own.
+
+    Args:
+        layers: the steps of each, which begin with a norm and end with a convolution.
+    """
+
+    layers: tuple[tuple[Step, ...], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash(self.layers))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
 class _LinkPlan(NamedTuple):
     """A :class:`~fusedres.engine.Link` with the modules' paths, split, in the place of operands."""
 
-    norm: tuple[str, ...] | None
-    act: Activation
-    conv: tuple[str, ...] | None
+    norm: tuple[str, ...] | None = None
+    act: Activation = IDENTITY
+    conv: tuple[str, ...] | None = None
+    excite: SqueezeExcite | None = None
+    drop_path: tuple[str, ...] | None = None
+    dropout: tuple[str, ...] | None = None
 
 
 class _Plan(NamedTuple):
     branch: tuple[_LinkPlan, ...]
     shortcut: tuple[_LinkPlan, ...] | None
+    shares: bool = False
 
 
 class UnsupportedBlock(ValueError):
     """A sequence of steps that the engine cannot express."""
 
 
-def unsupported(block: Block) -> str | None:
+def unsupported(block: Block | Dense) -> str | None:
     """``None`` where the engine can run this block, else why not, in words."""
     try:
-        link_plans(block)
+        link_plans(block) if isinstance(block, Block) else dense_plans(block)
     except UnsupportedBlock as error:
         return str(error)
     return None
@@ -113,33 +192,69 @@ def link_plans(block: Block) -> _Plan:
         if block.act != IDENTITY:
             raise UnsupportedBlock("an activation after the join needs a join")
         return _Plan(_links(block.branch), None)
-    plan = _Plan(_links(block.branch), _links(block.shortcut))
-    for name, chain in (("branch", plan.branch), ("shortcut", plan.shortcut)):
+    branch, shortcut = _links(block.branch), _links(block.shortcut)
+    for name, chain in (("branch", branch), ("shortcut", shortcut)):
         if chain[-1].act != IDENTITY:
             raise UnsupportedBlock(f"the {name} ends with an activation before the addition")
-    if len(plan.shortcut) == 1 and plan.shortcut[0].norm is not None:
+        if chain[-1].dropout is not None:
+            raise UnsupportedBlock(f"the {name} ends with a dropout before the addition")
+    if any(link.excite is not None or link.drop_path is not None for link in shortcut):
+        raise UnsupportedBlock("the shortcut has a gain, squeeze-excitation or stochastic depth")
+    if len(shortcut) == 1 and shortcut[0].norm is not None:
         raise UnsupportedBlock("the shortcut is a norm without a convolution")
-    return plan
+    shares = block.residual == "pending" and branch[0]._replace(conv=None) != _LinkPlan()
+    if shares and branch[0].conv is None:
+        raise UnsupportedBlock("a shortcut from the branch's first value needs a convolution in the branch")
+    return _Plan(branch, shortcut, shares)
+
+
+@cache
+def dense_plans(dense: Dense) -> tuple[tuple[_LinkPlan, ...], ...]:
+    """Every layer's steps grouped into links; raises as :func:`link_plans` does."""
+    layers = tuple(_links(layer) for layer in dense.layers)
+    for layer in layers:
+        if len(layer) < 2 or layer[0].norm is None:
+            raise UnsupportedBlock("a layer that does not begin with a norm and go on to a convolution")
+        if layer[-1] != _LinkPlan():
+            raise UnsupportedBlock("a layer that does not end with its convolution")
+    return layers
 
 
 def _links(steps: tuple[Step, ...]) -> tuple[_LinkPlan, ...]:
-    """Groups steps into links, each ``[norm] [activation] [convolution]``."""
+    """Groups steps into links, each ``[norm] [excitation] [stochastic depth] [activation] [dropout] [convolution]``."""
     links: list[_LinkPlan] = []
-    norm: tuple[str, ...] | None = None
-    act = IDENTITY
+    link = _LinkPlan()
     for step in steps:
-        if isinstance(step, Conv):
-            links.append(_LinkPlan(norm, act, _names(step.path)))
-            norm, act = None, IDENTITY
-        elif isinstance(step, Norm):
-            if norm is not None or act != IDENTITY:
-                raise UnsupportedBlock("a norm that follows a norm or an activation, without a convolution between")
-            norm = _names(step.path)
-        else:
-            if act != IDENTITY:
-                raise UnsupportedBlock("two activations in a row")
-            act = step.activation
-    return (*links, _LinkPlan(norm, act, None))
+        link = _with_step(link, step)
+        if link.conv is not None:
+            links.append(link)
+            link = _LinkPlan()
+    return (*links, link)
+
+
+def _with_step(link: _LinkPlan, step: Step) -> _LinkPlan:
+    """``link`` with one more step, which has to come behind those that it has."""
+    if isinstance(step, Conv):
+        return link._replace(conv=_names(step.path))
+    if link.dropout is not None:
+        raise UnsupportedBlock("a dropout that no convolution follows")
+    if isinstance(step, Dropout):
+        return link._replace(dropout=_names(step.path))
+    if isinstance(step, Act):
+        if link.act != IDENTITY:
+            raise UnsupportedBlock("two activations in a row")
+        return link._replace(act=step.activation)
+    if isinstance(step, Norm):
+        if link != _LinkPlan():
+            raise UnsupportedBlock("a norm that follows a norm or an activation, without a convolution between")
+        return link._replace(norm=_names(step.path))
+    if link.act != IDENTITY or link.drop_path is not None:
+        raise UnsupportedBlock("a gain that follows an activation or another gain")
+    if isinstance(step, DropPath):
+        return link._replace(drop_path=_names(step.path))
+    if link.excite is not None:
+        raise UnsupportedBlock("two excitations in a row")
+    return link._replace(excite=step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,7 +263,7 @@ def _links(steps: tuple[Step, ...]) -> tuple[_LinkPlan, ...]:
 
 
 # Folded and packed weights, per module and block. Not on the module, where copies and pickles would meet them.
-_FOLDED: WeakKeyDictionary[nn.Module, dict[Block, dict[int, Any]]] = WeakKeyDictionary()
+_FOLDED: WeakKeyDictionary[nn.Module, dict[Block | Dense, dict[int, Any]]] = WeakKeyDictionary()
 
 
 def run(
@@ -189,12 +304,31 @@ def run(
     if not binder.suits(x):
         return _call_modules(block, root, x, residual)
     binder.count_batch()
-    program = Program(branch, shortcut, block.act, block.in_place, memory, backend)
-    if not program.constant:
-        _FOLDED.pop(root, None)  # training writes to the weights at every step: nothing folded stays true
-        return execute(program, x, residual, binder.tensors)
-    folded = _FOLDED.setdefault(root, {}).setdefault(block, {})
-    return execute(program, x, residual, binder.tensors, folded)
+    program = Program(branch, shortcut, block.act, block.in_place, memory, backend, plan.shares)
+    return execute(program, x, residual, binder.tensors, _folded(root, block, program.constant))
+
+
+def run_dense(dense: Dense, root: nn.Module, x: Tensor, *, backend: str = "auto", memory: str = "auto") -> Tensor:
+    """Runs a dense block; as :func:`run`, with a result of ``x``'s channels and all layers'."""
+    plans = dense_plans(dense)
+    binder = _Binder(root)
+    try:
+        layers = tuple(map(binder.chain, plans)) if _engine_takes(x) else ()
+    except _NotOurs:
+        layers = ()
+    if not layers or not binder.suits(x):
+        return _call_layers(dense, root, x)
+    binder.count_batch()
+    program = DenseProgram(layers, memory, backend)
+    return execute_dense(program, x, binder.tensors, _folded(root, dense, is_constant(program.links)))
+
+
+def _folded(root: nn.Module, block: Block | Dense, constant: bool) -> dict[int, Any] | None:
+    """Where the block's folded weights are kept."""
+    if constant:
+        return _FOLDED.setdefault(root, {}).setdefault(block, {})
+    _FOLDED.pop(root, None)  # training writes to the weights at every step: nothing folded stays true
+    return None
 
 
 def _engine_takes(x: Tensor) -> bool:
@@ -208,17 +342,38 @@ class _NotOurs(Exception):
 
 def _call_modules(block: Block, root: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
     """The block by calling its modules one after the other."""
-
-    def through(steps: tuple[Step, ...], value: Tensor) -> Tensor:
-        for step in steps:
-            value = step.activation(value) if isinstance(step, Act) else _module(root, _names(step.path))(value)
-        return value
-
-    out = through(block.branch, x)
+    head = next(i for i, s in enumerate(block.branch) if isinstance(s, Conv)) if block.residual == "pending" else 0
+    start = _call_steps(block.branch[:head], root, x)
+    out = _call_steps(block.branch[head:], root, start)
     if block.shortcut is None:
         return out
-    side = through(block.shortcut, x if residual is None else residual)
+    side = _call_steps(block.shortcut, root, start if residual is None else residual)
     return block.act(out.add_(side) if block.in_place else out + side)
+
+
+def _call_layers(dense: Dense, root: nn.Module, x: Tensor) -> Tensor:
+    """The dense block by calling its modules one after the other."""
+    features = [x]
+    for layer in dense.layers:
+        features.append(_call_steps(layer, root, torch.cat(features, 1)))
+    return torch.cat(features, 1)
+
+
+def _call_steps(steps: tuple[Step, ...], root: nn.Module, value: Tensor) -> Tensor:
+    for step in steps:
+        value = _call_step(step, root, value)
+    return value
+
+
+def _call_step(step: Step, root: nn.Module, value: Tensor) -> Tensor:
+    if isinstance(step, Act):
+        return step.activation(value)
+    if not isinstance(step, SqueezeExcite):
+        return _module(root, _names(step.path))(value)
+    fc1, fc2 = (_module(root, _names(path)) for path in (step.fc1, step.fc2))
+    squeezed = value.mean((2, 3), keepdim=isinstance(fc1, nn.Conv2d))
+    gate = GATES[step.gate](fc2(step.act(fc1(squeezed))))
+    return value * gate.view(*gate.shape[:2], 1, 1)
 
 
 @cache
@@ -232,10 +387,16 @@ def _module(root: nn.Module, names: tuple[str, ...]) -> nn.Module:
     return root
 
 
+def _check_unhooked(module: nn.Module) -> None:
+    """Raises :class:`_NotOurs` where calling ``module`` does more than its forward."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise _NotOurs
+
+
 def _check_ours(module: nn.Module, kind: type[nn.Module]) -> None:
     """Raises :class:`_NotOurs` unless calling ``module`` is nothing but ``kind``'s forward on its own parameters."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if hooked or type(module).forward is not kind.forward or "weight" not in module._parameters:
+    _check_unhooked(module)
+    if type(module).forward is not kind.forward or "weight" not in module._parameters:
         raise _NotOurs
 
 
@@ -265,6 +426,8 @@ class _Binder:
                 None if plan.norm is None else self._norm(_module(self.root, plan.norm)),
                 plan.act,
                 None if plan.conv is None else self._conv(_module(self.root, plan.conv)),
+                self._gain(plan),
+                0.0 if plan.dropout is None else self._dropout(_module(self.root, plan.dropout)),
             )
             for plan in plans
         )
@@ -293,3 +456,28 @@ class _Binder:
             mean, var = None, None
         self.tensors += (parameters["weight"], parameters["bias"], mean, var)
         return NormSlot(first, batch_statistics, momentum, norm.eps)
+
+    def _gain(self, plan: _LinkPlan) -> GainSlot | None:
+        drop_path = 0.0 if plan.drop_path is None else self._drop_path(_module(self.root, plan.drop_path))
+        excite = None if plan.excite is None else self._excite(plan.excite)
+        return GainSlot(excite, drop_path) if excite is not None or drop_path else None
+
+    def _excite(self, step: SqueezeExcite) -> ExciteSlot:
+        first = len(self.tensors)
+        for path in (step.fc1, step.fc2):
+            layer = _module(self.root, _names(path))
+            _check_ours(layer, nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear)
+            parameters = layer._parameters
+            self.tensors += (parameters["weight"], parameters["bias"])
+            self.weights.append(parameters["weight"])
+        return ExciteSlot(first, step.act, step.gate)
+
+    def _dropout(self, module: nn.Module) -> float:
+        _check_unhooked(module)
+        if type(module).forward is not nn.Dropout.forward:
+            raise _NotOurs
+        return float(module.p) if module.training else 0.0
+
+    def _drop_path(self, module: nn.Module) -> float:
+        _check_unhooked(module)
+        return float(module.p) if module.training else 0.0
