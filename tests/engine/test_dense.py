@@ -45,7 +45,8 @@ class DenseBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.fuses:
             return run_dense(self.dense, self, x, **self.options)
-        features = [x]
+        # The buffer is channels_last, and oneDNN rounds differently in each layout: like is compared with like.
+        features = [x.contiguous(memory_format=torch.channels_last)]
         for layer in self.layers:
             features.append(layer(torch.cat(features, 1)))
         return torch.cat(features, 1)
