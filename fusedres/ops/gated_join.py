@@ -126,10 +126,10 @@ class _GatedJoin(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the same formulas, in ops that can be differentiated again
             found = _differentiable_backward(grad, logits, f, x, ctx.threshold)
         else:
-            grad = dense(grad)
-            sides = [None if side is None else like(side, grad) for side in (f, x)]
+            logits = dense(logits.to(grad.dtype))  # its layout is a real one; the gradient's may be that of an expand
+            sides = [None if side is None else like(side, logits) for side in (f, x)]
             backward = ctx.kernels.gated_join_backward
-            found = backward(grad, like(logits, grad), *sides, ctx.threshold, needs_f, needs_x)
+            found = backward(like(grad, logits), logits, *sides, ctx.threshold, needs_f, needs_x)
         needed = needs_f, f is not None, needs_x
         grads = [g.to(dtype) if need else None for need, g, dtype in zip(needed, found, ctx.dtypes)]
         return (*grads, None, None)
