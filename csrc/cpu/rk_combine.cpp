@@ -68,7 +68,7 @@ Tensor rk_error_cpu(const Tensor& y0, const Tensor& y1, std::vector<Tensor> stag
   if (y0.numel() == 0) return out;
   check_flat(kOp, {&y0, &y1});
   // The pieces do not depend on the number of threads, so neither does the sum.
-  std::vector<float> partials((y0.numel() + kErrorPiece - 1) / kErrorPiece);
+  std::vector<double> partials((y0.numel() + kErrorPiece - 1) / kErrorPiece);
   const int64_t pieces = static_cast<int64_t>(partials.size());
   const RkErrorArgs args{dtype_of(kOp, y0),   all.count(),         all.data.data(),          all.weights.data(),
                          y0.const_data_ptr(), y1.const_data_ptr(), static_cast<float>(rtol), static_cast<float>(atol),
@@ -77,7 +77,7 @@ Tensor rk_error_cpu(const Tensor& y0, const Tensor& y1, std::vector<Tensor> stag
   const int64_t work = kErrorPiece * (all.count() + 2);
   parallel_over(pieces, work, [&](int64_t begin, int64_t end) { run(args, begin, end); });
   double total = 0;
-  for (const float partial : partials) total += partial;
+  for (const double partial : partials) total += partial;
   *out.mutable_data_ptr<float>() = static_cast<float>(std::sqrt(total / static_cast<double>(y0.numel())));
   return out;
 }

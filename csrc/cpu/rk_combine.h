@@ -35,7 +35,7 @@ struct RkErrorArgs {
   const void *y0, *y1;
   float rtol, atol;
   int64_t numel;
-  float* partials;
+  double* partials;
 };
 
 }  // namespace fusedres

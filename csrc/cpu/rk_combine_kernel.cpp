@@ -24,16 +24,23 @@ FR_INLINE Vec add_square(Vec sum, Vec ratio, Tail tail) {
   return sum + load(lanes);
 }
 
+// At most kVectors squares meet in a float; beyond that the sum is in double.
 template <class T>
-float error_sum(const RkErrorArgs& a, int64_t first, int64_t n) {
-  const T *y0 = static_cast<const T*>(a.y0) + first, *y1 = static_cast<const T*>(a.y1) + first;
-  Vec sum;
-  for_each_vector(n, [&](int64_t i, auto extent) {
-    const Vec error = weighted_sum<T>(a, Vec(), first + i, extent);
-    const Vec size = vmax(magnitude(load(y0 + i, extent)), magnitude(load(y1 + i, extent)));
-    sum = add_square(sum, error / fma(Vec(a.rtol), size, Vec(a.atol)), extent);
-  });
-  return horizontal_sum(sum);
+double error_sum(const RkErrorArgs& a, int64_t begin, int64_t end) {
+  constexpr int64_t kVectors = 32;
+  double total = 0;
+  for (int64_t at = begin; at < end; at += kVectors * Vec::kWidth) {
+    const int64_t n = end - at < kVectors * Vec::kWidth ? end - at : kVectors * Vec::kWidth;
+    const T *y0 = static_cast<const T*>(a.y0) + at, *y1 = static_cast<const T*>(a.y1) + at;
+    Vec sum;
+    for_each_vector(n, [&](int64_t i, auto extent) {
+      const Vec error = weighted_sum<T>(a, Vec(), at + i, extent);
+      const Vec size = vmax(magnitude(load(y0 + i, extent)), magnitude(load(y1 + i, extent)));
+      sum = add_square(sum, error / fma(Vec(a.rtol), size, Vec(a.atol)), extent);
+    });
+    total += static_cast<double>(horizontal_sum(sum));
+  }
+  return total;
 }
 
 }  // namespace
@@ -66,7 +73,7 @@ void rk_error_range(const RkErrorArgs& a, int64_t begin, int64_t end) {
     using T = decltype(element);
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t first = piece * kErrorPiece, rest = a.numel - first;
-      a.partials[piece] = error_sum<T>(a, first, rest < kErrorPiece ? rest : kErrorPiece);
+      a.partials[piece] = error_sum<T>(a, first, rest < kErrorPiece ? a.numel : first + kErrorPiece);
     }
   });
 }

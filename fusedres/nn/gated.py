@@ -117,8 +117,8 @@ class ProjectionSkip(nn.Module):
 class IdentitySkip(nn.Module):
     """A plain skip, ``fn(x) + x``.
 
-    He et al. (2016, "Deep Residual Learning for Image Recognition", eq. 1). Key: ``fn``. ValueError, naming both shapes,
-    where ``fn`` changes the shape.
+    He et al. (2016, "Deep Residual Learning for Image Recognition", eq. 1). Key: ``fn``. ValueError, naming both
+    shapes, where ``fn`` changes the shape.
 
     Args:
         fn: the branch.

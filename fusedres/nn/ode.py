@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..ode.adjoint import AdjointProblem, solve_adjoint
 from ..ode.function import Function, derivative
-from ..ode.settings import settings, times_of
+from ..ode.settings import Times, settings, times_of
 from ..ode.solver import Dynamics, last_state
 from ..ops.checks import check_floating
 from ..ops.operands import dense
@@ -37,8 +38,8 @@ class ODEBlock(nn.Module):
             dtype; returns a tensor of ``x``'s shape. May contain fused blocks, and may be a plain function.
         method: ``"euler"``, ``"midpoint"``, ``"rk4"`` (Kutta's 3/8 rule, as torchdiffeq's), or ``"dopri5"``, which
             chooses its steps (Dormand and Prince 1980).
-        t: two or more times, increasing or decreasing, as a tensor or as numbers. Fixed steps without a ``step_size`` go
-            from each to the next; to ``dopri5`` only the first and the last matter. No gradient goes to the times.
+        t: two or more times, increasing or decreasing, as a tensor or as numbers. Without a ``step_size``, fixed steps
+            go from each to the next; to ``dopri5`` only the first and the last matter. Times have no gradient.
         adjoint: gradients by the adjoint method: autograd keeps the output and nothing else, whatever the number of
             steps, and backward solves the problem in reverse. See :mod:`fusedres.ode.adjoint` for its price. Otherwise
             they go back through the steps, and autograd keeps what every evaluation of ``odefunc`` saved.
@@ -51,6 +52,8 @@ class ODEBlock(nn.Module):
 
     Shapes and dtypes: the input may have any shape; float32, float64, bfloat16 or float16. Updates are computed in
     float32 (float64 for float64) and rounded once. Zero-size batches work. The output is like the input.
+
+    Under ``torch.compile`` a method with fixed steps is one graph, and ``dopri5`` and the adjoint run uncompiled.
 
     Attributes:
         nfe: the :class:`Evaluations` of ``odefunc``.
@@ -105,11 +108,19 @@ class ODEBlock(nn.Module):
         """
         check_floating("ODEBlock", x)
         times = self.times if t is None else times_of(t)
-        if self.adjoint:
-            problem = AdjointProblem(self.odefunc, times, self.settings, self.adjoint_settings, self._evaluations)
-            return solve_adjoint(problem, dense(x))
+        solve = self._adjoint if self.adjoint else self._through_steps
+        if torch.compiler.is_compiling() and (self.adjoint or self.settings.tableau.adaptive):
+            # Steps that depend on values, and gradients within gradients, are nothing to trace: they run as they are.
+            solve = torch.compiler.disable(solve)
+        return solve(dense(x), times)
+
+    def _adjoint(self, x: Tensor, times: Times) -> Tensor:
+        problem = AdjointProblem(self.odefunc, times, self.settings, self.adjoint_settings, self._evaluations)
+        return solve_adjoint(problem, x)
+
+    def _through_steps(self, x: Tensor, times: Times) -> Tensor:
         dynamics = Dynamics(lambda t, state: (derivative(self.odefunc, t, state[0]),))
-        (last,) = last_state(dynamics, (dense(x),), times, self.settings)
+        (last,) = last_state(dynamics, (x,), times, self.settings)
         self._evaluations["forward"] = dynamics.evaluations
         return last
 

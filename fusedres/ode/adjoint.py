@@ -8,9 +8,9 @@ and appendix B):
     \\frac{d}{dt} \\frac{dL}{d\\theta} = -a^\\top \\frac{\\partial f}{\\partial \\theta}
 
 What autograd keeps does not depend on the number of steps. The price is the trajectory's recomputation, whose error is
-bounded by the tolerances and not by rounding, as the gradient's therefore is. ``odefunc`` is evaluated in backward too:
-it must be deterministic, and batch norms in it update their running statistics there as well. Sums over time are kept in
-float32 where the state, or a parameter, is of a smaller dtype.
+bounded by the tolerances and not by rounding, as the gradient's therefore is. ``odefunc`` is evaluated in backward
+too: it must be deterministic, and batch norms in it update their running statistics there as well. Sums over time are
+kept in float32 where the state, or a parameter, is of a smaller dtype.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ def odeint(
     """The states of ``dx/dt = odefunc(t, x)``, ``x(t[0]) = x``, at every time of ``t``.
 
     Gradients, with respect to ``x`` and to whatever ``odefunc`` reads, go back through the steps that were taken, so
-    autograd keeps what every evaluation saved; :class:`fusedres.nn.ODEBlock` has the adjoint method, which keeps nothing
-    of them. Agrees with ``torchdiffeq.odeint``.
+    autograd keeps what every evaluation saved; :class:`fusedres.nn.ODEBlock` has the adjoint method, which keeps
+    nothing of them. Agrees with ``torchdiffeq.odeint``.
 
     Args:
         odefunc: ``odefunc(t, x)`` with ``t`` a tensor without dimensions, of ``x``'s dtype.

@@ -208,10 +208,8 @@ def _first_step(
     active = len(state) - dynamics.passive
     probe = (*_update(state[:active], [first], direction * h0, [1.0]), *state[active:])
     d2 = norm([first, dynamics(t + direction * h0, probe)], [-1.0, 1.0]) / h0 if h0 else math.inf
-    if d1 <= 1e-15 and d2 <= 1e-15:
-        h1 = max(1e-6, h0 * 1e-3)
-    else:
-        h1 = (0.01 / max(d1, d2)) ** (1 / settings.tableau.order)
+    still = d1 <= 1e-15 and d2 <= 1e-15
+    h1 = max(1e-6, h0 * 1e-3) if still else (0.01 / max(d1, d2)) ** (1 / settings.tableau.order)
     return _least(100 * h0, h1)
 
 

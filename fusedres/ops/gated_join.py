@@ -10,10 +10,10 @@ minus its transform gate; with a threshold every element comes from one side alo
 .. math:: df = m \\cdot grad \\qquad dx = (1 - m) \\cdot grad \\qquad dlogits = (f - x)\\, s\\, (1 - s) \\cdot grad,
     \\quad s = \\sigma(logits)
 
-A threshold has no derivative, so a sparse gate's logits have no gradient, unless it is passed *straight through* (Bengio,
-Leonard and Courville 2013, "Estimating or Propagating Gradients Through Stochastic Neurons", section 4), which takes
-the sigmoid's. All tensors have one shape, any, one dtype and one dense layout. Arithmetic is in float32 (float64 for
-float64), rounded once. ``m`` multiplies even where it is zero, so NaN and infinity travel as in the formula.
+A threshold has no derivative, so a sparse gate's logits have no gradient, unless it is passed *straight through*
+(Bengio, Leonard and Courville 2013, "Estimating or Propagating Gradients Through Stochastic Neurons", section 4), which
+takes the sigmoid's. All tensors have one shape, any, one dtype and one dense layout. Arithmetic is in float32 (float64
+for float64), rounded once. ``m`` multiplies even where it is zero, so NaN and infinity travel as in the formula.
 """
 
 from __future__ import annotations

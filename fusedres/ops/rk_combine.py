@@ -87,9 +87,7 @@ def _error_reference(
     return (error / tolerance).square().mean().sqrt()
 
 
-def _error_fake(
-    y0: Tensor, y1: Tensor, stages: list[Tensor], weights: list[float], rtol: float, atol: float
-) -> Tensor:
+def _error_fake(y0: Tensor, y1: Tensor, stages: list[Tensor], weights: list[float], rtol: float, atol: float) -> Tensor:
     return y0.new_empty((), dtype=statistics_dtype(y0.dtype))
 
 
