@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ode.adjoint import AdjointProblem, solve_adjoint
 from ..ode.function import Function, derivative
-from ..ode.settings import Times, settings, times_of
+from ..ode.settings import Times, check_positive, settings, times_of
 from ..ode.solver import Dynamics, last_state
 from ..ops.checks import check_floating
 from ..ops.operands import dense
@@ -82,6 +82,9 @@ class ODEBlock(nn.Module):
             raise TypeError(f"odefunc must be a module or a function (t, x), got {type(odefunc).__name__}")
         if adjoint and not isinstance(odefunc, nn.Module):
             raise TypeError(f"odefunc must be a module where adjoint=True, got {type(odefunc).__name__}")
+        for name, tolerance in (("adjoint_rtol", adjoint_rtol), ("adjoint_atol", adjoint_atol)):
+            if tolerance is not None:
+                check_positive(name, tolerance, or_zero=True)
         self.odefunc = odefunc
         self.adjoint = adjoint
         self.times = times_of(t)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .tableau import METHODS, Tableau
 
-__all__ = ["Settings", "Times", "settings", "times_of"]
+__all__ = ["Settings", "Times", "check_positive", "settings", "times_of"]
 
 Times = tuple[float, ...]
 
@@ -49,10 +49,7 @@ class Settings:
             value = getattr(self, field.name)
             if value is None and field.default is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{field.name} must be a number, got {type(value).__name__}")
-            if not (value > 0 or (value == 0 and field.name in ("rtol", "atol", "min_step"))):
-                raise ValueError(f"{field.name} must be positive, got {value}")
+            check_positive(field.name, value, or_zero=field.name in ("rtol", "atol", "min_step"))
             if value != field.default and self._pointless(field.name):
                 raise ValueError(f"{field.name} means nothing to method={self.tableau.name!r}")
         if self.min_step > self.max_step:
@@ -62,6 +59,14 @@ class Settings:
         if name in ("rtol", "atol"):  # torchdiffeq gives them to every solver
             return False
         return (name == "step_size") == self.tableau.adaptive
+
+
+def check_positive(name: str, value: Any, *, or_zero: bool = False) -> None:
+    """Raises TypeError for what is no number, ValueError for what is not positive."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (value > 0 or (or_zero and value == 0)):
+        raise ValueError(f"{name} must be positive, got {value}")
 
 
 def settings(method: str, **options: Any) -> Settings:

@@ -286,7 +286,7 @@ def test_wrong_arguments_are_named():
         gated_join(f, f, f[..., :4])
     with pytest.raises(TypeError, match=r"logits of shape .* is torch.bfloat16, expected torch.float32"):
         gated_join(f, f.bfloat16(), f)
-    with pytest.raises(TypeError, match="f must be of a dtype among .*, got torch.int64"):
+    with pytest.raises(TypeError, match=r"f must be of a dtype among .*, got torch.int64"):
         gated_join(f.long(), f, f)
     with pytest.raises(TypeError, match="threshold must be a number or None, got str"):
         gated_join(f, f, f, threshold="0.5")
