@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..select import backend_for, kernels
 from .bn_stats import statistics_dtype
-from .operands import check_alike, dense, like, takes
+from .operands import check_alike, dense, kernels_pay, like, needs_gradient
 from .registry import declare
 
 __all__ = ["GATED_JOIN", "GATED_JOIN_BACKWARD", "gated_join"]
@@ -103,6 +103,13 @@ GATED_JOIN_BACKWARD = declare(
 """``(df, dlogits, dx)``, each empty where it is not needed; ``dlogits`` is, where ``f`` and ``x`` are given."""
 
 
+def _run(f: Tensor, logits: Tensor, x: Tensor, threshold: float | None) -> Tensor:
+    """The join by a kernel, on operands as they come."""
+    dtype = torch.promote_types(torch.promote_types(f.dtype, logits.dtype), x.dtype)
+    f = dense(f.to(dtype))
+    return kernels(f.device.type, dtype).gated_join(f, like(logits, f), like(x, f), threshold)
+
+
 class _GatedJoin(torch.autograd.Function):
     """``(f, logits, x, threshold, straight_through) -> out``; keeps the logits, and both sides only for their sake."""
 
@@ -114,10 +121,7 @@ class _GatedJoin(torch.autograd.Function):
         ctx.save_for_backward(logits, f if needs_logits else None, x if needs_logits else None)
         ctx.threshold = threshold
         ctx.dtypes = f.dtype, logits.dtype, x.dtype
-        dtype = torch.promote_types(torch.promote_types(f.dtype, logits.dtype), x.dtype)
-        ctx.kernels = kernels(f.device.type, dtype)
-        f = dense(f.to(dtype))
-        return ctx.kernels.gated_join(f, like(logits, f), like(x, f), threshold)
+        return _run(f, logits, x, threshold)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -128,7 +132,7 @@ class _GatedJoin(torch.autograd.Function):
         else:
             logits = dense(logits.to(grad.dtype))  # its layout is a real one; the gradient's may be that of an expand
             sides = [None if side is None else like(side, logits) for side in (f, x)]
-            backward = ctx.kernels.gated_join_backward
+            backward = kernels(grad.device.type, grad.dtype).gated_join_backward
             found = backward(like(grad, logits), logits, *sides, ctx.threshold, needs_f, needs_x)
         needed = needs_f, f is not None, needs_x
         grads = [g.to(dtype) if need else None for need, g, dtype in zip(needed, found, ctx.dtypes)]
@@ -187,6 +191,8 @@ def gated_join(
     if straight_through and threshold is None:
         raise ValueError("gated_join: straight_through=True needs a threshold, got threshold=None")
     threshold = None if threshold is None else float(threshold)
-    if not takes(f, logits, x) or backend_for(f.device, f.dtype) == "stock":
+    if not kernels_pay(f, logits, x) or backend_for(f.device, f.dtype) == "stock":
         return _stock(f, logits, x, threshold, straight_through)
+    if not needs_gradient(f, logits, x):
+        return _run(f, logits, x, threshold)
     return _GatedJoin.apply(f, logits, x, threshold, straight_through)

@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..select import FEWEST_ELEMENTS, too_small
 from .checks import Checked, check_floating
 
-__all__ = ["check_alike", "dense", "like", "takes"]
+__all__ = ["check_alike", "dense", "kernels_pay", "kernels_run", "like", "needs_gradient"]
+
+# Below this, what the passes save is less than what one more call from Python costs.
+FEWEST_ELEMENTS["elementwise"] = 2**14
 
 
 def check_alike(op: str, **tensors: Any) -> None:
@@ -25,8 +29,8 @@ def check_alike(op: str, **tensors: Any) -> None:
         checked.alike(other, value)
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether kernels may be called on these tensors, now; otherwise the op runs as its stock composition.
+def kernels_run(*tensors: Tensor) -> bool:
+    """Whether kernels may be called on these tensors, now.
 
     Not inside ``torch.compile``, which generates its own, nor inside transforms of ``torch.func``, nor on subclasses of
     Tensor, which may mean something else by an op.
@@ -34,6 +38,15 @@ def takes(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+
+
+def kernels_pay(*tensors: Tensor) -> bool:
+    """Whether kernels may be called on these tensors, and are worth the call; otherwise stock PyTorch runs them."""
+    return kernels_run(*tensors) and not too_small(tensors[0], "elementwise")
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def dense(x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..select import kernels
 from .bn_stats import statistics_dtype
-from .operands import check_alike, dense, like, takes
+from .operands import check_alike, dense, kernels_pay, kernels_run, like, needs_gradient
 from .registry import declare
 
 __all__ = ["RK_COMBINE", "RK_COMBINE_BACKWARD", "RK_ERROR", "combine", "error_norm", "rk_combine"]
@@ -101,6 +101,12 @@ RK_ERROR = declare(
 """The norm of the error estimate, a tensor without dimensions."""
 
 
+def _run(y: Tensor, stages: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The update by a kernel, on operands as they come."""
+    y = dense(y)
+    return kernels(y.device.type, y.dtype).rk_combine(y, [like(stage, y) for stage in stages], weights)
+
+
 class _RkCombine(torch.autograd.Function):
     """``(y, weights, *stages) -> out``; keeps nothing."""
 
@@ -108,9 +114,7 @@ class _RkCombine(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, weights: tuple[float, ...], *stages: Tensor) -> Tensor:
         ctx.weights = weights
         ctx.dtypes = [stage.dtype for stage in stages]
-        y = dense(y)
-        ctx.kernels = kernels(y.device.type, y.dtype)
-        return ctx.kernels.rk_combine(y, [like(stage, y) for stage in stages], weights)
+        return _run(y, stages, weights)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -119,7 +123,7 @@ class _RkCombine(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: in ops that can be differentiated again
             found = [grad * weight for weight in weights]
         else:
-            found = ctx.kernels.rk_combine_backward(dense(grad), weights)
+            found = kernels(grad.device.type, grad.dtype).rk_combine_backward(dense(grad), weights)
         grads: list[Tensor | None] = [None] * len(ctx.weights)
         for i, g in zip(needed, found):
             grads[i] = g.to(ctx.dtypes[i])
@@ -128,9 +132,11 @@ class _RkCombine(torch.autograd.Function):
 
 def combine(y: Tensor, stages: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """:func:`rk_combine` without its checks."""
-    if takes(y, *stages):
-        return _RkCombine.apply(y, tuple(weights), *stages)
-    return _weighted(y.to(statistics_dtype(y.dtype)), stages, weights).to(y.dtype)
+    if not kernels_pay(y, *stages):
+        return _weighted(y.to(statistics_dtype(y.dtype)), stages, weights).to(y.dtype)
+    if not needs_gradient(y, *stages):
+        return _run(y, stages, weights)
+    return _RkCombine.apply(y, tuple(weights), *stages)
 
 
 def error_norm(
@@ -140,7 +146,7 @@ def error_norm(
     with torch.no_grad():
         y0 = dense(y0)
         operands = like(y1, y0), [like(stage, y0) for stage in stages], tuple(weights), rtol, atol
-        if takes(y0, y1, *stages):
+        if kernels_run(y0, y1, *stages):
             return kernels(y0.device.type, y0.dtype).rk_error(y0.detach(), *operands)
         return _error_reference(y0, *operands)
 

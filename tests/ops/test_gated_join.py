@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fusedres
+from fusedres import select
 from fusedres.benchmarking.memory import saved_bytes
 from fusedres.ops import gated_join
 from fusedres.testing import INPUTS, assert_within_budget, channels_last, compare, contiguous
@@ -269,6 +270,15 @@ def test_compiled_and_transformed_it_is_stock(kind):
     assert torch.equal(torch.vmap(lambda *tensors: gated_join(*tensors, **options))(f, logits, x), expected)
     with fusedres.use_backend("stock"):
         assert torch.equal(gated_join(f, logits, x, **options), expected)
+
+
+def test_small_tensors_run_as_stock_unless_a_backend_is_forced(monkeypatch):
+    monkeypatch.setitem(select.FEWEST_ELEMENTS, "elementwise", 100)
+    for elements, fused in ((99, False), (100, True)):
+        leaves = [torch.randn(elements, requires_grad=True) for _ in range(3)]
+        assert ("GatedJoin" in gated_join(*leaves).grad_fn.name()) is fused
+        with fusedres.use_backend("reference"):
+            assert "GatedJoin" in gated_join(*leaves).grad_fn.name()
 
 
 def test_empty_batches():

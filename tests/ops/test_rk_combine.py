@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fusedres import select
 from fusedres.benchmarking.memory import saved_bytes
 from fusedres.ops import rk_combine
 from fusedres.ops.rk_combine import error_norm
@@ -227,6 +228,17 @@ def test_compiled_and_transformed_it_is_stock():
     torch.testing.assert_close(torch.vmap(update)(y, *stages), expected)
     low = [t.bfloat16() for t in (y, *stages)]
     assert torch.compile(update, backend="eager", fullgraph=True)(*low).dtype == torch.bfloat16
+
+
+def test_small_states_run_as_stock_in_float32(monkeypatch):
+    monkeypatch.setitem(select.FEWEST_ELEMENTS, "elementwise", 100)
+    y, stages, weights = operands(contiguous, (99,), 3, torch.bfloat16)
+    out = rk_combine(y.requires_grad_(), stages, weights)
+    assert "RkCombine" not in out.grad_fn.name()
+    wide = stock(y.float(), [stage.float() for stage in stages], weights)
+    assert torch.equal(out, wide.bfloat16())
+    y, stages, weights = operands(contiguous, (100,), 3)
+    assert "RkCombine" in rk_combine(y.requires_grad_(), stages, weights).grad_fn.name()
 
 
 def test_the_norm_takes_operands_as_they_come():
