@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .engine import IDENTITY_SHORTCUT, ConvSlot, Link, NormSlot, Program, execute
+from .engine import GATES, IDENTITY_SHORTCUT, ConvSlot, ExciteSlot, GainSlot, Link, NormSlot, Program, execute
 from .ops.activations import IDENTITY, RELU, Activation
 from .ops.conv import geometry
 from .select import too_small
@@ -74,16 +74,13 @@ class SqueezeExcite:
     Args:
         fc1, fc2: paths of the two layers, each an ``nn.Conv2d`` of kernel size 1 or an ``nn.Linear``.
         act: between them.
-        gate: ``"sigmoid"`` or ``"hardsigmoid"``.
+        gate: a key of :data:`fusedres.engine.GATES`.
     """
 
     fc1: str
     fc2: str
     act: Activation = RELU
     gate: str = "sigmoid"
-
-
-GATES = {"sigmoid": torch.sigmoid, "hardsigmoid": torch.nn.functional.hardsigmoid}
 
 
 @dataclass(frozen=True)
@@ -128,14 +125,18 @@ class Block:
 class _LinkPlan(NamedTuple):
     """A :class:`~fusedres.engine.Link` with the modules' paths, split, in the place of operands."""
 
-    norm: tuple[str, ...] | None
-    act: Activation
-    conv: tuple[str, ...] | None
+    norm: tuple[str, ...] | None = None
+    act: Activation = IDENTITY
+    conv: tuple[str, ...] | None = None
+    excite: SqueezeExcite | None = None
+    drop_path: tuple[str, ...] | None = None
+    dropout: tuple[str, ...] | None = None
 
 
 class _Plan(NamedTuple):
     branch: tuple[_LinkPlan, ...]
     shortcut: tuple[_LinkPlan, ...] | None
+    shares: bool = False
 
 
 class UnsupportedBlock(ValueError):
@@ -158,35 +159,57 @@ def link_plans(block: Block) -> _Plan:
         if block.act != IDENTITY:
             raise UnsupportedBlock("an activation after the join needs a join")
         return _Plan(_links(block.branch), None)
-    plan = _Plan(_links(block.branch), _links(block.shortcut))
-    for name, chain in (("branch", plan.branch), ("shortcut", plan.shortcut)):
+    branch, shortcut = _links(block.branch), _links(block.shortcut)
+    for name, chain in (("branch", branch), ("shortcut", shortcut)):
         if chain[-1].act != IDENTITY:
             raise UnsupportedBlock(f"the {name} ends with an activation before the addition")
-    if len(plan.shortcut) == 1 and plan.shortcut[0].norm is not None:
+        if chain[-1].dropout is not None:
+            raise UnsupportedBlock(f"the {name} ends with a dropout before the addition")
+    if any(link.excite is not None or link.drop_path is not None for link in shortcut):
+        raise UnsupportedBlock("the shortcut has a gain, squeeze-excitation or stochastic depth")
+    if len(shortcut) == 1 and shortcut[0].norm is not None:
         raise UnsupportedBlock("the shortcut is a norm without a convolution")
-    return plan
+    shares = block.residual == "pending" and branch[0]._replace(conv=None) != _LinkPlan()
+    if shares and branch[0].conv is None:
+        raise UnsupportedBlock("a shortcut from the branch's first value needs a convolution in the branch")
+    return _Plan(branch, shortcut, shares)
 
 
 def _links(steps: tuple[Step, ...]) -> tuple[_LinkPlan, ...]:
-    """Groups steps into links, each ``[norm] [activation] [convolution]``."""
+    """Groups steps into links, each ``[norm] [excitation] [stochastic depth] [activation] [dropout] [convolution]``."""
     links: list[_LinkPlan] = []
-    norm: tuple[str, ...] | None = None
-    act = IDENTITY
+    link = _LinkPlan()
     for step in steps:
-        if isinstance(step, Conv):
-            links.append(_LinkPlan(norm, act, _names(step.path)))
-            norm, act = None, IDENTITY
-        elif isinstance(step, Norm):
-            if norm is not None or act != IDENTITY:
-                raise UnsupportedBlock("a norm that follows a norm or an activation, without a convolution between")
-            norm = _names(step.path)
-        elif isinstance(step, Act):
-            if act != IDENTITY:
-                raise UnsupportedBlock("two activations in a row")
-            act = step.activation
-        else:
-            raise UnsupportedBlock(f"a {type(step).__name__}")
-    return (*links, _LinkPlan(norm, act, None))
+        link = _with_step(link, step)
+        if link.conv is not None:
+            links.append(link)
+            link = _LinkPlan()
+    return (*links, link)
+
+
+def _with_step(link: _LinkPlan, step: Step) -> _LinkPlan:
+    """``link`` with one more step, which has to come behind those that it has."""
+    if isinstance(step, Conv):
+        return link._replace(conv=_names(step.path))
+    if link.dropout is not None:
+        raise UnsupportedBlock("a dropout that no convolution follows")
+    if isinstance(step, Dropout):
+        return link._replace(dropout=_names(step.path))
+    if isinstance(step, Act):
+        if link.act != IDENTITY:
+            raise UnsupportedBlock("two activations in a row")
+        return link._replace(act=step.activation)
+    if isinstance(step, Norm):
+        if link != _LinkPlan():
+            raise UnsupportedBlock("a norm that follows a norm or an activation, without a convolution between")
+        return link._replace(norm=_names(step.path))
+    if link.act != IDENTITY or link.drop_path is not None:
+        raise UnsupportedBlock("a gain that follows an activation or another gain")
+    if isinstance(step, DropPath):
+        return link._replace(drop_path=_names(step.path))
+    if link.excite is not None:
+        raise UnsupportedBlock("two excitations in a row")
+    return link._replace(excite=step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,8 +241,6 @@ def run(
     An input that the engine does not take runs as stock PyTorch, and raises what stock PyTorch raises. A module that
     has been replaced, hooked or reparametrized since the block was described is called, as stock PyTorch would.
     """
-    if unsupported(block) is not None or block.residual == "pending":
-        return _call_modules(block, root, x, residual)
     plan = link_plans(block)
     if not (_engine_takes(x) and (residual is None or _engine_takes(residual))):
         return _call_modules(block, root, x, residual)
@@ -238,7 +259,7 @@ def run(
     if not binder.suits(x):
         return _call_modules(block, root, x, residual)
     binder.count_batch()
-    program = Program(branch, shortcut, block.act, block.in_place, memory, backend)
+    program = Program(branch, shortcut, block.act, block.in_place, memory, backend, plan.shares)
     if not program.constant:
         _FOLDED.pop(root, None)  # training writes to the weights at every step: nothing folded stays true
         return execute(program, x, residual, binder.tensors)
@@ -294,10 +315,16 @@ def _module(root: nn.Module, names: tuple[str, ...]) -> nn.Module:
     return root
 
 
+def _check_unhooked(module: nn.Module) -> None:
+    """Raises :class:`_NotOurs` where calling ``module`` does more than its forward."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise _NotOurs
+
+
 def _check_ours(module: nn.Module, kind: type[nn.Module]) -> None:
     """Raises :class:`_NotOurs` unless calling ``module`` is nothing but ``kind``'s forward on its own parameters."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if hooked or type(module).forward is not kind.forward or "weight" not in module._parameters:
+    _check_unhooked(module)
+    if type(module).forward is not kind.forward or "weight" not in module._parameters:
         raise _NotOurs
 
 
@@ -327,6 +354,8 @@ class _Binder:
                 None if plan.norm is None else self._norm(_module(self.root, plan.norm)),
                 plan.act,
                 None if plan.conv is None else self._conv(_module(self.root, plan.conv)),
+                self._gain(plan),
+                0.0 if plan.dropout is None else self._dropout(_module(self.root, plan.dropout)),
             )
             for plan in plans
         )
@@ -355,3 +384,28 @@ class _Binder:
             mean, var = None, None
         self.tensors += (parameters["weight"], parameters["bias"], mean, var)
         return NormSlot(first, batch_statistics, momentum, norm.eps)
+
+    def _gain(self, plan: _LinkPlan) -> GainSlot | None:
+        drop_path = 0.0 if plan.drop_path is None else self._drop_path(_module(self.root, plan.drop_path))
+        excite = None if plan.excite is None else self._excite(plan.excite)
+        return GainSlot(excite, drop_path) if excite is not None or drop_path else None
+
+    def _excite(self, step: SqueezeExcite) -> ExciteSlot:
+        first = len(self.tensors)
+        for path in (step.fc1, step.fc2):
+            layer = _module(self.root, _names(path))
+            _check_ours(layer, nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear)
+            parameters = layer._parameters
+            self.tensors += (parameters["weight"], parameters["bias"])
+            self.weights.append(parameters["weight"])
+        return ExciteSlot(first, step.act, step.gate)
+
+    def _dropout(self, module: nn.Module) -> float:
+        _check_unhooked(module)
+        if type(module).forward is not nn.Dropout.forward:
+            raise _NotOurs
+        return float(module.p) if module.training else 0.0
+
+    def _drop_path(self, module: nn.Module) -> float:
+        _check_unhooked(module)
+        return float(module.p) if module.training else 0.0
