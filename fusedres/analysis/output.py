@@ -11,10 +11,17 @@ from typing import Any
 
 from ..console import console
 
-__all__ = ["COLOURS", "add_output_arguments", "lacks", "new_figure", "save_figure", "shape_argument", "write"]
+__all__ = ["COLOURS", "KIND_STYLES", "add_output_arguments", "lacks", "new_figure", "save_figure", "shape_argument", "write"]
 
 COLOURS = {"stock": "#8a8a8a", "inductor": "#d08a2e", "fused": "#2a6fb0", "fused_low": "#7fb2dd", "other": "#5b8c5a"}
 """One colour per contestant in every figure."""
+
+KIND_STYLES = {
+    "plain": {"color": "#b04a3a", "marker": "s", "markersize": 3},
+    "residual": {"color": "#2a6fb0", "marker": "o", "markersize": 3},
+    "pre-activation": {"color": "#5b8c5a", "marker": "^", "markersize": 3},
+}
+"""One line per kind of network in every figure."""
 
 
 def add_output_arguments(parser: ArgumentParser, name: str) -> None:
@@ -42,14 +49,14 @@ def write(args: Namespace, results: Any, draw: Callable[[Path], None]) -> None:
     console.print(f"figure: {args.out.resolve()}")
 
 
-def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8.0, 4.8)):
-    """A matplotlib figure and its axes, without a window system."""
+def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8.0, 4.8), **options: Any) -> Any:
+    """A matplotlib figure and an array ``[rows, columns]`` of axes, without a window system."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot.subplots(rows, columns, figsize=size, layout="constrained")
+    return pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
 
 
 def save_figure(figure: Any, path: Path) -> None:

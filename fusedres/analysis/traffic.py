@@ -248,7 +248,7 @@ def _device_row(found: Traffic) -> tuple[str, ...]:
         found.device.name,
         f"{found.device.bandwidth / 1e12:.3g}",
         f"{found.device.peak(found.dtype) / 1e12:.3g}",
-        *(f"{ms:.4g}" for ms in (stock, inductor, fused)),
+        *(f"{ms:.2f}" for ms in (stock, inductor, fused)),
         f"{stock / fused:.2f}x",
     )
 
@@ -262,7 +262,7 @@ def _drawing(found: Sequence[Traffic], title: str) -> Callable[[Path], None]:
 
 def save_plot(path: Path, found: Sequence[Traffic], title: str) -> None:
     """Bytes per block in each schedule, and the least time on each device."""
-    figure, (left, right) = new_figure(1, 2, (13.0, 5.2))
+    figure, ((left, right),) = new_figure(1, 2, (13.0, 5.2))
     figure.suptitle(title)
     blocks = {name or "(the model)": costs for name, costs in found[0].blocks.items()}
     images = found[0].shape[0]
@@ -287,7 +287,11 @@ def _draw_devices(axes: Any, found: Sequence[Traffic]) -> None:
             color=COLOURS[schedule],
             label=_LABELS[schedule],
         )
-        axes.bar_label(bars, [f"{1e3 * t.total(schedule).seconds:.3g}" for t in found], fontsize=8)
+        axes.bar_label(bars, [_milliseconds(t.total(schedule).seconds) for t in found], fontsize=8)
     axes.set_xticks(range(len(found)), [t.device.name.replace(" (measured)", "\n(measured)") for t in found], fontsize=8)
-    axes.set(title="least time of a step that the roofline allows; labels in ms", ylabel="relative to stock")
-    axes.legend(loc="lower right")
+    axes.set(title="least time of a step that the roofline allows (in ms)", ylabel="relative to stock", ylim=(0, 1.15))
+
+
+def _milliseconds(seconds: float) -> str:
+    ms = 1e3 * seconds
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
