@@ -211,6 +211,8 @@ def save_plot(path: Path, found: Mapping[str, Mapping[int, JacobianIdentity]], d
         for kind, each in found.items():
             axis.plot(list(each), [getattr(j, field) for j in each.values()], label=kind, **KIND_STYLES[kind])
         axis.set(title=title, xlabel="block (1 is next to the input)", yscale="log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
     axes[0].legend()
     save_figure(figure, path)
