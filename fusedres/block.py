@@ -14,7 +14,20 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .engine import GATES, IDENTITY_SHORTCUT, ConvSlot, ExciteSlot, GainSlot, Link, NormSlot, Program, execute
+from .engine import (
+    GATES,
+    IDENTITY_SHORTCUT,
+    ConvSlot,
+    DenseProgram,
+    ExciteSlot,
+    GainSlot,
+    Link,
+    NormSlot,
+    Program,
+    execute,
+    execute_dense,
+    is_constant,
+)
 from .ops.activations import IDENTITY, RELU, Activation
 from .ops.conv import geometry
 from .select import too_small
@@ -23,13 +36,16 @@ __all__ = [
     "Act",
     "Block",
     "Conv",
+    "Dense",
     "DropPath",
     "Dropout",
     "Norm",
     "SqueezeExcite",
     "Step",
+    "dense_plans",
     "link_plans",
     "run",
+    "run_dense",
     "unsupported",
 ]
 
@@ -122,6 +138,23 @@ class Block:
         return self._hash
 
 
+@dataclass(frozen=True)
+class Dense:
+    """A dense block: every layer reads the channels of the input and of all layers before it, and appends its own.
+
+    Args:
+        layers: the steps of each, which begin with a norm and end with a convolution.
+    """
+
+    layers: tuple[tuple[Step, ...], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash(self.layers))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
 class _LinkPlan(NamedTuple):
     """A :class:`~fusedres.engine.Link` with the modules' paths, split, in the place of operands."""
 
@@ -143,10 +176,10 @@ class UnsupportedBlock(ValueError):
     """A sequence of steps that the engine cannot express."""
 
 
-def unsupported(block: Block) -> str | None:
+def unsupported(block: Block | Dense) -> str | None:
     """``None`` where the engine can run this block, else why not, in words."""
     try:
-        link_plans(block)
+        link_plans(block) if isinstance(block, Block) else dense_plans(block)
     except UnsupportedBlock as error:
         return str(error)
     return None
@@ -175,11 +208,29 @@ def link_plans(block: Block) -> _Plan:
     return _Plan(branch, shortcut, shares)
 
 
+@cache
+def dense_plans(dense: Dense) -> tuple[tuple[_LinkPlan, ...], ...]:
+    """Every layer's steps grouped into links; raises as :func:`link_plans` does."""
+    layers = tuple(_links(layer) for layer in dense.layers)
+    for layer in layers:
+        if len(layer) < 2 or layer[0].norm is None:
+            raise UnsupportedBlock("a layer that does not begin with a norm and go on to a convolution")
+        if layer[-1] != _LinkPlan():
+            raise UnsupportedBlock("a layer that does not end with its convolution")
+    return layers
+
+
 def _links(steps: tuple[Step, ...]) -> tuple[_LinkPlan, ...]:
-    """Groups steps into links, each ``[norm] [excitation] [stochastic depth] [activation] [dropout] [convolution]``."""
+    """Groups steps into links, each ``[norm] [excitation] [stochastic depth] [activation] [dropout] [convolution]``.
+
+    An excitation behind an activation begins a link of its own: it needs the mean of what the activation made.
+    """
     links: list[_LinkPlan] = []
     link = _LinkPlan()
     for step in steps:
+        if isinstance(step, SqueezeExcite) and link.act != IDENTITY and link.dropout is None:
+            links.append(link)
+            link = _LinkPlan()
         link = _with_step(link, step)
         if link.conv is not None:
             links.append(link)
@@ -218,7 +269,7 @@ def _with_step(link: _LinkPlan, step: Step) -> _LinkPlan:
 
 
 # Folded and packed weights, per module and block. Not on the module, where copies and pickles would meet them.
-_FOLDED: WeakKeyDictionary[nn.Module, dict[Block, dict[int, Any]]] = WeakKeyDictionary()
+_FOLDED: WeakKeyDictionary[nn.Module, dict[Block | Dense, dict[int, Any]]] = WeakKeyDictionary()
 
 
 def run(
@@ -260,11 +311,30 @@ def run(
         return _call_modules(block, root, x, residual)
     binder.count_batch()
     program = Program(branch, shortcut, block.act, block.in_place, memory, backend, plan.shares)
-    if not program.constant:
-        _FOLDED.pop(root, None)  # training writes to the weights at every step: nothing folded stays true
-        return execute(program, x, residual, binder.tensors)
-    folded = _FOLDED.setdefault(root, {}).setdefault(block, {})
-    return execute(program, x, residual, binder.tensors, folded)
+    return execute(program, x, residual, binder.tensors, _folded(root, block, program.constant))
+
+
+def run_dense(dense: Dense, root: nn.Module, x: Tensor, *, backend: str = "auto", memory: str = "auto") -> Tensor:
+    """Runs a dense block; as :func:`run`, with a result of ``x``'s channels and all layers'."""
+    plans = dense_plans(dense)
+    binder = _Binder(root)
+    try:
+        layers = tuple(map(binder.chain, plans)) if _engine_takes(x) else ()
+    except _NotOurs:
+        layers = ()
+    if not layers or not binder.suits(x):
+        return _call_layers(dense, root, x)
+    binder.count_batch()
+    program = DenseProgram(layers, memory, backend)
+    return execute_dense(program, x, binder.tensors, _folded(root, dense, is_constant(program.links)))
+
+
+def _folded(root: nn.Module, block: Block | Dense, constant: bool) -> dict[int, Any] | None:
+    """Where the block's folded weights are kept."""
+    if constant:
+        return _FOLDED.setdefault(root, {}).setdefault(block, {})
+    _FOLDED.pop(root, None)  # training writes to the weights at every step: nothing folded stays true
+    return None
 
 
 def _engine_takes(x: Tensor) -> bool:
@@ -278,19 +348,27 @@ class _NotOurs(Exception):
 
 def _call_modules(block: Block, root: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
     """The block by calling its modules one after the other."""
-
-    def through(steps: tuple[Step, ...], value: Tensor) -> Tensor:
-        for step in steps:
-            value = _call_step(step, root, value)
-        return value
-
     head = next(i for i, s in enumerate(block.branch) if isinstance(s, Conv)) if block.residual == "pending" else 0
-    start = through(block.branch[:head], x)
-    out = through(block.branch[head:], start)
+    start = _call_steps(block.branch[:head], root, x)
+    out = _call_steps(block.branch[head:], root, start)
     if block.shortcut is None:
         return out
-    side = through(block.shortcut, start if residual is None else residual)
+    side = _call_steps(block.shortcut, root, start if residual is None else residual)
     return block.act(out.add_(side) if block.in_place else out + side)
+
+
+def _call_layers(dense: Dense, root: nn.Module, x: Tensor) -> Tensor:
+    """The dense block by calling its modules one after the other."""
+    features = [x]
+    for layer in dense.layers:
+        features.append(_call_steps(layer, root, torch.cat(features, 1)))
+    return torch.cat(features, 1)
+
+
+def _call_steps(steps: tuple[Step, ...], root: nn.Module, value: Tensor) -> Tensor:
+    for step in steps:
+        value = _call_step(step, root, value)
+    return value
 
 
 def _call_step(step: Step, root: nn.Module, value: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from fusedres.block import Step as DescribedStep
 from fusedres.ops.activations import IDENTITY, RELU, Activation, activation
 from fusedres.ops.dropout import draw_seed, keep_scale
 
-__all__ = ["BLOCKS", "Depth", "Described", "Gate", "basic", "bottleneck", "fuse", "norms"]
+__all__ = ["BLOCKS", "Depth", "Described", "Gate", "basic", "bottleneck", "conv", "fuse", "norm", "norms"]
 
 Step = nn.Module | str
 
@@ -42,7 +42,8 @@ class Depth(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        return x * torch.empty((len(x), 1, 1, 1), dtype=x.dtype).bernoulli_(1 - self.p) / (1 - self.p)
+        kept = torch.empty((len(x), 1, 1, 1), dtype=x.dtype).bernoulli_(1 - self.p)
+        return x * (kept / (1 - self.p) if self.p < 1 else kept)
 
 
 class Described(nn.Module):
@@ -145,12 +146,12 @@ def norms(module: nn.Module) -> list[nn.BatchNorm2d]:
     return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
-def _conv(c: int, k: int, size: int, stride: int = 1, bias: bool = False, **options) -> nn.Conv2d:
+def conv(c: int, k: int, size: int, stride: int = 1, bias: bool = False, **options) -> nn.Conv2d:
     options.setdefault("padding", size // 2)
     return nn.Conv2d(c, k, size, stride, bias=bias, **options)
 
 
-def _norm(channels: int, **options) -> nn.BatchNorm2d:
+def norm(channels: int, **options) -> nn.BatchNorm2d:
     norm = nn.BatchNorm2d(channels, **options)
     with torch.no_grad():
         for t, low, high in (
@@ -169,13 +170,13 @@ def basic(c: int = 24, k: int | None = None, stride: int = 1, bias: bool = True,
     k = k or c
     of_norm = {name[5:]: options.pop(name) for name in list(options) if name.startswith("norm_")}
     branch = [
-        _conv(c, k, 3, stride, bias, **options),
-        _norm(k, **of_norm),
+        conv(c, k, 3, stride, bias, **options),
+        norm(k, **of_norm),
         "relu",
-        _conv(k, k, 3, 1, bias, **options),
-        _norm(k, **of_norm),
+        conv(k, k, 3, 1, bias, **options),
+        norm(k, **of_norm),
     ]
-    projection = [_conv(c, k, 1, stride, bias), _norm(k, **of_norm)] if (k, stride) != (c, 1) else []
+    projection = [conv(c, k, 1, stride, bias), norm(k, **of_norm)] if (k, stride) != (c, 1) else []
     return Described(branch, projection)
 
 
@@ -183,16 +184,16 @@ def bottleneck(c: int = 32, k: int | None = None, stride: int = 1, **options) ->
     """1x1, 3x3 and 1x1, without biases, as torchvision writes it."""
     k = k or c
     branch = [
-        _conv(c, 16, 1),
-        _norm(16),
+        conv(c, 16, 1),
+        norm(16),
         "relu",
-        _conv(16, 16, 3, stride),
-        _norm(16),
+        conv(16, 16, 3, stride),
+        norm(16),
         "relu",
-        _conv(16, k, 1),
-        _norm(k),
+        conv(16, k, 1),
+        norm(k),
     ]
-    projection = [_conv(c, k, 1, stride), _norm(k)] if (k, stride) != (c, 1) else []
+    projection = [conv(c, k, 1, stride), norm(k)] if (k, stride) != (c, 1) else []
     return Described(branch, projection, in_place=True, **options)
 
 
@@ -201,40 +202,48 @@ BLOCKS: dict[str, Callable[[], Described]] = {
     "basic, projection": lambda: basic(24, 32, 2),
     "bottleneck": bottleneck,
     "bottleneck, projection": lambda: bottleneck(24, 48, 2),
-    "plain shortcut": lambda: Described([_conv(24, 32, 3, bias=True), _norm(32)], [_conv(24, 32, 1, bias=True)]),
-    "chain": lambda: Described(
-        [_conv(24, 32, 3, 2), _norm(32), "relu", _conv(32, 24, 1, bias=True), _norm(24), "silu"]
-    ),
+    "plain shortcut": lambda: Described([conv(24, 32, 3, bias=True), norm(32)], [conv(24, 32, 1, bias=True)]),
+    "chain": lambda: Described([conv(24, 32, 3, 2), norm(32), "relu", conv(32, 24, 1, bias=True), norm(24), "silu"]),
     "pre-activation": lambda: Described(
-        [_norm(24), "relu", _conv(24, 24, 3, bias=True), _norm(24), "relu", _conv(24, 24, 3, bias=True)], [], "identity"
+        [norm(24), "relu", conv(24, 24, 3, bias=True), norm(24), "relu", conv(24, 24, 3, bias=True)], [], "identity"
     ),
-    "no norm": lambda: Described([_conv(24, 24, 3, bias=True), "relu", _conv(24, 24, 3, bias=True)], []),
+    "no norm": lambda: Described([conv(24, 24, 3, bias=True), "relu", conv(24, 24, 3, bias=True)], []),
     "pre-activation, projection": lambda: Described(
-        [_norm(24), "relu", _conv(24, 32, 3, 2), _norm(32), "relu", _conv(32, 32, 3)], [_conv(24, 32, 1, 2)], "identity"
+        [norm(24), "relu", conv(24, 32, 3, 2), norm(32), "relu", conv(32, 32, 3)], [conv(24, 32, 1, 2)], "identity"
     ),
     "pre-activation, shared": lambda: Described(
-        [_norm(24), "relu", _conv(24, 16, 1, bias=True), _norm(16), "relu", _conv(16, 32, 3, 2)],
-        [_conv(24, 32, 1, 2, bias=True)],
+        [norm(24), "relu", conv(24, 16, 1, bias=True), norm(16), "relu", conv(16, 32, 3, 2)],
+        [conv(24, 32, 1, 2, bias=True)],
         "identity",
         residual="pending",
     ),
     "pre-activation, shared identity": lambda: Described(
-        [_norm(24), "relu", _conv(24, 24, 3, bias=True)], [], "identity", residual="pending"
+        [norm(24), "relu", conv(24, 24, 3, bias=True)], [], "identity", residual="pending"
     ),
     "dropout": lambda: Described(
-        [_norm(24), "relu", _conv(24, 24, 3), _norm(24), "relu", nn.Dropout(0.3), _conv(24, 24, 3)], [], "identity"
+        [norm(24), "relu", conv(24, 24, 3), norm(24), "relu", nn.Dropout(0.3), conv(24, 24, 3)], [], "identity"
     ),
     "squeeze-excitation": lambda: Described(
-        [_conv(24, 24, 3), _norm(24), "relu", _conv(24, 24, 3), _norm(24), Gate(24, 6)], []
+        [conv(24, 24, 3), norm(24), "relu", conv(24, 24, 3), norm(24), Gate(24, 6)], []
     ),
     "squeeze-excitation, projection": lambda: Described(
-        [_conv(24, 32, 3, 2), _norm(32), Gate(32, 8, linear=True, bias=False)], [_conv(24, 32, 1, 2), _norm(32)]
+        [conv(24, 32, 3, 2), norm(32), Gate(32, 8, linear=True, bias=False)], [conv(24, 32, 1, 2), norm(32)]
     ),
-    "squeeze-excitation, no norm": lambda: Described([_conv(24, 24, 3, bias=True), Gate(24, 6)], []),
-    "squeeze-excitation chain": lambda: Described([_conv(24, 24, 3), _norm(24), Gate(24, 6), "silu", _conv(24, 16, 1)]),
-    "stochastic depth": lambda: Described([_conv(24, 24, 3), _norm(24), Depth(0.4)], []),
-    "stochastic depth, squeeze-excitation": lambda: Described(
-        [_conv(24, 24, 3), _norm(24), Gate(24, 6), Depth(0.4)], []
+    "squeeze-excitation, no norm": lambda: Described([conv(24, 24, 3, bias=True), Gate(24, 6)], []),
+    "squeeze-excitation chain": lambda: Described([conv(24, 24, 3), norm(24), Gate(24, 6), "silu", conv(24, 16, 1)]),
+    "inverted residual": lambda: Described(
+        [
+            *[conv(24, 48, 1), norm(48), "silu", conv(48, 48, 3, groups=48), norm(48), "silu", Gate(48, 6)],
+            *[conv(48, 24, 1), norm(24), Depth(0.4)],
+        ],
+        [],
+        "identity",
     ),
+    "squeeze-excitation behind an activation": lambda: Described(
+        [conv(24, 32, 3, 2), norm(32), "relu", Gate(32, 8)], [conv(24, 32, 1, 2), norm(32)]
+    ),
+    "squeeze-excitation of the input": lambda: Described([norm(24), "relu", Gate(24, 6), conv(24, 24, 3)], []),
+    "stochastic depth": lambda: Described([conv(24, 24, 3), norm(24), Depth(0.4)], []),
+    "stochastic depth, squeeze-excitation": lambda: Described([conv(24, 24, 3), norm(24), Gate(24, 6), Depth(0.4)], []),
 }
 """One of each kind, all with 24 input channels, but for ``bottleneck`` with 32."""
