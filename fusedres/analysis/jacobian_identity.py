@@ -114,9 +114,7 @@ class _Difference:
         return -v if product is None else product - v
 
 
-def _power_iteration(
-    matrix: _Difference, v: Tensor, iterations: int, tolerance: float
-) -> tuple[float, int, bool]:
+def _power_iteration(matrix: _Difference, v: Tensor, iterations: int, tolerance: float) -> tuple[float, int, bool]:
     """The norm, the iterations it took, and whether it settled."""
     sigma = 0.0
     for taken in range(1, iterations + 1):

@@ -11,7 +11,16 @@ from typing import Any
 
 from ..console import console
 
-__all__ = ["COLOURS", "KIND_STYLES", "add_output_arguments", "lacks", "new_figure", "save_figure", "shape_argument", "write"]
+__all__ = [
+    "COLOURS",
+    "KIND_STYLES",
+    "add_output_arguments",
+    "lacks",
+    "new_figure",
+    "save_figure",
+    "shape_argument",
+    "write",
+]
 
 COLOURS = {"stock": "#8a8a8a", "inductor": "#d08a2e", "fused": "#2a6fb0", "fused_low": "#7fb2dd", "other": "#5b8c5a"}
 """One colour per contestant in every figure."""
@@ -28,7 +37,11 @@ def add_output_arguments(parser: ArgumentParser, name: str) -> None:
     """``--json FILE`` and ``--out FILE``."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", default=Path(f"fusedres-{name}.png"), help="the figure (default %(default)s)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        default=Path(f"fusedres-{name}.png"),
+        help="the figure (default %(default)s)",
     )
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..block import Act, Block, Conv, Dropout, Norm, Step, run
+from ..block import Act, Block, Conv, Dense, Dropout, Norm, Step, run_dense
 from ..ops.activations import RELU
 from .base import FusedBlock, conv1x1, conv3x3
 
@@ -20,14 +20,12 @@ __all__ = ["DenseBlock", "DenseBottleneckBlock", "DenseBottleneckLayer", "Transi
 
 
 class _DenseBlock(FusedBlock):
-    """A block of dense layers, each described by ``_layers`` as a chain of steps from its input to its new channels."""
+    """A block of dense layers, one autograd node."""
 
-    _layers: tuple[Block, ...]
+    _block: Dense
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self._layers:
-            x = torch.cat((x, run(layer, self, x, memory=self.memory)), 1)
-        return x
+        return run_dense(self._block, self, x, memory=self.memory)
 
 
 class DenseBlock(_DenseBlock):
@@ -57,9 +55,7 @@ class DenseBlock(_DenseBlock):
             nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), conv3x3(channels, growth_rate, bias=bias))
             for channels in _inputs(num_layers, in_channels, growth_rate)
         )
-        self._layers = tuple(
-            Block((Norm(f"layers.{i}.0"), Act(RELU), Conv(f"layers.{i}.2"))) for i in range(num_layers)
-        )
+        self._block = Dense(tuple((Norm(f"layers.{i}.0"), Act(RELU), Conv(f"layers.{i}.2")) for i in range(num_layers)))
 
 
 class DenseBottleneckLayer(FusedBlock):
@@ -149,7 +145,7 @@ class DenseBottleneckBlock(_DenseBlock):
         names = [f"denselayer{i + 1}" for i in range(num_layers)]
         for name, channels in zip(names, _inputs(num_layers, in_channels, growth_rate)):
             self.add_module(name, DenseBottleneckLayer(channels, growth_rate, bn_size, dropout, bias=bias))
-        self._layers = tuple(Block(DenseBottleneckLayer.steps(f"{name}.")) for name in names)
+        self._block = Dense(tuple(DenseBottleneckLayer.steps(f"{name}.") for name in names))
 
 
 class Transition(FusedBlock):

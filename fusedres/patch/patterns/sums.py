@@ -40,7 +40,11 @@ class Sum:
     def sides(self) -> tuple[tuple[Chain, Chain], tuple[Chain, Chain]]:
         """The two runs as branch and shortcut and the other way round, the one with more convolutions first."""
         left, right = self.left, self.right
-        return ((left, right), (right, left)) if left.convolutions >= right.convolutions else ((right, left), (left, right))
+        return (
+            ((left, right), (right, left))
+            if left.convolutions >= right.convolutions
+            else ((right, left), (left, right))
+        )
 
     @property
     def act(self) -> Activation:
