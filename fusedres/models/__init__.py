@@ -8,6 +8,7 @@ timm's. The two classes, the networks of the survey, consist of the blocks of ``
 from ..nn.init import init_weights
 from .cifar import cifar_resnet, plain
 from .densenet import densenet121, densenet161, densenet169, densenet201
+from .ode import odenet
 from .preresnet import cifar_preresnet, preresnet18, preresnet34, preresnet50, preresnet101, preresnet152
 from .resnet import (
     resnet18,
@@ -30,6 +31,7 @@ NETWORKS = (
     "densenet161",
     "densenet169",
     "densenet201",
+    "odenet",
     "plain",
     "preresnet18",
     "preresnet34",
@@ -60,6 +62,7 @@ __all__ = [
     "densenet169",
     "densenet201",
     "init_weights",
+    "odenet",
     "plain",
     "preresnet18",
     "preresnet34",

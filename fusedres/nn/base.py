@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..block import Block, Conv, DropPath, Norm, Step, run
+from ..block import Block, Conv, Dense, DropPath, Norm, Step, run
 from ..ops.activations import IDENTITY, Activation
 from .stochastic_depth import StochasticDepth
 
@@ -38,7 +38,7 @@ class FusedBlock(nn.Module):
         memory: ``"low"`` recomputes in backward what is cheap to recompute.
     """
 
-    _block: Block
+    _block: Block | Dense
 
     def __init__(self, memory: str) -> None:
         super().__init__()

@@ -19,7 +19,16 @@ from .base import FusedBlock, conv1x1, conv3x3
 __all__ = ["DenseBlock", "DenseBottleneckBlock", "DenseBottleneckLayer", "Transition"]
 
 
-class DenseBlock(FusedBlock):
+class _DenseBlock(FusedBlock):
+    """A block of dense layers, one autograd node."""
+
+    _block: Dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_dense(self._block, self, x, memory=self.memory)
+
+
+class DenseBlock(_DenseBlock):
     """A dense block of plain layers::
 
         x_i = conv3x3(relu(bn([x_0, x_1, ..., x_{i-1}]))),  i = 1 ... num_layers
@@ -46,10 +55,7 @@ class DenseBlock(FusedBlock):
             nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), conv3x3(channels, growth_rate, bias=bias))
             for channels in _inputs(num_layers, in_channels, growth_rate)
         )
-        self._dense = Dense(tuple((Norm(f"layers.{i}.0"), Act(RELU), Conv(f"layers.{i}.2")) for i in range(num_layers)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return run_dense(self._dense, self, x, memory=self.memory)
+        self._block = Dense(tuple((Norm(f"layers.{i}.0"), Act(RELU), Conv(f"layers.{i}.2")) for i in range(num_layers)))
 
 
 class DenseBottleneckLayer(FusedBlock):
@@ -86,11 +92,11 @@ class DenseBottleneckLayer(FusedBlock):
         self.norm2 = nn.BatchNorm2d(bn_size * growth_rate)
         self.conv2 = conv3x3(bn_size * growth_rate, growth_rate, bias=bias)
         self.dropout = nn.Dropout(dropout)
-        self._block = Block((*self.steps(), Dropout("dropout")))
+        self._block = Block(self.steps())
 
     @staticmethod
     def steps(prefix: str = "") -> tuple[Step, ...]:
-        """The layer as a chain without its dropout, its paths behind ``prefix``."""
+        """The layer as a chain, its paths behind ``prefix``."""
         return (
             Norm(f"{prefix}norm1"),
             Act(RELU),
@@ -98,6 +104,7 @@ class DenseBottleneckLayer(FusedBlock):
             Norm(f"{prefix}norm2"),
             Act(RELU),
             Conv(f"{prefix}conv2"),
+            Dropout(f"{prefix}dropout"),
         )
 
     def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
@@ -105,7 +112,7 @@ class DenseBottleneckLayer(FusedBlock):
         return super().forward(x if isinstance(x, Tensor) else torch.cat(tuple(x), 1))
 
 
-class DenseBottleneckBlock(FusedBlock):
+class DenseBottleneckBlock(_DenseBlock):
     """A dense block of bottleneck layers, the block of DenseNet-121 and its like::
 
         x_i = layer_i([x_0, x_1, ..., x_{i-1}]),  i = 1 ... num_layers
@@ -119,7 +126,7 @@ class DenseBottleneckBlock(FusedBlock):
         num_layers: how many layers.
         in_channels: channels of the input.
         growth_rate: channels that a layer adds.
-        bn_size, dropout, bias: of :class:`DenseBottleneckLayer`. With dropout, every layer is a call of its own.
+        bn_size, dropout, bias: of :class:`DenseBottleneckLayer`.
         memory: ``"low"`` recomputes in backward what is cheap to recompute.
     """
 
@@ -138,15 +145,7 @@ class DenseBottleneckBlock(FusedBlock):
         names = [f"denselayer{i + 1}" for i in range(num_layers)]
         for name, channels in zip(names, _inputs(num_layers, in_channels, growth_rate)):
             self.add_module(name, DenseBottleneckLayer(channels, growth_rate, bn_size, dropout, bias=bias))
-        self._drops = dropout > 0
-        self._dense = Dense(tuple(DenseBottleneckLayer.steps(f"{name}.") for name in names))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self._drops:
-            return run_dense(self._dense, self, x, memory=self.memory)
-        for layer in self.children():
-            x = torch.cat((x, layer(x)), 1)
-        return x
+        self._block = Dense(tuple(DenseBottleneckLayer.steps(f"{name}.") for name in names))
 
 
 class Transition(FusedBlock):
