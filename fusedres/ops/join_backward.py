@@ -14,7 +14,8 @@ formula with the residual's norm; it is written in the pass that has ``g`` in re
 
 A dropout masks and scales ``grad``. A gain stands between the norm and the sum: there
 :math:`u = gain \\cdot g + offset` takes the place of ``g`` in the formulas of ``y``, with the gradient that reaches
-every value of a channel of a sample through the squeeze as ``offset``. The first pass then yields its sums per sample, from which the gain's own gradient follows.
+every value of a channel of a sample through the squeeze as ``offset``. The first pass then yields its sums per sample,
+from which the gain's own gradient follows.
 """
 
 from __future__ import annotations
