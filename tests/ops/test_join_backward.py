@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusedres.ops.activations import ACTIVATIONS, Activation
-from fusedres.testing import assert_within_budget, channels_last, contiguous, expanded, rms
+from fusedres.ops.dropout import keep_scale
+from fusedres.testing import assert_within_budget, channels_last, contiguous, expanded, rms, sliced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = {"channels_last": channels_last, "contiguous": contiguous}
+DENSE = {"channels_last": channels_last, "contiguous": contiguous}
+LAYOUTS = {**DENSE, "sliced": sliced}
 RESIDUALS = ("none", "plain", "affine")
 ACTS = [Activation(name, 0.125) for name in ACTIVATIONS]
 KINKS = (-3.0, 0.0, 3.0, 6.0)
@@ -24,10 +26,22 @@ relaxed = settings(deadline=None, max_examples=20, suppress_health_check=[Health
 
 
 class Case:
-    """A join with its operands, and the gradients that three implementations give it."""
+    """A join with its operands, and the gradients that three implementations give it.
+
+    With ``gained`` there are a gain and a gradient that reaches the norm's result through the squeeze.
+    """
 
     def __init__(
-        self, make, shape, dtype, residual: str, act: Activation, training: bool = True, normed: bool = True
+        self,
+        make,
+        shape,
+        dtype,
+        residual: str,
+        act: Activation,
+        training: bool = True,
+        normed: bool = True,
+        gained: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         generator = torch.Generator().manual_seed(5)
         self.act, self.training = act, training
@@ -36,6 +50,11 @@ class Case:
         vectors = torch.randn(2, 2, shape[1], generator=generator)
         self.norm = (vectors[0, 0] + 1.5, vectors[0, 1]) if normed else None
         self.side = (vectors[1, 0] + 1.5, vectors[1, 1]) if residual == "affine" else None
+        self.gain = self.offset = None
+        if gained:  # of values that every dtype holds
+            self.gain = (torch.rand(shape[:2], generator=generator) + 0.5).bfloat16().float()
+            self.offset = torch.randn(shape[:2], generator=generator).bfloat16().float()
+        self.dropout, self.seed = dropout, torch.tensor([1 << 35]) if dropout else None
         self._leave_the_kinks()
 
     def _leave_the_kinks(self) -> None:
@@ -53,7 +72,13 @@ class Case:
                 self.norm[1][near.any(0).flatten(1).any(1)] += 0.11
         raise AssertionError("some values stay at the kinks")
 
-    def _argument(self, y: Tensor, residual: Tensor | None, leaves: list[Tensor] | None = None) -> Tensor:
+    def _argument(
+        self,
+        y: Tensor,
+        residual: Tensor | None,
+        leaves: list[Tensor] | None = None,
+        squeezed: list[Tensor] | None = None,
+    ) -> Tensor:
         def normalised(x: Tensor, norm: tuple[Tensor, Tensor] | None) -> Tensor:
             if norm is None:
                 return x
@@ -67,15 +92,30 @@ class Case:
             return F.batch_norm(x, *constants, gamma, beta, False, 0.0, EPS)
 
         z = normalised(y, self.norm)
-        return z if residual is None else z + normalised(residual, self.side)
+        if squeezed is not None:
+            squeezed.append(z)
+        side = None if residual is None else normalised(residual, self.side)
+        if self.gain is not None:
+            gain = self.gain.to(z.dtype).requires_grad_(leaves is not None)
+            if leaves is not None:
+                leaves.append(gain)
+            z = z * gain[:, :, None, None]
+        return z if side is None else z + side
 
     def autograd(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """``[dy, dresidual, dgamma, dbeta, ...]`` by stock PyTorch."""
+        """``[dy, dresidual, dgamma, dbeta, ..., dgain]`` by stock PyTorch."""
         leaves = [t.to(dtype or t.dtype).detach().requires_grad_() for t in (self.y, self.residual) if t is not None]
         vectors: list[Tensor] = []
-        z = self._argument(leaves[0], leaves[1] if len(leaves) > 1 else None, vectors)
+        squeezed: list[Tensor] = []
+        z = self._argument(leaves[0], leaves[1] if len(leaves) > 1 else None, vectors, squeezed)
         out = self.act(z)
-        return list(torch.autograd.grad(out, leaves + vectors, self.grad.to(out.dtype)))
+        if self.seed is not None:
+            out = out * keep_scale(out.shape, self.dropout, self.seed, out.dtype, out.device)
+        outputs, gradients = [out], [self.grad.to(out.dtype)]
+        if self.offset is not None:
+            outputs += squeezed
+            gradients.append(self.offset[:, :, None, None].to(out.dtype).expand_as(squeezed[0]))
+        return list(torch.autograd.grad(outputs, leaves + vectors, gradients))
 
     def rows(self, x: Tensor, norm: tuple[Tensor, Tensor] | None) -> Tensor | None:
         if norm is None:
@@ -90,19 +130,54 @@ class Case:
         side = None if self.residual is None else self.rows(self.residual, self.side)
         return (self.grad, self.y, self.rows(self.y, self.norm), self.residual, side, self.act.code, self.act.param)
 
-    def kernels(self, suffix: str = "_cpu") -> list[Tensor]:
-        """The same list from our two passes."""
+    @property
+    def modifiers(self) -> tuple:
+        return self.gain, self.dropout, self.seed
+
+    @property
+    def count(self) -> float:
+        return self.y.numel() / self.y.shape[1]
+
+    def totals(self, sums: Tensor) -> Tensor:
+        """What the second pass reads, of what the first has found: ``[4, C]`` where there is a gain."""
+        if self.gain is None:
+            return sums
+        n, c, h, w = self.y.shape
+        deviation = torch.zeros(n, c)  # the sum of the normalised values of every sample
+        rows = self.rows(self.y, self.norm)
+        if rows is not None:
+            deviation = h * w * (torch.ops.fusedres.bn_stats(self.y, True)[0] - rows[0]) * rows[1]
+        g, g_y, g_r = sums.unbind(0)
+        u = (self.gain * g + h * w * self.offset).sum(0)
+        return torch.stack((u, (self.gain * g_y + self.offset * deviation).sum(0), g_r.sum(0), g.sum(0)))
+
+    def training_flags(self) -> tuple[bool, bool]:
+        args = self.operands()
+        return args[2] is not None and self.training, args[4] is not None and self.training
+
+    def kernels(self, suffix: str = "_cpu", addend: Tensor | None = None, into: Tensor | None = None) -> list[Tensor]:
+        """The list of :meth:`autograd` from our two passes."""
         args = self.operands()
         main, side = args[2], args[4]
-        sums, _ = getattr(torch.ops.fusedres, f"join_backward_reduce{suffix}")(*args, False)
-        count = self.y.numel() / self.y.shape[1]
-        flags = main is not None and self.training, side is not None and self.training, True
-        dy, dresidual = getattr(torch.ops.fusedres, f"join_backward_apply{suffix}")(*args, sums, count, *flags)
+        each, _ = getattr(torch.ops.fusedres, f"join_backward_reduce{suffix}")(*args, False, *self.modifiers)
+        sums = self.totals(each)
+        apply = getattr(torch.ops.fusedres, f"join_backward_apply{suffix}")
+        flags = (*self.training_flags(), True)
+        dy, dresidual = apply(*args, sums, self.count, *flags, *self.modifiers, self.offset, addend, into)
         found = [dy] if self.residual is None else [dy, dresidual]
-        for rows, row in ((main, 1), (side, 2)):
+        for rows, row, total in ((main, 1, 0), (side, 2, 0 if self.gain is None else 3)):
             if rows is not None:
-                found += [sums[row], sums[0]]
+                found += [sums[row], sums[total]]
+        if self.gain is not None:
+            gamma, beta = self.norm
+            found.append(gamma * each[1] + beta * each[0])
         return found
+
+    def scale_of_sums(self, found: Tensor) -> float | None:
+        """A vector is a sum of numbers that cancel: one rounding of those is always allowed."""
+        if found.dim() == 4:
+            return None
+        return rms(self.grad) * (self.y.numel() / found.numel()) ** 0.5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -112,9 +187,20 @@ def test_against_float64(isa, layout, dtype, training):
     for residual, act in itertools.product(RESIDUALS, ACTS):
         case = Case(LAYOUTS[layout], (2, 37, 7, 5), dtype, residual, act, training)
         for i, tensors in enumerate(zip(case.kernels(), case.autograd(), case.autograd(torch.float64))):
-            # A vector is a sum of numbers that cancel: one rounding of those is always allowed.
-            scale = None if tensors[0].dim() == 4 else rms(case.grad) * (case.y.numel() / 37) ** 0.5
-            assert_within_budget(*tensors, f"{residual} {act} gradient {i}", scale=scale)
+            assert_within_budget(*tensors, f"{residual} {act} gradient {i}", scale=case.scale_of_sums(tensors[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False], ids=["batch statistics", "constants"])
+@pytest.mark.parametrize(("gained", "dropout"), [(True, 0.0), (False, 0.3), (True, 0.3)])
+def test_gain_and_dropout_against_float64(isa, layout, dtype, training, gained, dropout):
+    for residual, act in itertools.product(RESIDUALS, ACTS):
+        case = Case(LAYOUTS[layout], (3, 37, 7, 5), dtype, residual, act, training, gained=gained, dropout=dropout)
+        for i, (ours, *others) in enumerate(zip(case.kernels(), case.autograd(), case.autograd(torch.float64))):
+            # Vectors have the dtype that stock PyTorch keeps them in; a gain's would be the tensor's.
+            ours = ours.to(others[0].dtype)
+            assert_within_budget(ours, *others, f"{residual} {act} gradient {i}", scale=case.scale_of_sums(ours))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -122,7 +208,7 @@ def test_against_float64(isa, layout, dtype, training):
 def test_without_a_norm(isa, layout, residual):
     case = Case(LAYOUTS[layout], (2, 21, 4, 5), torch.float32, residual, Activation("relu"), normed=False)
     for tensors in zip(case.kernels(), case.autograd(), case.autograd(torch.float64)):
-        assert_within_budget(*tensors, scale=rms(case.grad) * 40**0.5 if tensors[0].dim() == 1 else None)
+        assert_within_budget(*tensors, scale=case.scale_of_sums(tensors[0]))
 
 
 def close_to_reference(case: Case) -> None:
