@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from slices import empty_slice
 from torch import Tensor
 
 from fusedres.ops.activations import ACTIVATIONS, Activation
@@ -211,38 +213,108 @@ def test_without_a_norm(isa, layout, residual):
         assert_within_budget(*tensors, scale=case.scale_of_sums(tensors[0]))
 
 
-def close_to_reference(case: Case) -> None:
-    for ours, reference in zip(case.kernels(), case.kernels("")):
+def targets(case: Case, layout: str) -> list[tuple[Tensor, Callable[[], None]]]:
+    """Where the gradient may be written to: a dense tensor, and a slice wherever there are any."""
+    dense = DENSE["contiguous" if layout == "contiguous" else "channels_last"](case.y.shape, case.y.dtype, 8)
+    found = [(dense, lambda: None)]
+    return found if layout == "contiguous" else [*found, empty_slice(case.y.shape, case.y.dtype)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gained", [True, False])
+def test_added_to_what_is_there_against_float64(isa, layout, dtype, gained):
+    for residual in RESIDUALS:
+        case = Case(LAYOUTS[layout], (3, 37, 7, 5), dtype, residual, Activation("relu"), gained=gained)
+        addend = LAYOUTS[layout](case.y.shape, dtype, 7)
+        stock, exact = case.autograd()[0] + addend, case.autograd(torch.float64)[0] + addend.double()
+        ours = case.kernels(addend=addend)
+        assert_within_budget(ours[0], stock, exact, residual)
+        for into, check_gaps in targets(case, layout):
+            found = case.kernels(addend=addend, into=into)
+            assert found[0].numel() == 0
+            assert torch.equal(into, ours[0])
+            for a, b in zip(found[1:], ours[1:]):
+                assert torch.equal(a, b)
+            check_gaps()
+            into.copy_(addend)  # and in place
+            case.kernels(addend=into, into=into)
+            assert torch.equal(into, ours[0])
+            check_gaps()
+            case.kernels(into=into)
+            assert torch.equal(into, case.kernels()[0])
+            check_gaps()
+
+
+def test_slices_are_as_good_as_copies_of_them(isa):
+    """To the bit, whichever of the operands it is."""
+    for residual, dtype in itertools.product(RESIDUALS, DTYPES):
+        case = Case(channels_last, (2, 37, 7, 5), dtype, residual, Activation("silu"), gained=True, dropout=0.5)
+        expected = case.kernels()
+        for name in ("y", "grad", "residual") if residual != "none" else ("y", "grad"):
+            dense = getattr(case, name)
+            setattr(case, name, sliced(dense.shape, dtype).copy_(dense))
+            for a, b in zip(case.kernels(), expected):
+                assert torch.equal(a, b), name
+                assert a.dim() < 4 or a.is_contiguous(memory_format=torch.channels_last), name
+            setattr(case, name, dense)
+
+
+def close_to_reference(case: Case, **where: Tensor) -> None:
+    for ours, reference in zip(case.kernels(**where), case.kernels("", **where)):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_remainder_of_channels(isa, layout):
+@pytest.mark.parametrize("gained", [True, False])
+def test_every_remainder_of_channels(isa, layout, gained):
     for channels in range(1, 68):
-        close_to_reference(Case(LAYOUTS[layout], (2, channels, 3, 3), torch.float32, "affine", Activation("silu")))
+        shape = (2, channels, 3, 3)
+        close_to_reference(Case(LAYOUTS[layout], shape, torch.float32, "affine", Activation("silu"), gained=gained))
 
 
 @relaxed
 @given(
     n=st.integers(1, 3),
     c=st.integers(1, 70),
-    h=st.integers(2, 17),
+    h=st.integers(1, 17),
     w=st.integers(1, 17),
     layout=st.sampled_from(sorted(LAYOUTS)),
     residual=st.sampled_from(RESIDUALS),
     act=st.sampled_from([act for act in ACTS if act.name in ("identity", "silu", "gelu")]),
+    gained=st.booleans(),
+    dropout=st.sampled_from((0.0, 0.5, 1.0)),
+    added=st.booleans(),
 )
-def test_any_shape(n, c, h, w, layout, residual, act):
-    close_to_reference(Case(LAYOUTS[layout], (n, c, h, w), torch.float32, residual, act))
+def test_any_shape(n, c, h, w, layout, residual, act, gained, dropout, added):
+    training = n * h * w > 8  # of fewer values, statistics may be anything at all
+    case = Case(LAYOUTS[layout], (n, c, h, w), torch.float32, residual, act, training, gained=gained, dropout=dropout)
+    close_to_reference(case, addend=LAYOUTS[layout](case.y.shape, torch.float32, 7) if added else None)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gained", [True, False])
+@pytest.mark.parametrize("shape", [(0, 5, 3, 3), (2, 5, 0, 3)])
+def test_empty_tensors(isa, layout, gained, shape):
+    y = LAYOUTS[layout](shape)
+    operands = (y, y, None, y, None, 1, 0.0)
+    gain = torch.ones(shape[:2]) if gained else None
+    sums, emitted = torch.ops.fusedres.join_backward_reduce_cpu(*operands, True, gain, 0.5, torch.tensor([1]))
+    assert torch.equal(sums, torch.zeros((3, *shape[:2]) if gained else (3, 5))) and emitted.shape == shape
+    found = torch.ops.fusedres.join_backward_apply_cpu(*operands, None, 1.0, False, False, True, gain, 0.0, None, gain)
+    assert [t.shape for t in found] == [shape, shape]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("residual", RESIDUALS)
-def test_emitted_value_is_the_forwards(isa, layout, dtype, residual):
-    args = Case(LAYOUTS[layout], (2, 21, 4, 5), dtype, residual, Activation("hardswish")).operands()
-    _, value = torch.ops.fusedres.join_backward_reduce_cpu(*args, True)
-    assert torch.equal(value, torch.ops.fusedres.join_cpu(*args[1:]))
+@pytest.mark.parametrize(("gained", "dropout"), [(False, 0.0), (True, 0.0), (True, 0.3)])
+def test_emitted_value_is_the_forwards(isa, layout, dtype, residual, gained, dropout):
+    act = Activation("hardswish")
+    case = Case(LAYOUTS[layout], (2, 21, 4, 5), dtype, residual, act, gained=gained, dropout=dropout)
+    args, modifiers = case.operands(), case.modifiers
+    _, value = torch.ops.fusedres.join_backward_reduce_cpu(*args, True, *modifiers)
+    assert torch.equal(value, torch.ops.fusedres.join_cpu(*args[1:], *modifiers))
 
 
 @pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu", "hardswish"])
@@ -264,28 +336,67 @@ def test_gradients_of_nan_values_are_those_of_stock(isa, act):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bitwise_the_same_for_any_number_of_threads(layout, threads):
-    case = Case(LAYOUTS[layout], (3, 48, 33, 33), torch.bfloat16, "affine", Activation("silu"))
+    shape, act = (3, 48, 33, 33), Activation("silu")
+    case = Case(LAYOUTS[layout], shape, torch.bfloat16, "affine", act, gained=True, dropout=0.3)
     for one, two in zip(threads(1, case.kernels), threads(2, case.kernels)):
         assert torch.equal(one, two)
 
 
 def test_wrong_input_raises():
-    case = Case(channels_last, (2, 5, 4, 3), torch.float32, "plain", Activation("relu"))
-    _, *rest = case.operands()
-    with pytest.raises(RuntimeError, match="grad"):
-        torch.ops.fusedres.join_backward_reduce_cpu(case.grad[:1], *rest, False)
-    with pytest.raises(RuntimeError, match="dense"):
-        torch.ops.fusedres.join_backward_reduce_cpu(expanded(case.y.shape), *rest, False)
+    case = Case(channels_last, (2, 5, 4, 3), torch.float32, "affine", Activation("relu"))
+    grad, *rest = case.operands()
+    reduce, apply = torch.ops.fusedres.join_backward_reduce_cpu, torch.ops.fusedres.join_backward_apply_cpu
+    with pytest.raises(RuntimeError, match="grad differs"):
+        reduce(grad[:1], *rest, False)
+    with pytest.raises(RuntimeError, match="grad must have the layout"):
+        reduce(expanded(case.y.shape), *rest, False)
+    with pytest.raises(RuntimeError, match="grad must have the layout"):
+        apply(grad.contiguous(), *rest, None, 1.0, False, False, True)
     with pytest.raises(RuntimeError, match="need the sums"):
-        torch.ops.fusedres.join_backward_apply_cpu(case.grad, *rest, None, 1.0, True, False, True)
+        apply(grad, *rest, None, 1.0, True, False, True)
+    for sums in (
+        torch.ones(3, 4),
+        torch.ones(2, 5),
+        torch.ones(3, 2, 5),
+        torch.ones(5, 3).t(),
+        torch.ones(3, 5).double(),
+    ):
+        with pytest.raises(
+            RuntimeError, match=r"sums must be a contiguous float32 tensor of shape \[3, 5\] or \[4, 5\]"
+        ):
+            apply(grad, *rest, sums, 1.0, True, False, True)
+    with pytest.raises(RuntimeError, match="sums must have a fourth row"):
+        apply(grad, *rest, torch.ones(3, 5), 1.0, True, True, True, torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("name", ["gain", "offset", "addend", "into"])
+def test_wrong_modifiers_raise(name):
+    case = Case(channels_last, (2, 5, 4, 3), torch.float32, "plain", Activation("relu"), training=False)
+    wrong = {
+        "per sample": (torch.ones(2, 4), torch.ones(5), torch.ones(2, 5).double(), torch.ones(5, 2).t()),
+        "whole": (case.y[:1], case.y.bfloat16(), case.y.contiguous(), case.y[:, :4], case.y[0]),
+    }
+    apply = torch.ops.fusedres.join_backward_apply_cpu
+    for value in wrong["per sample" if name in ("gain", "offset") else "whole"]:
+        with pytest.raises(RuntimeError, match=f"join_backward_apply_cpu: {name} "):
+            apply(*case.operands(), None, 1.0, False, False, True, **{name: value})
+    if name == "gain":
+        with pytest.raises(RuntimeError, match="join_backward_reduce_cpu: gain "):
+            torch.ops.fusedres.join_backward_reduce_cpu(*case.operands(), False, torch.ones(2, 4))
 
 
 @pytest.mark.parametrize("suffix", ["", "_cpu"])
 @pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("emit", [True, False])
-def test_opcheck(suffix, residual, emit):
-    args = Case(channels_last, (2, 5, 4, 3), torch.float32, residual, Activation("silu")).operands()
+@pytest.mark.parametrize("modified", [True, False])
+def test_opcheck(suffix, residual, emit, modified):
+    make, act = sliced if modified else channels_last, Activation("silu")
+    case = Case(make, (2, 5, 4, 3), torch.float32, residual, act, gained=modified, dropout=0.5 if modified else 0.0)
+    args, modifiers = case.operands(), case.modifiers
     reduce = getattr(torch.ops.fusedres, f"join_backward_reduce{suffix}").default
     apply = getattr(torch.ops.fusedres, f"join_backward_apply{suffix}").default
-    torch.library.opcheck(reduce, (*args, emit))
-    torch.library.opcheck(apply, (*args, reduce(*args, False)[0], 24.0, True, residual == "affine", emit))
+    torch.library.opcheck(reduce, (*args, emit, *modifiers))
+    sums = case.totals(reduce(*args, False, *modifiers)[0])
+    flags = True, residual == "affine", emit
+    addend, into = (make(case.y.shape), empty_slice(case.y.shape)[0]) if modified else (None, None)
+    torch.library.opcheck(apply, (*args, sums, 24.0, *flags, *modifiers, case.offset, addend, into))
