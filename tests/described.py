@@ -12,7 +12,7 @@ from fusedres.block import Step as DescribedStep
 from fusedres.ops.activations import IDENTITY, RELU, Activation, activation
 from fusedres.ops.dropout import draw_seed, keep_scale
 
-__all__ = ["BLOCKS", "Depth", "Described", "Gate", "basic", "bottleneck", "conv", "fuse", "norm", "norms"]
+__all__ = ["BLOCKS", "Depth", "Described", "Gate", "basic", "bottleneck", "conv", "fuse", "norm", "norms", "replay"]
 
 Step = nn.Module | str
 
@@ -135,11 +135,18 @@ def _called(modules: nn.ModuleList, order: list[int | Activation], x: Tensor) ->
     for entry in order:
         if isinstance(entry, Activation):
             x = entry(x)
-        elif isinstance(modules[entry], nn.Dropout) and modules[entry].training:
-            x = x * keep_scale(x.shape, modules[entry].p, draw_seed(), x.dtype, x.device)
+        elif isinstance(modules[entry], nn.Dropout):
+            x = replay(modules[entry], x)
         else:
             x = modules[entry](x)
     return x
+
+
+def replay(dropout: nn.Dropout, x: Tensor) -> Tensor:
+    """``dropout(x)`` with the mask that a fused block draws."""
+    if not (dropout.training and dropout.p):
+        return x
+    return x * keep_scale(x.shape, dropout.p, draw_seed(), x.dtype, x.device)
 
 
 def norms(module: nn.Module) -> list[nn.BatchNorm2d]:
@@ -231,6 +238,18 @@ BLOCKS: dict[str, Callable[[], Described]] = {
     ),
     "squeeze-excitation, no norm": lambda: Described([conv(24, 24, 3, bias=True), Gate(24, 6)], []),
     "squeeze-excitation chain": lambda: Described([conv(24, 24, 3), norm(24), Gate(24, 6), "silu", conv(24, 16, 1)]),
+    "inverted residual": lambda: Described(
+        [
+            *[conv(24, 48, 1), norm(48), "silu", conv(48, 48, 3, groups=48), norm(48), "silu", Gate(48, 6)],
+            *[conv(48, 24, 1), norm(24), Depth(0.4)],
+        ],
+        [],
+        "identity",
+    ),
+    "squeeze-excitation behind an activation": lambda: Described(
+        [conv(24, 32, 3, 2), norm(32), "relu", Gate(32, 8)], [conv(24, 32, 1, 2), norm(32)]
+    ),
+    "squeeze-excitation of the input": lambda: Described([norm(24), "relu", Gate(24, 6), conv(24, 24, 3)], []),
     "stochastic depth": lambda: Described([conv(24, 24, 3), norm(24), Depth(0.4)], []),
     "stochastic depth, squeeze-excitation": lambda: Described([conv(24, 24, 3), norm(24), Gate(24, 6), Depth(0.4)], []),
 }

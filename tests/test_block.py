@@ -48,7 +48,7 @@ def test_steps_are_grouped_into_links():
         (Block((Conv("a"),), (Norm("b"),)), "a norm without a convolution"),
         (Block((Conv("a"), Dropout("b")), ()), "branch ends with a dropout"),
         (Block((Conv("a"), Dropout("b"), Act(RELU), Conv("c"))), "a dropout that no convolution follows"),
-        (Block((Conv("a"), Act(RELU), GATE, Conv("c"))), "a gain that follows an activation"),
+        (Block((Conv("a"), Act(RELU), DropPath("b")), ()), "a gain that follows an activation"),
         (Block((Conv("a"), GATE, GATE)), "two excitations"),
         (Block((Conv("a"), DropPath("b"), GATE), ()), "a gain that follows"),
         (Block((Conv("a"),), (Conv("b"), DropPath("c"))), "the shortcut has a gain"),

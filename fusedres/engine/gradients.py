@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ops.activations import Activation
 from ..ops.conv import adds_pointwise_dgrad, conv_backward, pointwise_dgrad_add_
 from ..ops.conv_wgrad import fuses_wgrad
-from .pending import Raw, applied, excitation, like, squeezed
+from .pending import Raw, applied, excitation, like, next_raw, squeezed
 from .program import ExciteSlot, Link, NormSlot, Operands
 
 Chain = tuple[Link, ...]
@@ -107,25 +107,28 @@ class Gradients:
         """From the sums per sample of the gradient before the gain to the totals behind it, and the squeeze's gradient.
 
         With ``u = scale y + shift`` the gain's gradient is the sum of ``g u``; through the excitation it reaches the
-        mean of ``u`` over height and width, and so every value alike.
+        mean of ``u`` over height and width, and so every value alike. A few values in which much cancels: in double.
         """
-        g, gy, gr = sums.unbind(0)
+        g, gy, gr = sums.double().unbind(0)
         u_sum, uy_sum, offset = raw.gain * g, raw.gain * gy, None
         if link.gain.excite is not None:
             dgain = gy
             if raw.rows is not None:
-                mean, rstd, scale, shift = raw.rows.unbind(0)
+                mean, rstd, scale, shift = raw.rows.double().unbind(0)
                 dgain = scale / rstd * gy + (scale * mean + shift) * g
             dsqueeze = self._excitation(link.gain.excite, raw, dgain if raw.mask is None else dgain * raw.mask)
             normalised = raw.means if raw.rows is None else (raw.means - mean) * rstd
-            u_sum, uy_sum, offset = u_sum + dsqueeze, uy_sum + dsqueeze * normalised, dsqueeze / pixels
-        return torch.stack([t.sum(0) for t in (u_sum, uy_sum, gr, g)]), offset
+            u_sum, uy_sum = u_sum + dsqueeze, uy_sum + dsqueeze * normalised
+            offset = (dsqueeze / pixels).to(sums.dtype)
+        return torch.stack([t.sum(0) for t in (u_sum, uy_sum, gr, g)]).to(sums.dtype), offset
 
     def _excitation(self, slot: ExciteSlot, raw: Raw, dgate: Tensor) -> Tensor:
         """Sets the gradients of the excitation's layers and returns the squeeze's; its few values are run again."""
+        operands = self.tensors[slot.first : slot.first + 4]
+        dtype = torch.float32 if operands[0].element_size() < 4 else torch.float64
         with torch.enable_grad():
-            squeeze = squeezed(raw.rows, raw.means).detach().requires_grad_()
-            operands = [t if t is None else t.detach() for t in self.tensors[slot.first : slot.first + 4]]
+            squeeze = squeezed(raw.rows, raw.means).detach().to(dtype).requires_grad_()
+            operands = [t if t is None else t.detach().to(dtype) for t in operands]
             wanted = [i for i, t in enumerate(operands) if t is not None and self.needs[slot.first + i]]
             for i in wanted:
                 operands[i].requires_grad_()
@@ -156,12 +159,21 @@ class Gradients:
             return
         norm = chain[index].norm
         if norm is None:
-            total = grad.sum((0, 2, 3)) if total is None else total.clone()
+            # The mean of the statistics pass is more accurate than a sum in the gradient's dtype.
+            total = self.k.bn_stats(grad)[0] * (grad.numel() // grad.shape[1]) if total is None else total.clone()
         else:
             total = torch.zeros_like(total) if norm.batch_statistics else total * rows[2]
         self.grads[conv.first + 1] = total
 
     # -- a chain of convolutions ---------------------------------------------------------------------------------
+
+    def _complete(self, chain: Chain, raws: list[Raw], end: int) -> list[Raw]:
+        """The first ``end`` raw tensors with those recomputed that were not kept."""
+        for i in range(1, end):
+            if raws[i].tensor is None:
+                value = applied(chain[i - 1], raws[i - 1], self.k)
+                raws[i] = raws[i]._replace(tensor=next_raw(chain[i - 1], value, self.tensors))
+        return raws
 
     def _chain(
         self,
@@ -213,6 +225,8 @@ class Gradients:
         A link that is not plain adds the ``addend`` and writes ``into`` in its last pass, see :meth:`_pending`.
         """
         link = chain[index]
+        if link.conv is None:
+            return self._pending(chain, index, raw, grad, link.act, addend=addend, into=into)[0]
         conv, weight = link.conv, self.tensors[link.conv.first]
         grad = grad.to(weight.dtype)
         needs_weight = self.needs[conv.first] and not self._fused_wgrad(link, raw, grad)
@@ -248,8 +262,9 @@ class Gradients:
         return True
 
     def _adds(self, link: Link, grad: Tensor, onto: Tensor) -> bool:
-        weight = self.tensors[link.conv.first]
-        return link.plain and grad.dtype == onto.dtype and adds_pointwise_dgrad(onto, grad, weight, link.conv.geometry)
+        if not link.plain or grad.dtype != onto.dtype:
+            return False
+        return adds_pointwise_dgrad(onto, grad, self.tensors[link.conv.first], link.conv.geometry)
 
     def _add_link(self, link: Link, raw: Raw, grad: Tensor, onto: Tensor) -> Tensor:
         """The first link of a chain where dgrad adds to the shortcut's gradient inside the convolution."""
