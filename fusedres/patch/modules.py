@@ -86,7 +86,9 @@ def norm_problem(module: nn.Module, shared: dict[int, str]) -> str | None:
 
 def linear_problem(module: nn.Linear, shared: dict[int, str]) -> str | None:
     """Why a linear layer cannot be part of a fused site; ``None`` where it can."""
-    return _subclass_problem(module) if type(module).forward is not nn.Linear.forward else _layer_problem(module, shared)
+    return (
+        _subclass_problem(module) if type(module).forward is not nn.Linear.forward else _layer_problem(module, shared)
+    )
 
 
 # Modules that drop samples of a branch in training and scale the others, by the place of their class, so that none of

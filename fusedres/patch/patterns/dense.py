@@ -43,7 +43,9 @@ def _region(view: View, end: fx.Node, layers: list[Chain]) -> Iterator[Region]:
     inside = {node for layer in layers for node in layer.nodes}
     for cat in (end, *(layer.entry for layer in layers)):
         inside |= _cats(cat, x)
-    region = Region(f"dense block of {len(layers)}", Dense(tuple(layer.steps for layer in layers)), x, view.in_order(inside))
+    region = Region(
+        f"dense block of {len(layers)}", Dense(tuple(layer.steps for layer in layers)), x, view.in_order(inside)
+    )
     reason = view.problem(region)
     if any(not node.users.keys() <= inside for node in inside - {end}):
         reason = reason or "a value inside is used outside"

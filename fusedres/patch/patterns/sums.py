@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ...block import Act, Block, Dropout, DropPath, Norm, SqueezeExcite, Step
+from ...block import Act, Block, Conv, Dropout, DropPath, Norm, SqueezeExcite, Step
 from ...ops.activations import IDENTITY, Activation
 from ..steps import Addition
 from ..view import Chain, Region, View
@@ -40,7 +40,11 @@ class Sum:
     def sides(self) -> tuple[tuple[Chain, Chain], tuple[Chain, Chain]]:
         """The two runs as branch and shortcut and the other way round, the one with more convolutions first."""
         left, right = self.left, self.right
-        return ((left, right), (right, left)) if left.convolutions >= right.convolutions else ((right, left), (left, right))
+        return (
+            ((left, right), (right, left))
+            if left.convolutions >= right.convolutions
+            else ((right, left), (left, right))
+        )
 
     @property
     def act(self) -> Activation:
@@ -90,7 +94,7 @@ def with_shortcut(family: str, found: Sum, branch: Chain, other: Chain) -> Itera
 
 def with_pending(family: str, view: View, found: Sum, branch: Chain, other: Chain) -> Iterator[Region]:
     """``branch(p) + other(p)`` with ``p = act(norm(x))``, which nothing else reads."""
-    if other.entry is not branch.entry:
+    if other.entry is not branch.entry or not isinstance(branch.steps[0], Conv):
         return
     head = view.chain_into(branch.entry, frozenset((*branch.nodes, *other.nodes, found.node)))
     if not head.steps or not all(isinstance(step, (Norm, Act)) for step in head.steps):
