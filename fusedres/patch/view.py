@@ -238,9 +238,9 @@ class View:
     def only_reader(self, node: fx.Node) -> fx.Node | None:
         """The one step that reads ``node``, where there is exactly one and it reads nothing else."""
         for reader in node.users:
-            if reader.op != "output" and self.input_of(reader) is node:
-                if node.users.keys() <= set(self.nodes_of(reader)):
-                    return reader
+            step = set(self.nodes_of(reader)) if reader.op != "output" and self.input_of(reader) is node else set()
+            if node.users.keys() <= step:
+                return reader
         return None
 
     # -- regions ------------------------------------------------------------------------------------------------------
