@@ -151,7 +151,7 @@ class Dense:
     """A dense block: every layer reads the channels of the input and of all layers before it, and appends its own.
 
     Args:
-        layers: the steps of each, which begin with a norm and end with a convolution.
+        layers: the steps of each, which begin with a norm and end with a convolution, or a dropout behind it.
     """
 
     layers: tuple[tuple[Step, ...], ...]
@@ -223,8 +223,8 @@ def dense_plans(dense: Dense) -> tuple[tuple[_LinkPlan, ...], ...]:
     for layer in layers:
         if len(layer) < 2 or layer[0].norm is None:
             raise UnsupportedBlock("a layer that does not begin with a norm and go on to a convolution")
-        if layer[-1] != _LinkPlan():
-            raise UnsupportedBlock("a layer that does not end with its convolution")
+        if layer[-1]._replace(dropout=None) != _LinkPlan():
+            raise UnsupportedBlock("a layer that does not end with its convolution, or a dropout behind it")
     return layers
 
 
