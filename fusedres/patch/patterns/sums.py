@@ -89,7 +89,7 @@ def with_shortcut(family: str, found: Sum, branch: Chain, other: Chain) -> Itera
         kind = "projection" if other.steps else "identity"
         block = Block(branch.steps, other.steps, found.act, in_place=_keeps_dtype(found, branch))
         nodes = (*other.nodes, *branch.nodes, found.node, *found.tail.nodes)
-        yield Region(_name(family, kind, block), block, branch.entry, nodes)
+        yield Region(_name(family, kind, block), block, (branch.entry,), nodes)
 
 
 def with_pending(family: str, view: View, found: Sum, branch: Chain, other: Chain) -> Iterator[Region]:
@@ -103,14 +103,14 @@ def with_pending(family: str, view: View, found: Sum, branch: Chain, other: Chai
     in_place = _keeps_dtype(found, branch)
     block = Block((*head.steps, *branch.steps), other.steps, found.act, residual="pending", in_place=in_place)
     nodes = (*head.nodes, *other.nodes, *branch.nodes, found.node, *found.tail.nodes)
-    yield Region(_name(family, kind, block), block, head.entry, nodes)
+    yield Region(_name(family, kind, block), block, (head.entry,), nodes)
 
 
 def with_argument(family: str, found: Sum, branch: Chain, other: Chain) -> Region:
     """``branch(x) + other``, where the other operand is made elsewhere."""
     block = Block(branch.steps, (), found.act, residual="argument", in_place=_keeps_dtype(found, branch))
     nodes = (*branch.nodes, found.node, *found.tail.nodes)
-    return Region(_name(family, "second input", block), block, branch.entry, nodes, residual=other.end)
+    return Region(_name(family, "second input", block), block, (branch.entry, other.end), nodes)
 
 
 def _keeps_dtype(found: Sum, branch: Chain) -> bool:
