@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..console import console, make_table, stages
+from ..console import console, lacks, make_table, stages
 from ..demo.data import Digits, digits
 from ..demo.training import fit
 from .networks import KINDS, depth_network
-from .output import KIND_STYLES, add_output_arguments, lacks, new_figure, save_figure, write
+from .output import KIND_STYLES, add_output_arguments, new_figure, save_figure, write
 
 __all__ = ["DepthRun", "add_arguments", "degradation", "run", "save_plot", "small_digits"]
 
@@ -100,7 +100,9 @@ def _train(kind: str, depth: int, epochs: int, data: Digits, seed: int) -> Depth
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[20, 56, 110], help="6n + 2 (default 20 56 110)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["plain", "residual"], help="default: the first two")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=["plain", "residual"], help="default: the first two"
+    )
     parser.add_argument("--epochs", type=int, default=8, help="over 1437 images (default %(default)s)")
     add_output_arguments(parser, "degradation")
 
@@ -129,7 +131,9 @@ def save_plot(path: Path, runs: Sequence[DepthRun]) -> None:
     for axis, kind in zip(axes, kinds):
         of_kind = [r for r in runs if r.kind == kind]
         for r, width in zip(of_kind, _widths(len(of_kind))):
-            axis.plot(_epochs(r), [100 * e for e in r.errors], lw=width, color=KIND_STYLES[kind]["color"], label=r.depth)
+            axis.plot(
+                _epochs(r), [100 * e for e in r.errors], lw=width, color=KIND_STYLES[kind]["color"], label=r.depth
+            )
         axis.set(title=kind, xlabel="epoch")
         axis.legend(title="layers")
         last = [(r.depth, 100 * r.errors[-1]) for r in of_kind]

@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..console import console, make_table, stages
+from ..console import console, lacks, make_table, stages
 from ..demo.data import digits
 from .blocks import blocks_of
 from .networks import KINDS, depth_network
+from .output import KIND_STYLES, add_output_arguments, new_figure, save_figure, write
 from .state import preserved
-from .output import KIND_STYLES, add_output_arguments, lacks, new_figure, save_figure, write
 
 __all__ = ["GradientFlow", "add_arguments", "gradient_flow", "run", "save_plot"]
 
@@ -151,4 +151,3 @@ def save_plot(path: Path, flows: Mapping[tuple[str, int], GradientFlow]) -> None
     axes[0, 0].set_ylabel("2-norm of the loss's gradient")
     axes[0, 0].legend()
     save_figure(figure, path)
-

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..console import console, make_table, stages
+from ..console import console, lacks, make_table, stages
 from ..demo.data import digits
 from ..select import use_backend
 from .blocks import blocks_of
 from .networks import KINDS, DepthNetwork, depth_network
-from .output import KIND_STYLES, add_output_arguments, lacks, new_figure, save_figure, write
+from .output import KIND_STYLES, add_output_arguments, new_figure, save_figure, write
 from .state import preserved
 
 __all__ = ["JacobianIdentity", "add_arguments", "jacobian_identity", "run", "save_plot"]
@@ -114,9 +114,7 @@ class _Difference:
         return -v if product is None else product - v
 
 
-def _power_iteration(
-    matrix: _Difference, v: Tensor, iterations: int, tolerance: float
-) -> tuple[float, int, bool]:
+def _power_iteration(matrix: _Difference, v: Tensor, iterations: int, tolerance: float) -> tuple[float, int, bool]:
     """The norm, the iterations it took, and whether it settled."""
     sigma = 0.0
     for taken in range(1, iterations + 1):

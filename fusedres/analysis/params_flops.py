@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from .. import nn as blocks
-from ..console import console, make_table, stages
+from ..console import console, lacks, make_table, stages
 from ..explain_cli import load_model
 from ..patch import unpatch
 from ..select import use_backend
 from .blocks import blocks_of
-from .output import COLOURS, add_output_arguments, lacks, new_figure, save_figure, shape_argument, write
+from .output import COLOURS, add_output_arguments, new_figure, save_figure, shape_argument, write
 from .phantom import Recorder, phantom_input, phantom_model
 
 __all__ = ["BlockType", "Count", "ParamsFlops", "add_arguments", "block_types", "params_flops", "run", "save_plot"]

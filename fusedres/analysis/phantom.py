@@ -288,7 +288,9 @@ def _pretend(func: Any, args: tuple, kwargs: dict) -> Any:
     if func is _aten._local_scalar_dense.default:
         raise ValueError("the model reads a tensor's value in its forward, and phantom tensors have none")
     written = _written_by_alias(func, args, kwargs)
-    returns = [None if r.alias_info is None else written.get(min(r.alias_info.before_set)) for r in func._schema.returns]
+    returns = [
+        None if r.alias_info is None else written.get(min(r.alias_info.before_set)) for r in func._schema.returns
+    ]
     if any(r is None for r in returns):
         options = {**kwargs, **({"device": "meta"} if "device" in kwargs else {})}
         shapes, options = tree_map_only(Tensor, _to_meta, (args, options))

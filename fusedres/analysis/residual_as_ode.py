@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..console import console, make_table, stages
+from ..console import console, lacks, make_table, stages
 from ..demo.data import digits
-from .output import COLOURS, add_output_arguments, lacks, new_figure, save_figure, write
+from .output import COLOURS, add_output_arguments, new_figure, save_figure, write
 
 __all__ = ["ResidualAsODE", "add_arguments", "residual_as_ode", "run", "save_plot"]
 
@@ -152,7 +152,9 @@ def run(args: Namespace) -> int:
     ]
     caption = f"The solution's own error is about {found.reference_error:.0e}"
     console.print(make_table("a residual stack with one shared function", ("blocks", "error", "order"), rows, caption))
-    write(args, {**asdict(found), "orders": found.orders}, lambda path: save_plot(path, found, paths, solution, args.time))
+    write(
+        args, {**asdict(found), "orders": found.orders}, lambda path: save_plot(path, found, paths, solution, args.time)
+    )
     return 0
 
 
@@ -165,9 +167,7 @@ def _pixel_that_moves(f: nn.Module, x: Tensor, time: float) -> int:
         return int((_integrate(_runge_kutta_step, f, x, _DRAWN, (0.0, time)) - x)[0].abs().argmax())
 
 
-def _path(
-    step: Callable[..., Tensor], f: nn.Module, x: Tensor, steps: int, time: float, pixel: int
-) -> list[float]:
+def _path(step: Callable[..., Tensor], f: nn.Module, x: Tensor, steps: int, time: float, pixel: int) -> list[float]:
     """One pixel of the first image, at the start and after every step."""
     values = [float(x[0].flatten()[pixel])]
     with torch.no_grad():
@@ -197,7 +197,9 @@ def save_plot(
     left.legend()
     for n, states in paths.items():
         right.plot([k * time / n for k in range(n + 1)], states, "o-", ms=4, label=f"{n} block{'s' if n > 1 else ''}")
-    right.plot([k * time / (len(solution) - 1) for k in range(len(solution))], solution, color="black", label="solution")
+    right.plot(
+        [k * time / (len(solution) - 1) for k in range(len(solution))], solution, color="black", label="solution"
+    )
     right.set(title="one pixel on its way through the stack", xlabel="t, depth", ylabel="value")
     right.grid(alpha=0.3)
     right.legend()

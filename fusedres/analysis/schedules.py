@@ -61,11 +61,36 @@ def _by_value(touches: Sequence[Touch]) -> dict[int, int]:
 _POINTWISE = {
     f"aten.{name}{suffix}"
     for name in (
-        *("add", "sub", "mul", "div", "neg", "rsub", "pow", "sqrt", "rsqrt", "exp", "lerp", "where", "clamp", "clamp_min"),
+        *(
+            "add",
+            "sub",
+            "mul",
+            "div",
+            "neg",
+            "rsub",
+            "pow",
+            "sqrt",
+            "rsqrt",
+            "exp",
+            "lerp",
+            "where",
+            "clamp",
+            "clamp_min",
+        ),
         *("relu", "sigmoid", "silu", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "gelu", "tanh", "gt", "lt"),
         *("threshold_backward", "sigmoid_backward", "silu_backward", "hardtanh_backward", "hardswish_backward"),
         *("hardsigmoid_backward", "leaky_relu_backward", "gelu_backward", "tanh_backward", "native_dropout"),
-        *("native_dropout_backward", "clone", "copy", "_to_copy", "cat", "bernoulli", "zero", "fill", "constant_pad_nd"),
+        *(
+            "native_dropout_backward",
+            "clone",
+            "copy",
+            "_to_copy",
+            "cat",
+            "bernoulli",
+            "zero",
+            "fill",
+            "constant_pad_nd",
+        ),
         *("zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "new_zeros", "slice_backward"),
     )
     for suffix in ("", "_")

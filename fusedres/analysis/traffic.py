@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..console import console, make_table, stages
+from ..console import console, lacks, make_table, stages
 from ..explain_cli import load_model
 from ..patch import patch, unpatch
 from ..select import use_backend, why_not
 from .blocks import blocks_of
 from .devices import DEVICES, Device, device_named
-from .output import COLOURS, add_output_arguments, lacks, new_figure, save_figure, shape_argument, write
+from .output import COLOURS, add_output_arguments, new_figure, save_figure, shape_argument, write
 from .phantom import Call, Recorder, phantom_input, phantom_model
 from .schedules import Kernel, eager, inductor_like
 
@@ -194,9 +194,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default="resnet50", help="as for explain (default %(default)s)")
-    parser.add_argument("--shape", type=shape_argument, default=(64, 3, 224, 224), help="N,C,H,W (default 64,3,224,224)")
+    parser.add_argument(
+        "--shape", type=shape_argument, default=(64, 3, 224, 224), help="N,C,H,W (default 64,3,224,224)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of all tensors (default %(default)s)")
-    parser.add_argument("--device", nargs="+", choices=[*DEVICES, "cpu"], default=[*DEVICES, "cpu"], help="default: all")
+    parser.add_argument(
+        "--device", nargs="+", choices=[*DEVICES, "cpu"], default=[*DEVICES, "cpu"], help="default: all"
+    )
     parser.add_argument("--memory", choices=("auto", "low"), default="auto", help="of the fused schedule")
     add_output_arguments(parser, "traffic")
 
@@ -288,7 +292,9 @@ def _draw_devices(axes: Any, found: Sequence[Traffic]) -> None:
             label=_LABELS[schedule],
         )
         axes.bar_label(bars, [_milliseconds(t.total(schedule).seconds) for t in found], fontsize=8)
-    axes.set_xticks(range(len(found)), [t.device.name.replace(" (measured)", "\n(measured)") for t in found], fontsize=8)
+    axes.set_xticks(
+        range(len(found)), [t.device.name.replace(" (measured)", "\n(measured)") for t in found], fontsize=8
+    )
     axes.set(title="least time of a step that the roofline allows (in ms)", ylabel="relative to stock", ylim=(0, 1.15))
 
 
