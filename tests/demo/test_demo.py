@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from fusedres import select
+from fusedres import console, select
 from fusedres.cli import main
 from fusedres.demo.data import digits, photographs
 from fusedres.demo.plot import save_figure
