@@ -152,7 +152,8 @@ class Recorder(TorchDispatchMode):
                 if not func.is_view:
                     self._new_value(t)
             return out
-        self._record(func, args, kwargs, out)
+        if _tensors((args, kwargs, out)):
+            self._record(func, args, kwargs, out)
         return out
 
     def _record(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
@@ -228,6 +229,8 @@ def _operands(func: Any, args: tuple, kwargs: dict) -> tuple[list[Tensor], list[
             written += tensors
             if argument.name in _ONLY_WRITTEN or func in _OVERWRITES:
                 continue
+        if func is _aten.native_batch_norm.default and args[5] and argument.name in ("running_mean", "running_var"):
+            written += tensors  # its schema does not say so
         if not _only_its_shape(func, args, i):
             read += tensors
     return read, written
@@ -297,6 +300,8 @@ def _pretend(func: Any, args: tuple, kwargs: dict) -> Any:
         out = func(*shapes, **options)
         if func in _CONVOLUTIONS:
             out = _in_layout_of(args, out)
+        if func is _aten.native_batch_norm_backward.default:  # its meta kernel makes what nobody asked for, too
+            out = tuple(gradient if wanted else None for gradient, wanted in zip(out, args[9]))
         made = tree_map_only(Tensor, _from_meta, (out,) if len(returns) == 1 else out)
         returns = [m if r is None else r for m, r in zip(made, returns)]
     return None if not returns else returns[0] if len(returns) == 1 else tuple(returns)
