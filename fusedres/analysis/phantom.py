@@ -73,7 +73,7 @@ class Call(NamedTuple):
         op: its name with the namespace, ``"aten.relu_"``.
         block: the path of the block that it belongs to, ``None`` outside of all blocks.
         backward: whether the backward pass called it.
-        reads, writes: the distinct tensors; what is updated in place is in both.
+        reads, writes: the distinct tensors, results before what is updated in place, which is in both.
         again: bytes that its kernels read once more than one touch per tensor: batch norm in training passes over its
             operands twice, once for the sums; a convolution's dgrad and wgrad both read the gradient.
         flops: two per multiply-add of its matrix products, else 0.
@@ -161,10 +161,10 @@ class Recorder(TorchDispatchMode):
         fresh = [t for t in _tensors(out) if not any(t is w for w in written)]
         reads = self._touches(read)
         again = sum(nbytes for t, nbytes in _again(func, args))
-        for t in (*written, *fresh):
+        for t in (*fresh, *written):
             self._new_value(t)
         block, backward = self._where()
-        writes = self._touches([*written, *fresh])
+        writes = self._touches([*fresh, *written])
         self.calls.append(Call(_name(func), block, backward, reads, writes, again, _flops(func, args, kwargs, out)))
 
     def _touches(self, tensors: list[Tensor]) -> tuple[Touch, ...]:
