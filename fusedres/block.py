@@ -64,9 +64,14 @@ class Conv:
 
 @dataclass(frozen=True)
 class Norm:
-    """The batch norm held by the ``nn.BatchNorm2d`` at ``path``."""
+    """The batch norm held by the ``nn.BatchNorm2d`` at ``path``.
+
+    Args:
+        act: what the module itself applies behind it, as timm's ``BatchNormAct2d`` does; identity for plain norms.
+    """
 
     path: str
+    act: Activation = IDENTITY
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,10 @@ class SqueezeExcite:
 
 @dataclass(frozen=True)
 class DropPath:
-    """Stochastic depth by the module at ``path``: in training, samples are dropped with its probability ``p``."""
+    """Stochastic depth by the module at ``path``: in training, samples are dropped with its probability.
+
+    That is its ``p``, as in torchvision's ``StochasticDepth``, or its ``drop_prob``, as in timm's ``DropPath``.
+    """
 
     path: str
 
@@ -143,7 +151,7 @@ class Dense:
     """A dense block: every layer reads the channels of the input and of all layers before it, and appends its own.
 
     Args:
-        layers: the steps of each, which begin with a norm and end with a convolution.
+        layers: the steps of each, which begin with a norm and end with a convolution, or a dropout behind it.
     """
 
     layers: tuple[tuple[Step, ...], ...]
@@ -215,8 +223,8 @@ def dense_plans(dense: Dense) -> tuple[tuple[_LinkPlan, ...], ...]:
     for layer in layers:
         if len(layer) < 2 or layer[0].norm is None:
             raise UnsupportedBlock("a layer that does not begin with a norm and go on to a convolution")
-        if layer[-1] != _LinkPlan():
-            raise UnsupportedBlock("a layer that does not end with its convolution")
+        if layer[-1]._replace(dropout=None) != _LinkPlan():
+            raise UnsupportedBlock("a layer that does not end with its convolution, or a dropout behind it")
     return layers
 
 
@@ -253,7 +261,7 @@ def _with_step(link: _LinkPlan, step: Step) -> _LinkPlan:
     if isinstance(step, Norm):
         if link != _LinkPlan():
             raise UnsupportedBlock("a norm that follows a norm or an activation, without a convolution between")
-        return link._replace(norm=_names(step.path))
+        return link._replace(norm=_names(step.path), act=step.act)
     if link.act != IDENTITY or link.drop_path is not None:
         raise UnsupportedBlock("a gain that follows an activation or another gain")
     if isinstance(step, DropPath):
@@ -406,6 +414,13 @@ def _check_ours(module: nn.Module, kind: type[nn.Module]) -> None:
         raise _NotOurs
 
 
+@cache
+def is_norm_act(cls: type[nn.Module]) -> bool:
+    """Whether instances are a batch norm and its activation in one module, timm's ``BatchNormAct2d``."""
+    forward = cls.forward
+    return (forward.__module__, forward.__qualname__) == ("timm.layers.norm_act", "BatchNormAct2d.forward")
+
+
 class _Binder:
     """Collects the operands of a block from its modules, in one flat list, and the slots that point into it."""
 
@@ -447,7 +462,7 @@ class _Binder:
         return ConvSlot(first, geometry(conv.stride, conv.padding, conv.dilation, conv.groups, conv.kernel_size))
 
     def _norm(self, norm: nn.Module) -> NormSlot:
-        _check_ours(norm, nn.BatchNorm2d)
+        _check_ours(norm, type(norm) if is_norm_act(type(norm)) else nn.BatchNorm2d)
         first = len(self.tensors)
         parameters, buffers = norm._parameters, norm._buffers
         mean, var = buffers["running_mean"], buffers["running_var"]
@@ -486,4 +501,7 @@ class _Binder:
 
     def _drop_path(self, module: nn.Module) -> float:
         _check_unhooked(module)
-        return float(module.p) if module.training else 0.0
+        settings = module.__dict__
+        if settings.get("mode", "row") != "row" or not settings.get("scale_by_keep", True):
+            raise _NotOurs
+        return float(settings["p"] if "p" in settings else settings["drop_prob"]) if module.training else 0.0

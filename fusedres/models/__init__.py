@@ -6,6 +6,7 @@ stock one. Both have the same parameters and the same ``state_dict`` keys: torch
 
 from ..nn.init import init_weights
 from .cifar import cifar_resnet
+from .ode import odenet
 from .resnet import (
     resnet18,
     resnet34,
@@ -19,6 +20,7 @@ from .resnet import (
 
 NETWORKS = (
     "cifar_resnet",
+    "odenet",
     "resnet18",
     "resnet34",
     "resnet50",
@@ -34,6 +36,7 @@ __all__ = [
     "NETWORKS",
     "cifar_resnet",
     "init_weights",
+    "odenet",
     "resnet18",
     "resnet34",
     "resnet50",

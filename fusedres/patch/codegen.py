@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx, nn
 
 from .. import block
-from ..block import Act, Block, Step
+from ..block import Act, Block, Conv, Dense, Dropout, DropPath, Norm, SqueezeExcite, Step
 from ..ops.activations import IDENTITY
 from .trace import Traced
 from .view import Region
@@ -43,7 +43,7 @@ def generate(
     """
     fresh = _Names(traced)
     run, stock = fresh("fusedres_block"), fresh("stock")
-    blocks = {fresh(f"block_{i}"): region.block for i, region in enumerate(regions)}
+    blocks = {fresh(f"{_kind(region.block)}_{i}"): region.block for i, region in enumerate(regions)}
     calls: dict[fx.Node, fx.Node] = {}
     for name, region in zip(blocks, regions):
         _replace(traced.graph, region, run, name, options, calls)
@@ -87,28 +87,56 @@ def _replace(
     with graph.inserting_before(last):
         # A method call prints as `fusedres_block.run(...)`, looked up in the module when the line runs.
         arguments = (_Code(run), _Code(name), _Code("self"), *inputs)
-        call = graph.create_node("call_method", "run", arguments, dict(options), name=f"{name}_out")
+        method = "run_dense" if isinstance(region.block, Dense) else "run"
+        call = graph.create_node("call_method", method, arguments, dict(options), name=f"{name}_out")
     calls[last] = call
     last.replace_all_uses_with(call)
     for node in reversed(region.nodes):
         graph.erase_node(node)
 
 
-def _header(cls: type, blocks: dict[str, Block]) -> str:
+def _kind(b: Block | Dense) -> str:
+    return "dense" if isinstance(b, Dense) else "block"
+
+
+def _header(cls: type, blocks: dict[str, Block | Dense]) -> str:
     origin = f"# {cls.__module__}.{cls.__qualname__}, with a forward written by fusedres.patch\n"
     return origin + "".join(f"# {name}: {_formula(b)}\n" for name, b in blocks.items()) + "\n"
 
 
-def _formula(b: Block) -> str:
+def _formula(b: Block | Dense) -> str:
     """``relu(x -> conv1 -> bn1 -> relu -> conv2 -> bn2  +  x)``"""
-    text = _path("x", b.branch)
-    if b.shortcut is not None:
-        text += "  +  " + _path("x" if b.residual == "input" else "residual", b.shortcut)
-    return text if b.act == IDENTITY else f"{b.act}({text})"
+    if isinstance(b, Dense):
+        return "x and the channels of each layer, which reads all before it" + "".join(
+            f"\n#     {_path('[...]', layer)}" for layer in b.layers
+        )
+    if b.shortcut is None:
+        return _path("x", b.branch)
+    branch, start, side, where = b.branch, "x", "residual" if b.residual == "argument" else "x", ""
+    if b.residual == "pending":
+        head = next(i for i, step in enumerate(branch) if isinstance(step, Conv))
+        start, side, where = "p", "p", f", p = {_path('x', branch[:head])}"
+        branch = branch[head:]
+    text = f"{_path(start, branch)}  +  {_path(side, b.shortcut)}"
+    return (text if b.act == IDENTITY else f"{b.act}({text})") + where
 
 
 def _path(start: str, steps: Sequence[Step]) -> str:
-    return " -> ".join([start, *(str(s.activation) if isinstance(s, Act) else s.path for s in steps)])
+    return " -> ".join([start, *map(_step, steps)])
+
+
+def _step(step: Step) -> str:
+    if isinstance(step, Act):
+        return str(step.activation)
+    if isinstance(step, SqueezeExcite):
+        inner = "" if step.act == IDENTITY else f"{step.act} -> "
+        return f"squeeze-excitation({step.fc1} -> {inner}{step.fc2} -> {step.gate})"
+    if isinstance(step, Norm) and step.act != IDENTITY:
+        return f"{step.path} -> {step.act}"
+    return f"{step.path} ({_KINDS[type(step)]})" if type(step) in _KINDS else step.path
+
+
+_KINDS = {Dropout: "dropout", DropPath: "stochastic depth"}
 
 
 def _body(source: str) -> str:

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
-from ..block import Block
+from ..block import Block, Dense
 from .codegen import compile_forward
 
 __all__ = ["Site", "Template", "fused_class", "swap", "template_of", "unswap"]
@@ -38,7 +38,7 @@ class Template:
 
     stock: type
     source: str
-    blocks: tuple[tuple[str, Block], ...]
+    blocks: tuple[tuple[str, Block | Dense], ...]
     inlined: tuple[str, ...]
     declined: tuple[tuple[str, str], ...]
     options: tuple[tuple[str, str], ...]

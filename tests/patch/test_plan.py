@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from survey_blocks import BottleneckBlock, MyResNet, ResidualBlock
 from torch import fx, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 from torchvision_shim import torchvision_models
 
 from fusedres.patch import explain, patch, unpatch
 
-from .blocks import BottleneckBlock, Layers, MyResNet, ResidualBlock, check_patched, images, settled
+from .blocks import Layers, check_patched, images, settled
 
 
 def reasons(report) -> dict[str, str]:
