@@ -221,10 +221,16 @@ def dense_plans(dense: Dense) -> tuple[tuple[_LinkPlan, ...], ...]:
 
 
 def _links(steps: tuple[Step, ...]) -> tuple[_LinkPlan, ...]:
-    """Groups steps into links, each ``[norm] [excitation] [stochastic depth] [activation] [dropout] [convolution]``."""
+    """Groups steps into links, each ``[norm] [excitation] [stochastic depth] [activation] [dropout] [convolution]``.
+
+    An excitation behind an activation begins a link of its own: it needs the mean of what the activation made.
+    """
     links: list[_LinkPlan] = []
     link = _LinkPlan()
     for step in steps:
+        if isinstance(step, SqueezeExcite) and link.act != IDENTITY and link.dropout is None:
+            links.append(link)
+            link = _LinkPlan()
         link = _with_step(link, step)
         if link.conv is not None:
             links.append(link)

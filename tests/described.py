@@ -42,7 +42,8 @@ class Depth(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        return x * torch.empty((len(x), 1, 1, 1), dtype=x.dtype).bernoulli_(1 - self.p) / (1 - self.p)
+        kept = torch.empty((len(x), 1, 1, 1), dtype=x.dtype).bernoulli_(1 - self.p)
+        return x * (kept / (1 - self.p) if self.p < 1 else kept)
 
 
 class Described(nn.Module):
@@ -230,6 +231,18 @@ BLOCKS: dict[str, Callable[[], Described]] = {
     ),
     "squeeze-excitation, no norm": lambda: Described([conv(24, 24, 3, bias=True), Gate(24, 6)], []),
     "squeeze-excitation chain": lambda: Described([conv(24, 24, 3), norm(24), Gate(24, 6), "silu", conv(24, 16, 1)]),
+    "inverted residual": lambda: Described(
+        [
+            *[conv(24, 48, 1), norm(48), "silu", conv(48, 48, 3, groups=48), norm(48), "silu", Gate(48, 6)],
+            *[conv(48, 24, 1), norm(24), Depth(0.4)],
+        ],
+        [],
+        "identity",
+    ),
+    "squeeze-excitation behind an activation": lambda: Described(
+        [conv(24, 32, 3, 2), norm(32), "relu", Gate(32, 8)], [conv(24, 32, 1, 2), norm(32)]
+    ),
+    "squeeze-excitation of the input": lambda: Described([norm(24), "relu", Gate(24, 6), conv(24, 24, 3)], []),
     "stochastic depth": lambda: Described([conv(24, 24, 3), norm(24), Depth(0.4)], []),
     "stochastic depth, squeeze-excitation": lambda: Described([conv(24, 24, 3), norm(24), Gate(24, 6), Depth(0.4)], []),
 }

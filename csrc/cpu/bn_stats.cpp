@@ -9,23 +9,13 @@
 namespace fusedres {
 namespace {
 
-// How the values of a channel are cut: `runs` runs of equal length into `pieces` each, merged into `groups` results.
-struct Cut {
-  Cut(const Spans& spans, bool per_sample) {
-    const bool last = spans.layout == Layout::kChannelsLast;
-    const int64_t piece = last ? kStatsRows : kStatsPlane;
-    runs = last && !per_sample ? 1 : spans.samples();
-    groups = per_sample ? spans.samples() : 1;
-    length = spans.pixels / runs;
-    pieces = (length + piece - 1) / piece;
-    for (int64_t run = 0; run < runs / groups; ++run)
-      for (int64_t at = 0; at < length; at += piece)
-        counts.push_back(static_cast<double>(std::min(piece, length - at)));
-  }
-
-  int64_t runs, groups, length, pieces;
-  std::vector<double> counts;  // of the partials of one group
-};
+// How many values the partials of one result cover.
+std::vector<double> counts_of(const Cut& cut) {
+  std::vector<double> counts;
+  for (int64_t part = 0; part < cut.parts_per_group(); ++part)
+    counts.push_back(static_cast<double>(piece_at(cut.pieces, part).size));
+  return counts;
+}
 
 Tensor bn_stats_cpu(const Tensor& x, bool per_sample, std::optional<Tensor> into) {
   constexpr const char* kOp = "bn_stats_cpu";
@@ -35,9 +25,9 @@ Tensor bn_stats_cpu(const Tensor& x, bool per_sample, std::optional<Tensor> into
   if (per_sample && x.size(0) == 0) return torch::stable::new_empty(x, {2, 0, x.size(1)}, kFloat);
   STD_TORCH_CHECK(x.numel() > 0, kOp, ": x holds no element");
   const Spans spans = Spans::of(x, shared_layout(kOp, {{"x", &x}, {"into", pointer_to(into)}}));
-  const Cut cut(spans, per_sample);
-  const int64_t parts = cut.runs * cut.pieces;
-  const int64_t size = parts * spans.channels;
+  const Cut cut(spans, per_sample, spans.layout == Layout::kChannelsLast ? kStatsRows : kStatsPlane);
+  const std::vector<double> counts = counts_of(cut);
+  const int64_t size = cut.parts * spans.channels;
   std::vector<float> partials(3 * size);
   Tensor out = per_sample ? torch::stable::new_empty(x, {2, x.size(0), spans.channels}, kFloat)
                           : torch::stable::new_empty(x, {2, spans.channels}, kFloat);
@@ -46,7 +36,6 @@ Tensor bn_stats_cpu(const Tensor& x, bool per_sample, std::optional<Tensor> into
   args.dtype = dtype_of(kOp, x);
   args.channels_last = spans.layout == Layout::kChannelsLast;
   args.channels = spans.channels;
-  args.length = cut.length;
   args.pieces = cut.pieces;
   args.x = x.const_data_ptr();
   args.x_pitch = spans.pitch_of(x);
@@ -54,11 +43,11 @@ Tensor bn_stats_cpu(const Tensor& x, bool per_sample, std::optional<Tensor> into
   args.into_pitch = into ? spans.pitch_of(*into) : 0;
   args.partials = {partials.data(), partials.data() + size, partials.data() + 2 * size};
   const auto run = FR_FOR_ACTIVE_ISA(stats_range);
-  parallel_over(parts, x.numel() / parts, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  parallel_over(cut.parts, x.numel() / cut.parts, [&](int64_t begin, int64_t end) { run(args, begin, end); });
 
-  const int64_t per_group = parts / cut.groups;
-  const StatsMergeArgs merge{spans.channels,    cut.groups,    per_group,
-                             cut.counts.data(), args.partials, out.mutable_data_ptr<float>()};
+  const int64_t per_group = cut.parts_per_group();
+  const StatsMergeArgs merge{spans.channels, cut.groups,    per_group,
+                             counts.data(),  args.partials, out.mutable_data_ptr<float>()};
   const auto run_merge = FR_FOR_ACTIVE_ISA(stats_merge_range);
   parallel_over(cut.groups * spans.channels, per_group,
                 [&](int64_t begin, int64_t end) { run_merge(merge, begin, end); });

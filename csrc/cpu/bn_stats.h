@@ -16,14 +16,11 @@ struct StatsPartials {
   float* m2;
 };
 
-// Runs of `length` pixels (channels_last) or elements of a plane (contiguous) are cut into `pieces` each; a partial
-// covers one of them, and never two samples where a run is a sample.
 struct StatsArgs {
   DType dtype;
   bool channels_last;
   int64_t channels;
-  int64_t length;
-  int64_t pieces;
+  Pieces pieces;
   const void* x;
   int64_t x_pitch;  // between pixels
   void* into;       // x is copied there, or null

@@ -25,15 +25,6 @@ constexpr bool kCorrects = sizeof(T) == sizeof(float);
 // terms in one sum would cost more digits than a partial that is a sample's whole result has to spare.
 constexpr int64_t kRun = 16;
 
-// A piece of the tensor: `n` pixels (channels_last) or elements (contiguous), the first in run `run` at `offset`.
-struct Piece {
-  int64_t run, offset, n;
-  FR_INLINE Piece(const StatsArgs& a, int64_t part, int64_t longest)
-      : run(part / a.pieces),
-        offset(part % a.pieces * longest),
-        n(a.length - offset < longest ? a.length - offset : longest) {}
-};
-
 // What is read, and where it is copied to on the way, unless there is nowhere.
 template <class T, bool kCopies>
 struct Source {
@@ -86,16 +77,16 @@ void stats_channels_last(const StatsArgs& a, int64_t begin, int64_t end) {
   constexpr int kVectors = 4;
   const int64_t c = a.channels;
   for (int64_t part = begin; part < end; ++part) {
-    const Piece piece(a, part, kStatsRows);
-    const int64_t pixel = piece.run * a.length + piece.offset;
+    const Piece piece = piece_at(a.pieces, part);
+    const int64_t pixel = piece.run * a.pieces.length + piece.offset;
     T* into = kCopies ? static_cast<T*>(a.into) + pixel * a.into_pitch : nullptr;
     const Source<T, kCopies> source{static_cast<const T*>(a.x) + pixel * a.x_pitch, into, a.x_pitch, a.into_pitch};
     const StatsPartials out = at(a.partials, part * c);
     int64_t i = 0;
     for (; i + kVectors * Vec::kWidth <= c; i += kVectors * Vec::kWidth)
-      stats_of_columns<T, kCopies, kVectors>(source.from(i), piece.n, at(out, i), Whole{});
+      stats_of_columns<T, kCopies, kVectors>(source.from(i), piece.size, at(out, i), Whole{});
     for_each_vector(c - i, [&](int64_t j, auto extent) {
-      stats_of_columns<T, kCopies, 1>(source.from(i + j), piece.n, at(out, i + j), extent);
+      stats_of_columns<T, kCopies, 1>(source.from(i + j), piece.size, at(out, i + j), extent);
     });
   }
 }
@@ -137,12 +128,12 @@ FR_INLINE void stats_of_stretch(const Source<T, kCopies>& source, int64_t n, con
 template <class T, bool kCopies>
 void stats_contiguous(const StatsArgs& a, int64_t begin, int64_t end) {
   for (int64_t part = begin; part < end; ++part) {
-    const Piece piece(a, part, kStatsPlane);
+    const Piece piece = piece_at(a.pieces, part);
     for (int64_t channel = 0; channel < a.channels; ++channel) {
-      const int64_t first = (piece.run * a.channels + channel) * a.length + piece.offset;
+      const int64_t first = (piece.run * a.channels + channel) * a.pieces.length + piece.offset;
       T* into = kCopies ? static_cast<T*>(a.into) + first : nullptr;
       const Source<T, kCopies> source{static_cast<const T*>(a.x) + first, into, 0, 0};
-      stats_of_stretch(source, piece.n, at(a.partials, part * a.channels + channel));
+      stats_of_stretch(source, piece.size, at(a.partials, part * a.channels + channel));
     }
   }
 }

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..select import backend_for, kernels, too_small
 from .gradients import Chain, Gradients
 from .inference import infer_chain, swallows
-from .pending import Raw, applied, cast_weights, compute_dtype, convolve, dense, norm_rows, pend, run_chain
+from .pending import Raw, cast_weights, compute_dtype, dense, norm_rows, pend, run_chain
 from .program import Operands, is_constant, needs_gradient, weight_indices
 from .stock import stock_chain
 from .training import refuse_second_derivatives
@@ -194,8 +194,12 @@ def _save(ctx: Any, program: DenseProgram, x: Tensor, buffer: Tensor, tensors: O
 
 
 def _recomputes(program: DenseProgram, layer: Chain, index: int, tensors: Operands) -> bool:
-    """Whether an inner raw tensor is recomputed in backward: a 1x1 convolution's, which is wide and cheap."""
-    return program.memory == "low" and tuple(tensors[layer[index - 1].conv.first].shape[2:]) == (1, 1)
+    """Whether an inner raw tensor is recomputed in backward.
+
+    Where no convolution made it, and, if memory is to be low, where a 1x1 convolution did, which is wide and cheap.
+    """
+    conv = layer[index - 1].conv
+    return conv is None or (program.memory == "low" and tuple(tensors[conv.first].shape[2:]) == (1, 1))
 
 
 class _DenseBackward(Gradients):
@@ -229,10 +233,7 @@ class _DenseBackward(Gradients):
 
     def _layer(self, layer: Chain, raws: list[Raw], total: Tensor, start: int, stop: int, needed: bool) -> None:
         """Adds the gradient of the channels before the layer to ``total``, from that of the channels it made."""
-        for i in range(1, len(raws)):
-            if raws[i].tensor is None:
-                value = applied(layer[i - 1], raws[i - 1], self.k)
-                raws[i] = raws[i]._replace(tensor=convolve(layer[i - 1].conv, value, self.tensors))
+        self._complete(layer, raws, len(raws))
         grad = total[:, start:stop].contiguous(memory_format=torch.channels_last)
         self._bias(layer, len(layer) - 1, None, None, grad)
         grad = self._chain(layer, raws, grad, needs_input=True, stop=1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ops.activations import Activation
 from ..ops.conv import adds_pointwise_dgrad, conv_backward, pointwise_dgrad_add_
 from ..ops.conv_wgrad import fuses_wgrad
-from .pending import Raw, applied, excitation, like, squeezed
+from .pending import Raw, applied, excitation, like, next_raw, squeezed
 from .program import ExciteSlot, Link, NormSlot, Operands
 
 Chain = tuple[Link, ...]
@@ -163,6 +163,14 @@ class Gradients:
 
     # -- a chain of convolutions ---------------------------------------------------------------------------------
 
+    def _complete(self, chain: Chain, raws: list[Raw], end: int) -> list[Raw]:
+        """The first ``end`` raw tensors with those recomputed that were not kept."""
+        for i in range(1, end):
+            if raws[i].tensor is None:
+                value = applied(chain[i - 1], raws[i - 1], self.k)
+                raws[i] = raws[i]._replace(tensor=next_raw(chain[i - 1], value, self.tensors))
+        return raws
+
     def _chain(
         self,
         chain: Chain,
@@ -213,6 +221,8 @@ class Gradients:
         A link that is not plain adds the ``addend`` and writes ``into`` in its last pass, see :meth:`_pending`.
         """
         link = chain[index]
+        if link.conv is None:
+            return self._pending(chain, index, raw, grad, link.act, addend=addend, into=into)[0]
         conv, weight = link.conv, self.tensors[link.conv.first]
         grad = grad.to(weight.dtype)
         needs_weight = self.needs[conv.first] and not self._fused_wgrad(link, raw, grad)
@@ -248,8 +258,9 @@ class Gradients:
         return True
 
     def _adds(self, link: Link, grad: Tensor, onto: Tensor) -> bool:
-        weight = self.tensors[link.conv.first]
-        return link.plain and grad.dtype == onto.dtype and adds_pointwise_dgrad(onto, grad, weight, link.conv.geometry)
+        if not link.plain or grad.dtype != onto.dtype:
+            return False
+        return adds_pointwise_dgrad(onto, grad, self.tensors[link.conv.first], link.conv.geometry)
 
     def _add_link(self, link: Link, raw: Raw, grad: Tensor, onto: Tensor) -> Tensor:
         """The first link of a chain where dgrad adds to the shortcut's gradient inside the convolution."""

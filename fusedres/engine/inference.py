@@ -61,13 +61,15 @@ def infer_chain(
         reader = chain[index + 1]
         last = index == len(chain) - 2
         value = value.to(dtype)
-        conv = _folded(chain[index].conv, reader.norm, value, tensors, folded, k)
         step_act, step_side = (act, side) if last else (reader.act, None)
-        if reader.gain is None and (step_side is None or step_side.dtype == dtype):
-            value = conv(value, _residual_for(conv, value, step_side), step_act, k.join)
-            continue
+        if chain[index].conv is not None:
+            conv = _folded(chain[index].conv, reader.norm, value, tensors, folded, k)
+            if reader.gain is None and (step_side is None or step_side.dtype == dtype):
+                value = conv(value, _residual_for(conv, value, step_side), step_act, k.join)
+                continue
+            value = conv(value, None, IDENTITY, k.join)
         # A gain needs the whole of the convolution's result, and a sum that promotes is none of oneDNN's: a join.
-        raw = pend(reader._replace(norm=None), conv(value, None, IDENTITY, k.join), tensors, k)
+        raw = pend(reader._replace(norm=None), value, tensors, k)
         y, other = aligned(raw.tensor, step_side)
         of_sum = kernels(x.device.type, y.dtype, "auto") if y.dtype != dtype else k
         value = apply_pending(reader, raw._replace(tensor=y), step_act, of_sum, other, None)

@@ -13,7 +13,7 @@ from ..ops.activations import Activation
 from ..ops.bn_stats import statistics_dtype
 from ..ops.conv import conv_fprop
 from ..ops.dropout import draw_seed
-from .program import GATES, ConvSlot, ExciteSlot, Link, NormSlot, Operands, weight_indices
+from .program import GATES, ExciteSlot, Link, NormSlot, Operands, weight_indices
 
 
 class Raw(NamedTuple):
@@ -165,9 +165,12 @@ def applied(link: Link, raw: Raw, k: SimpleNamespace) -> Tensor:
     return raw.tensor if link.plain else apply_pending(link, raw, link.act, k)
 
 
-def convolve(conv: ConvSlot, value: Tensor, tensors: Operands) -> Tensor:
-    weight = tensors[conv.first]
-    return conv_fprop(value.to(weight.dtype), weight, tensors[conv.first + 1], conv.geometry)
+def next_raw(link: Link, value: Tensor, tensors: Operands) -> Tensor:
+    """What ``link`` makes of its value: the raw tensor of the next link."""
+    if link.conv is None:
+        return value
+    weight, bias = tensors[link.conv.first : link.conv.first + 2]
+    return conv_fprop(value.to(weight.dtype), weight, bias, link.conv.geometry)
 
 
 def run_chain(
@@ -177,6 +180,6 @@ def run_chain(
     raws = [first]
     for link, reader in zip(chain, chain[1:]):
         value = applied(link, raws[-1], k) if value is None else value
-        raws.append(pend(reader, convolve(link.conv, value, tensors), tensors, k))
+        raws.append(pend(reader, next_raw(link, value, tensors), tensors, k))
         value = None
     return raws

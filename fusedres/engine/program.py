@@ -65,7 +65,8 @@ class GainSlot(NamedTuple):
 class Link(NamedTuple):
     """A pending value and its reader: ``conv(dropout(act(gain * norm(raw))))``.
 
-    The last link of a chain has no convolution.
+    The last link of a chain has no convolution. Nor has one before a gain of the next link's: there the value itself is
+    the next raw tensor, which is never kept but recomputed.
     """
 
     norm: NormSlot | None

@@ -12,7 +12,7 @@ from ..ops.activations import IDENTITY
 from ..ops.conv import conv_backward
 from ..select import kernels
 from .gradients import Gradients, Side, sum_
-from .pending import Raw, aligned, applied, apply_pending, cast_weights, compute_dtype, convolve, dense, pend, run_chain
+from .pending import Raw, aligned, applied, apply_pending, cast_weights, compute_dtype, dense, pend, run_chain
 from .program import IDENTITY_SHORTCUT, Link, Operands, Program, weight_indices
 
 
@@ -87,8 +87,8 @@ def _save(
     for chain, raws in ((program.branch, branch), (program.shortcut, shortcut)):
         if chain is None:
             continue
-        inner = [raw.tensor for raw in raws[1:]]
-        if inner and (only_adds(program) or recomputes(chain, program.memory, tensors)):
+        inner = [None if recomputes(chain, i, program.memory, tensors) else raws[i].tensor for i in range(1, len(raws))]
+        if inner and only_adds(program):
             inner[-1] = None
         kept += inner
         for raw in raws:
@@ -98,11 +98,15 @@ def _save(
     ctx.save_for_backward(*kept)
 
 
-def recomputes(chain: tuple[Link, ...], memory: str, tensors: Operands) -> bool:
-    """Whether the last raw tensor of a chain is recomputed in backward: cheap for a 1x1 convolution, and the widest."""
-    if memory != "low" or len(chain) < 2:
-        return False
-    return tuple(tensors[chain[-2].conv.first].shape[2:]) == (1, 1)
+def recomputes(chain: tuple[Link, ...], index: int, memory: str, tensors: Operands) -> bool:
+    """Whether raw tensor ``index`` is recomputed in backward.
+
+    Where no convolution made it, and, if memory is to be low, the last one where a 1x1 convolution did: the widest.
+    """
+    conv = chain[index - 1].conv
+    if conv is None or memory != "low" or index < len(chain) - 1:
+        return conv is None
+    return tuple(tensors[conv.first].shape[2:]) == (1, 1)
 
 
 def only_adds(program: Program) -> bool:
@@ -144,17 +148,14 @@ class _Backward(Gradients):
         return (None, self._chain(program.branch, branch, grad_y, self.needs_x, onto), None, *self.grads)
 
     def _raws(self, chain: tuple[Link, ...], x: Tensor) -> list[Raw]:
-        """A chain's raw tensors as the forward had them, the last one recomputed if it was dropped."""
+        """A chain's raw tensors as the forward had them, those recomputed that were dropped."""
         inner = len(chain) - 1
         tensors = [x, *self._rest[:inner]]
         width = len(Raw._fields) - 1
         pending = self._rest[inner : inner + width * len(chain)]
         self._rest = self._rest[inner + width * len(chain) :]
         raws = [Raw(t, *pending[i * width : (i + 1) * width]) for i, t in enumerate(tensors)]
-        if raws[-1].tensor is None and not only_adds(self.program):
-            value = applied(chain[-2], raws[-2], self.k)
-            raws[-1] = raws[-1]._replace(tensor=convolve(chain[-2].conv, value, self.tensors))
-        return raws
+        return self._complete(chain, raws, len(raws) - only_adds(self.program))
 
     def _any_needed(self, chain: tuple[Link, ...]) -> bool:
         slots = [(link.conv, 2) for link in chain if link.conv] + [(link.norm, 2) for link in chain if link.norm]
