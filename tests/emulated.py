@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "csrc" / "emulator"
@@ -45,3 +47,26 @@ def run(executable: Path, *arguments: str, **environment: object) -> subprocess.
         command = ["setarch", "-R", *command]
     variables = {**os.environ, **{name: str(value) for name, value in environment.items()}}
     return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=120)
+
+
+@cache
+def library(mode: str = "check") -> ctypes.CDLL:
+    """The library's own CUDA kernels, loaded into torch as kernels for tensors on the CPU, once per process.
+
+    The result sets the emulator's controls: ``library().emu_seed(2)``.
+    """
+    torch_folder = Path(torch.__file__).parent
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    CACHE.mkdir(parents=True, exist_ok=True)
+    path = emulator().build(
+        sources,
+        CACHE / f"fusedres_cuda_{mode}.so",
+        mode=mode,
+        includes=[ROOT / "csrc"],
+        system_includes=[torch_folder / "include"],
+        defines=["TORCH_TARGET_VERSION=0x020A000000000000"],
+        libraries=[f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu"],
+        cache=CACHE,
+    )
+    torch.ops.load_library(str(path))
+    return ctypes.CDLL(str(path))

@@ -35,12 +35,16 @@ def _joined(text: str) -> list[str]:
     """The lines, without the markers that interrupt one where a macro of a system header is expanded."""
     lines: list[str] = []
     file, number = "", 0
-    for line in text.splitlines(keepends=True):
+    given = text.splitlines(keepends=True)
+    for line, following in zip(given, [*given[1:], ""]):
         marker = _MARKER.match(line)
         if marker is None:
             lines.append(line)
             number += 1
-        elif marker[2] == file and int(marker[1]) == number - 1 and lines and not _MARKER.match(lines[-1]):
+            continue
+        goes_on = marker[2] == file and int(marker[1]) == number - 1
+        # Pragmas keep lines of their own.
+        if goes_on and lines and not lines[-1].startswith("#") and not following.startswith("#"):
             lines[-1] = lines[-1].rstrip("\n")
             number -= 1
         else:

@@ -70,16 +70,25 @@ void Checker::add_shared(size_t offset, size_t bytes) {
   std::fill(block.allocated.begin() + offset, block.allocated.begin() + offset + bytes, true);
 }
 
+// Ranges that overlap become one; what was initialised stays so.
 void Checker::declare(const void* p, size_t bytes, bool initialised) {
-  const auto begin = reinterpret_cast<uintptr_t>(p);
+  if (bytes == 0) return;
+  uintptr_t begin = reinterpret_cast<uintptr_t>(p), end = begin + bytes;
+  std::map<uintptr_t, Range> older;
   for (auto it = ranges_.begin(); it != ranges_.end();) {
-    const bool overlaps = it->first < begin + bytes && begin < it->first + it->second.bytes;
-    if (overlaps && (it->first != begin || it->second.bytes != bytes))
-      initialised = initialised ||
-                    std::any_of(it->second.initialised.begin(), it->second.initialised.end(), [](bool b) { return b; });
-    it = overlaps ? ranges_.erase(it) : std::next(it);
+    const auto here = it++;
+    if (here->first < end && begin < here->first + here->second.bytes) older.insert(ranges_.extract(here));
   }
-  if (bytes > 0) ranges_[begin] = {bytes, std::vector<bool>(bytes, initialised)};
+  const uintptr_t declared = begin;
+  for (const auto& [at, range] : older) {
+    begin = std::min(begin, at);
+    end = std::max(end, at + range.bytes);
+  }
+  std::vector<bool> bits(end - begin);
+  std::fill(bits.begin() + (declared - begin), bits.begin() + (declared + bytes - begin), initialised);
+  for (const auto& [at, range] : older)
+    for (size_t i = 0; i < range.bytes; ++i) bits[at - begin + i] = bits[at - begin + i] || range.initialised[i];
+  ranges_[begin] = {end - begin, std::move(bits)};
 }
 
 void Checker::forget(const void* p) { ranges_.erase(reinterpret_cast<uintptr_t>(p)); }
