@@ -6,6 +6,7 @@ code; :func:`run` binds it to a module's parameters as they are at that moment a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -64,9 +65,14 @@ class Conv:
 
 @dataclass(frozen=True)
 class Norm:
-    """The batch norm held by the ``nn.BatchNorm2d`` at ``path``."""
+    """The batch norm held by the ``nn.BatchNorm2d`` at ``path``.
+
+    Args:
+        act: what the module itself applies behind it, as timm's ``BatchNormAct2d`` does; identity for plain norms.
+    """
 
     path: str
+    act: Activation = IDENTITY
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,10 @@ class SqueezeExcite:
 
 @dataclass(frozen=True)
 class DropPath:
-    """Stochastic depth by the module at ``path``: in training, samples are dropped with its probability ``p``."""
+    """Stochastic depth by the module at ``path``: in training, samples are dropped with its probability.
+
+    That is its ``p``, as in torchvision's ``StochasticDepth``, or its ``drop_prob``, as in timm's ``DropPath``.
+    """
 
     path: str
 
@@ -143,7 +152,7 @@ class Dense:
     """A dense block: every layer reads the channels of the input and of all layers before it, and appends its own.
 
     Args:
-        layers: the steps of each, which begin with a norm and end with a convolution.
+        layers: the steps of each, which begin with a norm and end with a convolution, or a dropout behind it.
     """
 
     layers: tuple[tuple[Step, ...], ...]
@@ -215,8 +224,8 @@ def dense_plans(dense: Dense) -> tuple[tuple[_LinkPlan, ...], ...]:
     for layer in layers:
         if len(layer) < 2 or layer[0].norm is None:
             raise UnsupportedBlock("a layer that does not begin with a norm and go on to a convolution")
-        if layer[-1] != _LinkPlan():
-            raise UnsupportedBlock("a layer that does not end with its convolution")
+        if layer[-1]._replace(dropout=None) != _LinkPlan():
+            raise UnsupportedBlock("a layer that does not end with its convolution, or a dropout behind it")
     return layers
 
 
@@ -253,7 +262,7 @@ def _with_step(link: _LinkPlan, step: Step) -> _LinkPlan:
     if isinstance(step, Norm):
         if link != _LinkPlan():
             raise UnsupportedBlock("a norm that follows a norm or an activation, without a convolution between")
-        return link._replace(norm=_names(step.path))
+        return link._replace(norm=_names(step.path), act=step.act)
     if link.act != IDENTITY or link.drop_path is not None:
         raise UnsupportedBlock("a gain that follows an activation or another gain")
     if isinstance(step, DropPath):
@@ -292,11 +301,11 @@ def run(
     An input that the engine does not take runs as stock PyTorch, and raises what stock PyTorch raises. A module that
     has been replaced, hooked or reparametrized since the block was described is called, as stock PyTorch would.
     """
-    plan = link_plans(block)
     if not (_engine_takes(x) and (residual is None or _engine_takes(residual))):
         return _call_modules(block, root, x, residual)
+    plan = link_plans(block)
     mode = "training" if torch.is_grad_enabled() else "inference"
-    if memory != "low" and too_small(x, mode, backend):  # asked here too, before the work of binding
+    if memory != "low" and too_small(x.numel(), mode, backend):  # asked here too, before the work of binding
         return _call_modules(block, root, x, residual)
     binder = _Binder(root)
     try:
@@ -316,13 +325,14 @@ def run(
 
 def run_dense(dense: Dense, root: nn.Module, x: Tensor, *, backend: str = "auto", memory: str = "auto") -> Tensor:
     """Runs a dense block; as :func:`run`, with a result of ``x``'s channels and all layers'."""
-    plans = dense_plans(dense)
+    if not _engine_takes(x):
+        return _call_layers(dense, root, x)
     binder = _Binder(root)
     try:
-        layers = tuple(map(binder.chain, plans)) if _engine_takes(x) else ()
+        layers = tuple(map(binder.chain, dense_plans(dense)))
     except _NotOurs:
-        layers = ()
-    if not layers or not binder.suits(x):
+        return _call_layers(dense, root, x)
+    if not binder.suits(x):
         return _call_layers(dense, root, x)
     binder.count_batch()
     program = DenseProgram(layers, memory, backend)
@@ -338,6 +348,8 @@ def _folded(root: nn.Module, block: Block | Dense, constant: bool) -> dict[int, 
 
 
 def _engine_takes(x: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # the compiler fuses what it traces, and that is modules
+        return False
     plain = type(x) is Tensor and x.dim() == 4 and x.is_floating_point()
     return plain and not torch._C._are_functorch_transforms_active()
 
@@ -375,8 +387,8 @@ def _call_step(step: Step, root: nn.Module, value: Tensor) -> Tensor:
     if isinstance(step, Act):
         return step.activation(value)
     if not isinstance(step, SqueezeExcite):
-        return _module(root, _names(step.path))(value)
-    fc1, fc2 = (_module(root, _names(path)) for path in (step.fc1, step.fc2))
+        return _module(root, step.path.split("."))(value)  # no cache: compilers trace this
+    fc1, fc2 = (_module(root, path.split(".")) for path in (step.fc1, step.fc2))
     squeezed = value.mean((2, 3), keepdim=isinstance(fc1, nn.Conv2d))
     gate = GATES[step.gate](fc2(step.act(fc1(squeezed))))
     return value * gate.view(*gate.shape[:2], 1, 1)
@@ -387,7 +399,7 @@ def _names(path: str) -> tuple[str, ...]:
     return tuple(path.split("."))
 
 
-def _module(root: nn.Module, names: tuple[str, ...]) -> nn.Module:
+def _module(root: nn.Module, names: Sequence[str]) -> nn.Module:
     for name in names:
         root = root._modules[name]
     return root
@@ -404,6 +416,13 @@ def _check_ours(module: nn.Module, kind: type[nn.Module]) -> None:
     _check_unhooked(module)
     if type(module).forward is not kind.forward or "weight" not in module._parameters:
         raise _NotOurs
+
+
+@cache
+def is_norm_act(cls: type[nn.Module]) -> bool:
+    """Whether instances are a batch norm and its activation in one module, timm's ``BatchNormAct2d``."""
+    forward = cls.forward
+    return (forward.__module__, forward.__qualname__) == ("timm.layers.norm_act", "BatchNormAct2d.forward")
 
 
 class _Binder:
@@ -447,7 +466,7 @@ class _Binder:
         return ConvSlot(first, geometry(conv.stride, conv.padding, conv.dilation, conv.groups, conv.kernel_size))
 
     def _norm(self, norm: nn.Module) -> NormSlot:
-        _check_ours(norm, nn.BatchNorm2d)
+        _check_ours(norm, type(norm) if is_norm_act(type(norm)) else nn.BatchNorm2d)
         first = len(self.tensors)
         parameters, buffers = norm._parameters, norm._buffers
         mean, var = buffers["running_mean"], buffers["running_var"]
@@ -486,4 +505,7 @@ class _Binder:
 
     def _drop_path(self, module: nn.Module) -> float:
         _check_unhooked(module)
-        return float(module.p) if module.training else 0.0
+        settings = module.__dict__
+        if settings.get("mode", "row") != "row" or not settings.get("scale_by_keep", True):
+            raise _NotOurs
+        return float(settings["p"] if "p" in settings else settings["drop_prob"]) if module.training else 0.0

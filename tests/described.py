@@ -12,7 +12,7 @@ from fusedres.block import Step as DescribedStep
 from fusedres.ops.activations import IDENTITY, RELU, Activation, activation
 from fusedres.ops.dropout import draw_seed, keep_scale
 
-__all__ = ["BLOCKS", "Depth", "Described", "Gate", "basic", "bottleneck", "conv", "fuse", "norm", "norms"]
+__all__ = ["BLOCKS", "Depth", "Described", "Gate", "basic", "bottleneck", "conv", "fuse", "norm", "norms", "replay"]
 
 Step = nn.Module | str
 
@@ -135,11 +135,18 @@ def _called(modules: nn.ModuleList, order: list[int | Activation], x: Tensor) ->
     for entry in order:
         if isinstance(entry, Activation):
             x = entry(x)
-        elif isinstance(modules[entry], nn.Dropout) and modules[entry].training:
-            x = x * keep_scale(x.shape, modules[entry].p, draw_seed(), x.dtype, x.device)
+        elif isinstance(modules[entry], nn.Dropout):
+            x = replay(modules[entry], x)
         else:
             x = modules[entry](x)
     return x
+
+
+def replay(dropout: nn.Dropout, x: Tensor) -> Tensor:
+    """``dropout(x)`` with the mask that a fused block draws."""
+    if not (dropout.training and dropout.p):
+        return x
+    return x * keep_scale(x.shape, dropout.p, draw_seed(), x.dtype, x.device)
 
 
 def norms(module: nn.Module) -> list[nn.BatchNorm2d]:

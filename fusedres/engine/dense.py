@@ -16,15 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..select import backend_for, kernels, too_small
+from ..select import kernels
 from .gradients import Chain, Gradients
 from .inference import infer_chain, swallows
-from .pending import Raw, cast_weights, compute_dtype, dense, norm_rows, pend, run_chain
-from .program import Operands, is_constant, needs_gradient, weight_indices
-from .stock import stock_chain
+from .pending import Raw, applied, cast_weights, compute_dtype, dense, norm_rows, pend, run_chain
+from .program import Operands, weight_indices
 from .training import refuse_second_derivatives
 
-__all__ = ["DenseProgram", "execute_dense"]
+__all__ = ["DenseFunction", "DenseProgram", "infer_dense"]
 
 
 class DenseProgram(NamedTuple):
@@ -48,25 +47,6 @@ class DenseProgram(NamedTuple):
         """Channels that are there before the first layer, before the second, ..., and in the end."""
         grown = [tensors[layer[-2].conv.first].shape[0] for layer in self.layers]
         return list(accumulate(grown, initial=channels))
-
-
-def execute_dense(program: DenseProgram, x: Tensor, tensors: Operands, folded: dict[int, Any] | None = None) -> Tensor:
-    """Runs a dense block: ``[N, C, H, W]`` to ``[N, C + growth, H, W]``; arguments as in ``execute``."""
-    inference = is_constant(program.links) and not needs_gradient((x, *tensors))
-    stock = backend_for(x.device, compute_dtype(x), program.backend) == "stock"
-    small = program.memory != "low" and too_small(x, "inference" if inference else "training", program.backend)
-    if stock or small or x.numel() == 0 or torch.compiler.is_compiling():
-        return _stock(program, x, tensors)
-    if inference:
-        return _infer(program, x, tensors, {} if folded is None else folded)
-    return DenseFunction.apply(program, x, *tensors)
-
-
-def _stock(program: DenseProgram, x: Tensor, tensors: Operands) -> Tensor:
-    features = [x]
-    for layer in program.layers:
-        features.append(stock_chain(layer, torch.cat(features, 1), tensors))
-    return torch.cat(features, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,7 +108,8 @@ def _in_layout_of(x: Tensor, buffer: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _infer(program: DenseProgram, x: Tensor, tensors: Operands, folded: dict[int, Any]) -> Tensor:
+def infer_dense(program: DenseProgram, x: Tensor, tensors: Operands, folded: dict[int, Any]) -> Tensor:
+    """The dense block with constant norms; ``folded`` as in ``infer``."""
     dtype = compute_dtype(x)
     k = kernels(x.device.type, dtype, program.backend)
     x = dense(x)
@@ -145,15 +126,15 @@ def _infer(program: DenseProgram, x: Tensor, tensors: Operands, folded: dict[int
 def _forward(
     program: DenseProgram, x: Tensor, tensors: Operands, dtype: torch.dtype, k: SimpleNamespace
 ) -> tuple[Tensor, list[list[Raw]]]:
-    """The buffer, and every layer's raw tensors but the last, which is in the buffer."""
+    """The buffer, and every layer's raw tensors."""
     kept = []
 
     def run(layer: Chain, channels: Tensor, stats: Tensor | None) -> Tensor:
         first, norm = layer[0], layer[0].norm
         rows = norm_rows(norm, channels, tensors, k, stats if norm.batch_statistics else None)
         raws = run_chain(layer, pend(first, channels, tensors, k, rows), None, tensors, k)
-        kept.append(raws[:-1])
-        return raws[-1].tensor
+        kept.append(raws)
+        return applied(layer[-1], raws[-1], k)
 
     return _grow(program, x, tensors, dtype, k, run), kept
 
@@ -187,7 +168,9 @@ def _save(ctx: Any, program: DenseProgram, x: Tensor, buffer: Tensor, tensors: O
     saved = [buffer, *operands]
     for layer, raws in zip(program.layers, kept):
         for index, raw in enumerate(raws):
-            saved += (None if index == 0 or _recomputes(program, layer, index, tensors) else raw.tensor, *raw[1:])
+            inner = 0 < index < len(raws) - 1  # the first and the last are in the buffer
+            dropped = not inner or _recomputes(program, layer, index, tensors)
+            saved += (None if dropped else raw.tensor, *raw[1:])
     ctx.program, ctx.operand_count = program, len(tensors)
     ctx.channels, ctx.dtype = x.shape[1], x.dtype
     ctx.save_for_backward(*saved)
@@ -215,7 +198,7 @@ class _DenseBackward(Gradients):
 
     def run(self, grad: Tensor) -> tuple[Any, ...]:
         bounds = self.program.bounds(self.channels, self.tensors)
-        layers = [(layer, self._raws(layer, start)) for layer, start in zip(self.program.layers, bounds)]
+        layers = [(layer, self._raws(layer, *ends)) for layer, *ends in zip(self.program.layers, bounds, bounds[1:])]
         total = torch.empty_like(self.buffer).copy_(grad)
         for index in range(len(layers) - 1, -1, -1):
             layer, raws = layers.pop()
@@ -223,19 +206,26 @@ class _DenseBackward(Gradients):
         grad_x = total[:, : self.channels].to(self.dtype) if self.needs_x else None
         return (None, grad_x, *self.grads)
 
-    def _raws(self, layer: Chain, start: int) -> list[Raw]:
-        """A layer's saved raw tensors; its first is the channels before it."""
-        width, count = len(Raw._fields), len(layer) - 1
+    def _raws(self, layer: Chain, start: int, stop: int) -> list[Raw]:
+        """A layer's saved raw tensors; its first is the channels before it.
+
+        The last is what it made of them behind a dropout, which backward does not look into.
+        """
+        width, count = len(Raw._fields), len(layer)
         fields, self._rest = self._rest[: width * count], self._rest[width * count :]
         raws = [Raw(*fields[i * width : (i + 1) * width]) for i in range(count)]
         raws[0] = raws[0]._replace(tensor=self.buffer[:, :start])
+        raws[-1] = raws[-1]._replace(tensor=self.buffer[:, start:stop])
         return raws
 
     def _layer(self, layer: Chain, raws: list[Raw], total: Tensor, start: int, stop: int, needed: bool) -> None:
         """Adds the gradient of the channels before the layer to ``total``, from that of the channels it made."""
         self._complete(layer, raws, len(raws))
-        grad = total[:, start:stop].contiguous(memory_format=torch.channels_last)
-        self._bias(layer, len(layer) - 1, None, None, grad)
+        grad, last = total[:, start:stop].contiguous(memory_format=torch.channels_last), len(layer) - 1
+        if layer[last].plain:
+            self._bias(layer, last, None, None, grad)
+        else:
+            grad = self._pending(layer, last, raws[last], grad, layer[last].act)[0]
         grad = self._chain(layer, raws, grad, needs_input=True, stop=1)
         before = total[:, :start]
         self._link(layer, 0, raws[0], grad, needed or self._norm_needed(layer[0]), before, before)

@@ -107,25 +107,28 @@ class Gradients:
         """From the sums per sample of the gradient before the gain to the totals behind it, and the squeeze's gradient.
 
         With ``u = scale y + shift`` the gain's gradient is the sum of ``g u``; through the excitation it reaches the
-        mean of ``u`` over height and width, and so every value alike.
+        mean of ``u`` over height and width, and so every value alike. A few values in which much cancels: in double.
         """
-        g, gy, gr = sums.unbind(0)
+        g, gy, gr = sums.double().unbind(0)
         u_sum, uy_sum, offset = raw.gain * g, raw.gain * gy, None
         if link.gain.excite is not None:
             dgain = gy
             if raw.rows is not None:
-                mean, rstd, scale, shift = raw.rows.unbind(0)
+                mean, rstd, scale, shift = raw.rows.double().unbind(0)
                 dgain = scale / rstd * gy + (scale * mean + shift) * g
             dsqueeze = self._excitation(link.gain.excite, raw, dgain if raw.mask is None else dgain * raw.mask)
             normalised = raw.means if raw.rows is None else (raw.means - mean) * rstd
-            u_sum, uy_sum, offset = u_sum + dsqueeze, uy_sum + dsqueeze * normalised, dsqueeze / pixels
-        return torch.stack([t.sum(0) for t in (u_sum, uy_sum, gr, g)]), offset
+            u_sum, uy_sum = u_sum + dsqueeze, uy_sum + dsqueeze * normalised
+            offset = (dsqueeze / pixels).to(sums.dtype)
+        return torch.stack([t.sum(0) for t in (u_sum, uy_sum, gr, g)]).to(sums.dtype), offset
 
     def _excitation(self, slot: ExciteSlot, raw: Raw, dgate: Tensor) -> Tensor:
         """Sets the gradients of the excitation's layers and returns the squeeze's; its few values are run again."""
+        operands = self.tensors[slot.first : slot.first + 4]
+        dtype = torch.float32 if operands[0].element_size() < 4 else torch.float64
         with torch.enable_grad():
-            squeeze = squeezed(raw.rows, raw.means).detach().requires_grad_()
-            operands = [t if t is None else t.detach() for t in self.tensors[slot.first : slot.first + 4]]
+            squeeze = squeezed(raw.rows, raw.means).detach().to(dtype).requires_grad_()
+            operands = [t if t is None else t.detach().to(dtype) for t in operands]
             wanted = [i for i, t in enumerate(operands) if t is not None and self.needs[slot.first + i]]
             for i in wanted:
                 operands[i].requires_grad_()
@@ -156,7 +159,8 @@ class Gradients:
             return
         norm = chain[index].norm
         if norm is None:
-            total = grad.sum((0, 2, 3)) if total is None else total.clone()
+            # The mean of the statistics pass is more accurate than a sum in the gradient's dtype.
+            total = self.k.bn_stats(grad)[0] * (grad.numel() // grad.shape[1]) if total is None else total.clone()
         else:
             total = torch.zeros_like(total) if norm.batch_statistics else total * rows[2]
         self.grads[conv.first + 1] = total
