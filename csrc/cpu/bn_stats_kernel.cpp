@@ -21,10 +21,6 @@ FR_INLINE double mean_of(const StatsPartials& p, int64_t i) {
 template <class T>
 constexpr bool kCorrects = sizeof(T) == sizeof(float);
 
-// Rows (channels_last) or vectors (contiguous) that are summed one by one; their sums are then added up. Many small
-// terms in one sum would cost more digits than a partial that is a sample's whole result has to spare.
-constexpr int64_t kRun = 16;
-
 // What is read, and where it is copied to on the way, unless there is nowhere.
 template <class T, bool kCopies>
 struct Source {

@@ -15,7 +15,7 @@ FR_INLINE Lanes sequence(uint64_t first, uint64_t step, Index index) {
   return load_lanes(lanes);
 }
 
-// Neighbouring elements: every word of every counter is used.
+// Neighbouring elements from a whole word on: every word of every counter is used.
 void bits_of_neighbours(const KeepArgs& a) {
   constexpr int kBits = 4 * Lanes::kWidth;
   const PhiloxKeys keys(a.seed);
@@ -23,7 +23,7 @@ void bits_of_neighbours(const KeepArgs& a) {
   for (int64_t i = 0; i < a.count; i += kWord) {
     uint64_t word = 0;
     for (int bit = 0; bit < kWord; bit += kBits)
-      word |= bits_in_order(philox(counters + every((i + bit) / 4), keys), a.threshold) << bit;
+      word |= bits_in_order(philox(counter(counters + every((i + bit) / 4)), keys), a.threshold) << bit;
     a.bits[i / kWord] = word;
   }
 }
@@ -35,7 +35,7 @@ void bits_of_distant(const KeepArgs& a) {
     uint64_t word = 0;
     for (int bit = 0; bit < kWord; bit += Lanes::kWidth) {
       const Lanes index = indices + every(a.step * static_cast<uint64_t>(i + bit));
-      word |= bits_at(philox(shift_right<2>(index), keys), index, a.threshold) << bit;
+      word |= bits_at(philox(counter(shift_right<2>(index)), keys), index, a.threshold) << bit;
     }
     a.bits[i / kWord] = word;
   }
@@ -44,7 +44,7 @@ void bits_of_distant(const KeepArgs& a) {
 }  // namespace
 
 void keep_bits(const KeepArgs& args) {
-  if (args.step == 1)
+  if (args.step == 1 && args.first % kWord == 0)
     bits_of_neighbours(args);
   else
     bits_of_distant(args);

@@ -70,21 +70,27 @@ FR_INLINE void reduce_tile(const JoinReduceArgs& a, const Tile<T>& tile, int64_t
                            int64_t rows, Mask mask, Extent extent, Vec (&sums)[kReduceSums][kVectors]) {
   const Recompute<T, Act, kKind, kPerLane> recompute(a, channel, row_of_parameters);
   const Parameter<kPerLane> mean{a.mean + channel}, res_mean{a.res_mean + channel};
-  for (int64_t row = 0; row < rows; ++row) {
-    const T *grad = tile.grad + row * tile.grad_step, *y = tile.y + row * tile.y_step;
-    const T* r = tile.residual + row * tile.residual_step;
-    T* emit = tile.emit + row * tile.emit_step;
-    for (int k = 0; k < kVectors; ++k) {
-      const int64_t i = k * Vec::kWidth;
-      const Vec value = load(y + i, extent);
-      const Vec residual = kKind == Residual::kNone ? Vec() : load(r + i, extent);
-      const Vec z = recompute.argument(value, residual, i, extent);
-      const Vec g = Act::gradient(z, mask(load(grad + i, extent), row * tile.mask_step + i), recompute.param);
-      sums[0][k] = sums[0][k] + g;
-      sums[1][k] = fma(g, value - mean.at(i, extent), sums[1][k]);
-      if constexpr (kKind == Residual::kAffine) sums[2][k] = fma(g, residual - res_mean.at(i, extent), sums[2][k]);
-      if (tile.emit) store(emit + i, mask(Act::forward(z, recompute.param), row * tile.mask_step + i), extent);
+  for (int64_t row = 0; row < rows;) {
+    const int64_t stop = rows - row < kRun ? rows : row + kRun;
+    Vec run[kReduceSums][kVectors];
+    for (; row < stop; ++row) {
+      const T *grad = tile.grad + row * tile.grad_step, *y = tile.y + row * tile.y_step;
+      const T* r = tile.residual + row * tile.residual_step;
+      T* emit = tile.emit + row * tile.emit_step;
+      for (int k = 0; k < kVectors; ++k) {
+        const int64_t i = k * Vec::kWidth, bit = row * tile.mask_step + i;
+        const Vec value = load(y + i, extent);
+        const Vec residual = kKind == Residual::kNone ? Vec() : load(r + i, extent);
+        const Vec z = recompute.argument(value, residual, i, extent);
+        const Vec g = Act::gradient(z, mask(load(grad + i, extent), bit), recompute.param);
+        run[0][k] = run[0][k] + g;
+        run[1][k] = fma(g, value - mean.at(i, extent), run[1][k]);
+        if constexpr (kKind == Residual::kAffine) run[2][k] = fma(g, residual - res_mean.at(i, extent), run[2][k]);
+        if (tile.emit) store(emit + i, mask(Act::forward(z, recompute.param), bit), extent);
+      }
     }
+    for (int s = 0; s < (kKind == Residual::kAffine ? kReduceSums : kReduceSums - 1); ++s)
+      for (int k = 0; k < kVectors; ++k) sums[s][k] = sums[s][k] + run[s][k];
   }
 }
 

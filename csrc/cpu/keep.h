@@ -13,11 +13,12 @@ struct Keep {
   float scale;  // of what is kept
 };
 
-// Elements first, first + step, ..., as they are counted in NHWC order. Whole 64-bit words are written.
+// Elements first, first + step, ..., as they are counted in NHWC order; neighbours from a multiple of 64 on cost least.
+// Whole 64-bit words are written.
 struct KeepArgs {
   uint64_t seed;
   uint32_t threshold;  // the least random word that keeps its element
-  uint64_t first;      // a multiple of 64 where step is 1
+  uint64_t first;
   uint64_t step;
   int64_t count;
   uint64_t* bits;

@@ -72,13 +72,14 @@ struct PhiloxKeys {
   }
 };
 
-// The four words of each counter.
+// Four words per lane: of a counter, or of what it becomes.
 struct Words {
   Lanes w[4];
 };
 
-FR_INLINE Words philox(Lanes counter, const PhiloxKeys& keys) {
-  Words a{{counter, shift_right<32>(counter), every(0), every(0)}};
+FR_INLINE Words counter(Lanes low) { return {{low, shift_right<32>(low), every(0), every(0)}}; }
+
+FR_INLINE Words philox(Words a, const PhiloxKeys& keys) {
 #pragma GCC unroll 10
   for (int i = 0; i < kPhiloxRounds; ++i) {
     const Lanes p0 = product(a.w[0], 0xD2511F53u), p1 = product(a.w[2], 0xCD9E8D57u);

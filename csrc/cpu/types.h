@@ -20,6 +20,10 @@ struct Pieces {
   int64_t per_run;
 };
 
+// Terms of a piece that are summed one by one; their sums are then added up. Many small terms in one sum would cost
+// more digits than a piece that is a sample's whole result has to spare.
+constexpr int64_t kRun = 16;
+
 struct Piece {
   int64_t run;
   int64_t offset;  // of its first value in the run

@@ -191,7 +191,9 @@ def gated_join(
     if straight_through and threshold is None:
         raise ValueError("gated_join: straight_through=True needs a threshold, got threshold=None")
     threshold = None if threshold is None else float(threshold)
-    if not kernels_pay(f, logits, x) or backend_for(f.device, f.dtype) == "stock":
+    # The reference takes more passes than stock: it runs where it was chosen, not where a backend lacks this op.
+    offering = ("reference", *GATED_JOIN.kernels)
+    if not kernels_pay(f, logits, x) or backend_for(f.device, f.dtype) not in offering:
         return _stock(f, logits, x, threshold, straight_through)
     if not needs_gradient(f, logits, x):
         return _run(f, logits, x, threshold)

@@ -42,7 +42,7 @@ def kernels_run(*tensors: Tensor) -> bool:
 
 def kernels_pay(*tensors: Tensor) -> bool:
     """Whether kernels may be called on these tensors, and are worth the call; otherwise stock PyTorch runs them."""
-    return kernels_run(*tensors) and not too_small(tensors[0], "elementwise")
+    return kernels_run(*tensors) and not too_small(tensors[0].numel(), "elementwise")
 
 
 def needs_gradient(*tensors: Tensor) -> bool:

@@ -154,7 +154,7 @@ def error_norm(
 def rk_combine(y: Tensor, stages: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """A Runge-Kutta update: ``y + sum(w * k for w, k in zip(weights, stages))``, in one pass, as its backward.
 
-    Stock PyTorch takes two passes per stage, and keeps nothing either; what is saved is the traffic.
+    Stock PyTorch takes a pass per stage, which reads and writes the sum so far.
 
     Args:
         y: the state, of any shape, float32, bfloat16, float16 or float64.

@@ -14,6 +14,7 @@ from torch import fx, nn
 from .. import block
 from ..block import Act, Block, Conv, Dense, Dropout, DropPath, Norm, SqueezeExcite, Step
 from ..ops.activations import IDENTITY
+from .gated_join import GatedJoin
 from .trace import Traced
 from .view import Region
 
@@ -83,11 +84,14 @@ def _replace(
 ) -> None:
     """Puts one call in the place of a region; ``calls`` maps what earlier calls replaced, which may be its inputs."""
     last = region.nodes[-1]
-    inputs = [calls.get(node, node) for node in (region.entry, region.residual) if node is not None]
+    inputs = [calls.get(node, node) for node in region.inputs]
     with graph.inserting_before(last):
         # A method call prints as `fusedres_block.run(...)`, looked up in the module when the line runs.
-        arguments = (_Code(run), _Code(name), _Code("self"), *inputs)
-        method = "run_dense" if isinstance(region.block, Dense) else "run"
+        if isinstance(region.block, GatedJoin):
+            method, arguments = "join", (_Code(name), *inputs)
+        else:
+            method = "run_dense" if isinstance(region.block, Dense) else "run"
+            arguments = (_Code(run), _Code(name), _Code("self"), *inputs)
         call = graph.create_node("call_method", method, arguments, dict(options), name=f"{name}_out")
     calls[last] = call
     last.replace_all_uses_with(call)
@@ -95,17 +99,22 @@ def _replace(
         graph.erase_node(node)
 
 
-def _kind(b: Block | Dense) -> str:
-    return "dense" if isinstance(b, Dense) else "block"
+_Described = Block | Dense | GatedJoin
 
 
-def _header(cls: type, blocks: dict[str, Block | Dense]) -> str:
+def _kind(b: _Described) -> str:
+    return {Block: "block", Dense: "dense", GatedJoin: "gated"}[type(b)]
+
+
+def _header(cls: type, blocks: dict[str, _Described]) -> str:
     origin = f"# {cls.__module__}.{cls.__qualname__}, with a forward written by fusedres.patch\n"
     return origin + "".join(f"# {name}: {_formula(b)}\n" for name, b in blocks.items()) + "\n"
 
 
-def _formula(b: Block | Dense) -> str:
+def _formula(b: _Described) -> str:
     """``relu(x -> conv1 -> bn1 -> relu -> conv2 -> bn2  +  x)``"""
+    if isinstance(b, GatedJoin):
+        return str(b)
     if isinstance(b, Dense):
         return "x and the channels of each layer, which reads all before it" + "".join(
             f"\n#     {_path('[...]', layer)}" for layer in b.layers

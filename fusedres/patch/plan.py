@@ -146,7 +146,7 @@ class _Planner:
             if not cut:
                 break
             needed = _cut_through(module, cut)
-            traced = trace(module, needed.__contains__)
+            traced = trace(module, needed.__contains__, traced if traced.inlined == needed else None)
             view, regions = self._match(module, traced)
             if _cut_through(module, [r for r in regions if not _scope(r)]) == needed:
                 return traced, view, regions
