@@ -191,7 +191,7 @@ class _Flow(nn.Module):
 
 
 def ode_row(few: int = 4, many: int = 32) -> Row:
-    """What autograd keeps of an ``ODEBlock`` with the adjoint method, beside none; as much for many steps as for few."""
+    """What autograd keeps of an ``ODEBlock`` with the adjoint method: as much for many steps as for few."""
     x = torch.randn(BATCH, 16, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
 
     def saved(steps: int, adjoint: bool) -> int:
