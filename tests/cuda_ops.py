@@ -35,7 +35,9 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def compare(name: str, op: Any, args: tuple, scales: Callable[[int], float | None] = lambda index: None) -> list[Tensor]:
+def compare(
+    name: str, op: Any, args: tuple, scales: Callable[[int], float | None] = lambda index: None
+) -> list[Tensor]:
     """Runs an op's CUDA kernel, its reference and its reference in float64; returns the kernel's results."""
     results = []
     for overload, arguments in (("cuda", args), ("reference", args), ("reference", wide(args))):
@@ -120,9 +122,11 @@ class JoinCase:
 
     def _tensor(self, make: Callable[..., Tensor], seed: int) -> Tensor:
         t = make(self.shape, self.dtype, seed)
-        return t if self.device == "cpu" else torch.empty_strided(
-            t.shape, t.stride(), dtype=t.dtype, device=self.device
-        ).copy_(t)
+        return (
+            t
+            if self.device == "cpu"
+            else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=self.device).copy_(t)
+        )
 
     def __str__(self) -> str:
         gained = ", gain" if self.gained else ""

@@ -65,7 +65,7 @@ __device__ __forceinline__ void accumulate(const Pack<T, kWidth> (&x)[kUnroll], 
 
 // channels_last: a thread keeps its channels.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) bn_stats_rows_kernel(const StatsArgs a) {
+__global__ void __launch_bounds__(kThreads, kReduceBlocksPerProcessor) bn_stats_rows_kernel(const StatsArgs a) {
   __shared__ float counts[kThreads];
   __shared__ Moments shared[kThreads * kWidth];
   const Place place = Place::mine<kWidth>();
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) bn_stats_rows_kernel(const StatsArgs
 
 // The contiguous layout: a warp keeps its plane.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) bn_stats_planes_kernel(const StatsArgs a) {
+__global__ void __launch_bounds__(kThreads, kReduceBlocksPerProcessor) bn_stats_planes_kernel(const StatsArgs a) {
   const int64_t step = int64_t{gridDim.x} * blockDim.y, columns = a.walk.row_length / kWidth;
   for (int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y; row < a.walk.rows; row += step) {
     const float first = origin<T>(a, a.walk.channel_of(row));
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads) bn_stats_planes_kernel(const StatsAr
 
 // Chan's merge of all parts at once, in double: with values relative to an origin among them, the sums do not cancel.
 template <class T>
-__global__ void __launch_bounds__(kWarpSize* kMergeSlices) bn_stats_merge_kernel(const StatsArgs a) {
+__global__ void __launch_bounds__(kWarpSize* kMergeSlices, 1) bn_stats_merge_kernel(const StatsArgs a) {
   const int64_t channels = a.walk.channels, c = int64_t{blockIdx.x} * kWarpSize + threadIdx.x;
   const int64_t all = a.parts.groups * a.parts.parts * channels;
   for (int64_t group = blockIdx.y; group < a.parts.groups; group += gridDim.y) {
@@ -197,8 +197,9 @@ __global__ void __launch_bounds__(kWarpSize* kMergeSlices) bn_stats_merge_kernel
 template <class V>
 void launch(const Device& device, const Tensor& x, StatsArgs& args, bool per_sample) {
   using T = typename V::Element;
-  const Shape shape =
-      args.walk.contiguous ? warps_shape(args.walk) : shape_of(args.walk, V::width, kUnroll, kReduceBlocksPerProcessor);
+  const Shape shape = args.walk.contiguous
+                          ? warps_shape(args.walk)
+                          : shape_of(args.walk, V::width, kUnroll, kReduceBlocksPerProcessor, kThreads);
   args.parts = parts_of(args.walk, shape, per_sample);
   Tensor partials = torch::stable::new_empty(x, {2, args.parts.groups * args.parts.parts, args.walk.channels}, kFloat);
   args.partials = device.out<float>(partials);
