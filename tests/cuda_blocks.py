@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+
 import fusedres
 from fusedres.testing import channels_last, compare
 
