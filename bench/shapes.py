@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ACTIVATIONS", "BATCH", "CHANNELS", "NETWORKS", "SMOKE_BATCH", "WEIGHT_GRADIENTS", "name_of"]
+__all__ = ["ACTIVATIONS", "BATCH", "CHANNELS", "MODIFIED", "NETWORKS", "SMOKE_BATCH", "WEIGHT_GRADIENTS", "name_of"]
 
 BATCH = (8, 224)
 """Images and their resolution, for whole networks."""
@@ -19,6 +19,9 @@ ACTIVATIONS = (
     (1, 64, 7, 7),
 )
 """What a norm or a join of ResNet-50 sees, one of a CIFAR ResNet, and a very small one."""
+
+MODIFIED = ((8, 256, 56, 56), (8, 1024, 14, 14), (64, 160, 32, 32))
+"""For joins with a gain or a dropout and for slices: two of ResNet-50, one of a wide ResNet."""
 
 CHANNELS = (64, 512, 2048)
 

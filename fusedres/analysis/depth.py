@@ -67,7 +67,8 @@ def deep_training(network: str, steps: int = 20, *, batch: int = 32, rate: float
         ValueError: for a network that does not exist or does not take this depth.
         RuntimeError: where the training fails, out of memory for one.
     """
-    _factory(network)
+    with torch.device("meta"):
+        _factory(network)()  # a wrong depth is told here
     child = in_child(_train, network, steps, batch, rate, memory, torch.get_num_threads())
     losses, seconds, params = child.result
     return Deep(network, losses, seconds, child.peak, params)
@@ -76,9 +77,7 @@ def deep_training(network: str, steps: int = 20, *, batch: int = 32, rate: float
 def _factory(network: str) -> Callable[[], torch.nn.Module]:
     match = re.fullmatch(r"(\w+)\((\d+)\)", network.replace(" ", ""))
     if match is None or not callable(getattr(models, match[1], None)):
-        raise ValueError(
-            f"a network is a function of fusedres.models and a depth, as cifar_resnet(110), got {network!r}"
-        )
+        raise ValueError(f"network must be a function of fusedres.models with a depth, not {network!r}")
     factory, depth = getattr(models, match[1]), int(match[2])
     return lambda: factory(depth, in_channels=1, fused=False)
 
