@@ -180,7 +180,7 @@ def _column(title: str, width: int, boxes: list[Box], unit: int) -> Iterator[str
         total, y = total + box.keeps, y + 40
     passes = sum(box.colours in (STOCK, FUSED) for box in boxes)
     counted = f"{passes} passes beside the convolutions, {_units(total, unit)} units kept"
-    yield _text(125, y + 22, counted, "#444444", ' font-size="13" text-anchor="middle"')
+    yield _text(0, y + 22, counted, "#444444", ' font-size="13"')
 
 
 def _dot(y: int, width: int, unit: int) -> Iterator[str]:
