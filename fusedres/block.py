@@ -15,11 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from .engine import IDENTITY_SHORTCUT, ConvSlot, Link, NormSlot, Program, execute
-from .ops.activations import IDENTITY, Activation
+from .ops.activations import IDENTITY, RELU, Activation
 from .ops.conv import geometry
 from .select import too_small
 
-__all__ = ["Act", "Block", "Conv", "Norm", "Step", "link_plans", "run", "unsupported"]
+__all__ = [
+    "Act",
+    "Block",
+    "Conv",
+    "DropPath",
+    "Dropout",
+    "Norm",
+    "SqueezeExcite",
+    "Step",
+    "link_plans",
+    "run",
+    "unsupported",
+]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,7 +60,40 @@ class Act:
     activation: Activation
 
 
-Step = Conv | Norm | Act
+@dataclass(frozen=True)
+class Dropout:
+    """The elementwise dropout held by the ``nn.Dropout`` at ``path``."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class SqueezeExcite:
+    """A gate per sample and channel, ``x * gate(fc2(act(fc1(mean(x)))))`` (Hu et al. 2018, eq. 2 to 4).
+
+    Args:
+        fc1, fc2: paths of the two layers, each an ``nn.Conv2d`` of kernel size 1 or an ``nn.Linear``.
+        act: between them.
+        gate: ``"sigmoid"`` or ``"hardsigmoid"``.
+    """
+
+    fc1: str
+    fc2: str
+    act: Activation = RELU
+    gate: str = "sigmoid"
+
+
+GATES = {"sigmoid": torch.sigmoid, "hardsigmoid": torch.nn.functional.hardsigmoid}
+
+
+@dataclass(frozen=True)
+class DropPath:
+    """Stochastic depth by the module at ``path``: in training, samples are dropped with its probability ``p``."""
+
+    path: str
+
+
+Step = Conv | Norm | Act | Dropout | SqueezeExcite | DropPath
 
 
 @dataclass(frozen=True)
@@ -59,8 +104,8 @@ class Block:
         branch: the steps from the input to the join (or to the output), in the order in which they run.
         shortcut: ``None`` for no join, ``()`` for an identity shortcut, otherwise the steps of the projection.
         act: the activation after the join; identity without a join (an activation is then the branch's last step).
-        residual: what the shortcut reads: ``"input"``, the block's own input, or ``"argument"``, a second tensor
-            that the caller passes.
+        residual: what the shortcut reads: ``"input"``, the block's own input; ``"argument"``, a second tensor that the
+            caller passes; or ``"pending"``, the input behind the norm and activation with which the branch begins.
         in_place: whether the join is ``branch += shortcut``, whose result has the branch's dtype, rather than
             ``branch + shortcut``, whose result has the common one. They differ under autocast.
     """
@@ -135,10 +180,12 @@ def _links(steps: tuple[Step, ...]) -> tuple[_LinkPlan, ...]:
             if norm is not None or act != IDENTITY:
                 raise UnsupportedBlock("a norm that follows a norm or an activation, without a convolution between")
             norm = _names(step.path)
-        else:
+        elif isinstance(step, Act):
             if act != IDENTITY:
                 raise UnsupportedBlock("two activations in a row")
             act = step.activation
+        else:
+            raise UnsupportedBlock(f"a {type(step).__name__}")
     return (*links, _LinkPlan(norm, act, None))
 
 
@@ -171,6 +218,8 @@ def run(
     An input that the engine does not take runs as stock PyTorch, and raises what stock PyTorch raises. A module that
     has been replaced, hooked or reparametrized since the block was described is called, as stock PyTorch would.
     """
+    if unsupported(block) is not None or block.residual == "pending":
+        return _call_modules(block, root, x, residual)
     plan = link_plans(block)
     if not (_engine_takes(x) and (residual is None or _engine_takes(residual))):
         return _call_modules(block, root, x, residual)
@@ -211,14 +260,27 @@ def _call_modules(block: Block, root: nn.Module, x: Tensor, residual: Tensor | N
 
     def through(steps: tuple[Step, ...], value: Tensor) -> Tensor:
         for step in steps:
-            value = step.activation(value) if isinstance(step, Act) else _module(root, _names(step.path))(value)
+            value = _call_step(step, root, value)
         return value
 
-    out = through(block.branch, x)
+    head = next(i for i, s in enumerate(block.branch) if isinstance(s, Conv)) if block.residual == "pending" else 0
+    start = through(block.branch[:head], x)
+    out = through(block.branch[head:], start)
     if block.shortcut is None:
         return out
-    side = through(block.shortcut, x if residual is None else residual)
+    side = through(block.shortcut, start if residual is None else residual)
     return block.act(out.add_(side) if block.in_place else out + side)
+
+
+def _call_step(step: Step, root: nn.Module, value: Tensor) -> Tensor:
+    if isinstance(step, Act):
+        return step.activation(value)
+    if not isinstance(step, SqueezeExcite):
+        return _module(root, _names(step.path))(value)
+    fc1, fc2 = (_module(root, _names(path)) for path in (step.fc1, step.fc2))
+    squeezed = value.mean((2, 3), keepdim=isinstance(fc1, nn.Conv2d))
+    gate = GATES[step.gate](fc2(step.act(fc1(squeezed))))
+    return value * gate.view(*gate.shape[:2], 1, 1)
 
 
 @cache

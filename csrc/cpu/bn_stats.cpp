@@ -20,8 +20,9 @@ std::vector<double> counts_of_parts(const Spans& spans) {
   return counts;
 }
 
-Tensor bn_stats_cpu(const Tensor& x) {
+Tensor bn_stats_cpu(const Tensor& x, bool per_sample, std::optional<Tensor> into) {
   constexpr const char* kOp = "bn_stats_cpu";
+  STD_TORCH_CHECK(!per_sample && !into.has_value(), kOp, ": per_sample and into have no kernel yet");
   STD_TORCH_CHECK(x.numel() > 0, kOp, ": x holds no element");
   const Spans spans = Spans::of(x, common_layout(kOp, {&x}));
   const std::vector<double> counts = counts_of_parts(spans);

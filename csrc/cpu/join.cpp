@@ -8,8 +8,10 @@ namespace fusedres {
 namespace {
 
 Tensor join_cpu(const Tensor& y, std::optional<Tensor> norm, std::optional<Tensor> residual,
-                std::optional<Tensor> res_norm, int64_t act, double act_param) {
+                std::optional<Tensor> res_norm, int64_t act, double act_param, std::optional<Tensor> gain,
+                double dropout, std::optional<Tensor> seed) {
   constexpr const char* kOp = "join_cpu";
+  STD_TORCH_CHECK(!gain.has_value() && !seed.has_value() && dropout == 0, kOp, ": gain and dropout have no kernel yet");
   Tensor out = torch::stable::empty_like(y);
   if (residual) check_matches(kOp, "residual", *residual, y);
   check_activation(kOp, act);

@@ -53,8 +53,11 @@ int64_t parts_of(const Spans& spans) {
 
 std::tuple<Tensor, Tensor> join_backward_reduce_cpu(const Tensor& grad, const Tensor& y, std::optional<Tensor> norm,
                                                     std::optional<Tensor> residual, std::optional<Tensor> res_norm,
-                                                    int64_t act, double act_param, bool emit) {
+                                                    int64_t act, double act_param, bool emit,
+                                                    std::optional<Tensor> gain, double dropout,
+                                                    std::optional<Tensor> seed) {
   constexpr const char* kOp = "join_backward_reduce_cpu";
+  STD_TORCH_CHECK(!gain.has_value() && !seed.has_value() && dropout == 0, kOp, ": gain and dropout have no kernel yet");
   Tensor out = torch::stable::new_zeros(y, {kReduceSums, y.size(1)}, torch::headeronly::ScalarType::Float);
   Tensor emitted = emit ? torch::stable::empty_like(y) : torch::stable::new_empty(y, {0});
   if (y.numel() == 0) return {out, emitted};
@@ -101,8 +104,14 @@ class StatsTerms {
 std::tuple<Tensor, Tensor> join_backward_apply_cpu(const Tensor& grad, const Tensor& y, std::optional<Tensor> norm,
                                                    std::optional<Tensor> residual, std::optional<Tensor> res_norm,
                                                    int64_t act, double act_param, std::optional<Tensor> sums,
-                                                   double count, bool training, bool res_training, bool need_residual) {
+                                                   double count, bool training, bool res_training, bool need_residual,
+                                                   std::optional<Tensor> gain, double dropout,
+                                                   std::optional<Tensor> seed, std::optional<Tensor> offset,
+                                                   std::optional<Tensor> addend, std::optional<Tensor> into) {
   constexpr const char* kOp = "join_backward_apply_cpu";
+  STD_TORCH_CHECK(!gain.has_value() && !seed.has_value() && dropout == 0 && !offset.has_value() &&
+                      !addend.has_value() && !into.has_value(),
+                  kOp, ": gain and dropout have no kernel yet");
   const bool writes_residual = residual.has_value() && need_residual;
   Tensor grad_y = torch::stable::empty_like(y);
   Tensor grad_residual = writes_residual ? torch::stable::empty_like(y) : torch::stable::new_empty(y, {0});

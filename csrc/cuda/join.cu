@@ -138,8 +138,10 @@ void launch_widest(const JoinArgs& a, Layout layout, cudaStream_t stream) {
 }
 
 Tensor join_cuda(const Tensor& y, std::optional<Tensor> norm, std::optional<Tensor> residual,
-                 std::optional<Tensor> res_norm, int64_t act, double act_param) {
+                 std::optional<Tensor> res_norm, int64_t act, double act_param, std::optional<Tensor> gain,
+                 double dropout, std::optional<Tensor> seed) {
   constexpr const char* kOp = "join_cuda";
+  STD_TORCH_CHECK(!gain.has_value() && !seed.has_value() && dropout == 0, kOp, ": gain and dropout have no kernel yet");
   check_activation(kOp, act);
   if (residual) check_matches(kOp, "residual", *residual, y);
   STD_TORCH_CHECK(y.dim() == 4, kOp, ": y must have 4 dimensions, got ", y.dim());

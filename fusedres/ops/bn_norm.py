@@ -8,7 +8,8 @@ With batch statistics (mean, M2) of ``count`` values per channel (Ioffe and Szeg
     running\\_mean \\leftarrow (1 - m)\\, running\\_mean + m \\cdot mean \\qquad
     running\\_var \\leftarrow (1 - m)\\, running\\_var + m \\cdot M2 / (count - 1)
 
-Without them the running statistics take their place and nothing is updated. The result holds the rows
+The statistics may be ``[2, K, C]``, partials of ``count / K`` values each, which are merged first. Without any the
+running statistics take their place and nothing is updated. The result holds the rows
 ``(mean, rstd, scale, shift)``, shape ``[4, C]``: all that later passes, forward and backward, need of the norm.
 """
 
@@ -28,6 +29,13 @@ _SCHEMA = (
 )
 
 
+def _merged(stats: Tensor, count: float) -> tuple[Tensor, Tensor]:
+    """Chan's merge of partials of equally many values."""
+    means, m2s = stats.unbind(0)
+    mean = means.mean(0)
+    return mean, m2s.sum(0) + count / len(means) * (means - mean).square().sum(0)
+
+
 def _reference(
     stats: Tensor | None,
     count: float,
@@ -44,7 +52,7 @@ def _reference(
         dtype = statistics_dtype(running_mean.dtype)
         mean, var = running_mean.to(dtype), running_var.to(dtype)
     else:
-        mean, m2 = stats.unbind(0)
+        mean, m2 = stats.unbind(0) if stats.dim() == 2 else _merged(stats, count)
         var = m2 / count
         if running_mean is not None:
             running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)

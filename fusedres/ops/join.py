@@ -1,11 +1,14 @@
-"""The join: affine, residual and activation in one pass over the tensor.
+"""The join: affine, gain, residual, activation and dropout in one pass over the tensor.
 
-.. math:: out = act(scale_c \\cdot y + shift_c + r) \\qquad r \\in \\{0,\\; residual,\\;
-    res\\_scale_c \\cdot residual + res\\_shift_c\\}
+.. math:: z = gain_{n,c} \\cdot (scale_c \\cdot y + shift_c) + r \\qquad r \\in \\{0,\\; residual,\\;
+    res\\_scale_c \\cdot residual + res\\_shift_c\\} \\qquad out = keep \\cdot act(z)
 
-``y``, ``residual`` and ``out`` are ``[N, C, H, W]`` of one dtype and one dense layout. A norm is the ``[4, C]`` tensor
-of :mod:`fusedres.ops.bn_norm`; without one the affine is the identity. The *dual* affine, where the residual has a norm
-of its own, is the projection shortcut of He et al. (2016, "Deep Residual Learning for Image Recognition", eq. 2).
+``y``, ``residual`` and ``out`` are ``[N, C, H, W]`` of one dtype and one dense layout; ``y`` may also be a slice of
+the channels of a channels_last buffer. A norm is the ``[4, C]`` tensor of :mod:`fusedres.ops.bn_norm`; without one the
+affine is the identity. The *dual* affine, where the residual has a norm of its own, is the projection shortcut of He
+et al. (2016, "Deep Residual Learning for Image Recognition", eq. 2). The gain, ``[N, C]`` in the statistics' dtype, is
+the excitation of Hu et al. (2018, "Squeeze-and-Excitation Networks", eq. 4) or the survival of a sample in Huang et
+al. (2016, "Deep Networks with Stochastic Depth", eq. 2). The dropout is that of :mod:`fusedres.ops.dropout`.
 Arithmetic is in float32 (float64 for float64), rounded once.
 """
 
@@ -16,11 +19,15 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS
 from .bn_stats import statistics_dtype
+from .dropout import keep_scale
 from .registry import declare
 
 __all__ = ["BY_CODE", "JOIN", "join_argument"]
 
-_SCHEMA = "(Tensor y, Tensor? norm, Tensor? residual, Tensor? res_norm, int act, float act_param) -> Tensor"
+_SCHEMA = (
+    "(Tensor y, Tensor? norm, Tensor? residual, Tensor? res_norm, int act, float act_param, "
+    "Tensor? gain=None, float dropout=0.0, Tensor? seed=None) -> Tensor"
+)
 
 BY_CODE = {formula.code: formula for formula in ACTIVATIONS.values()}
 
@@ -30,22 +37,44 @@ def _affine(x: Tensor, norm: Tensor | None) -> Tensor:
     return x if norm is None else norm[2, :, None, None] * x + norm[3, :, None, None]
 
 
-def join_argument(y: Tensor, norm: Tensor | None, residual: Tensor | None, res_norm: Tensor | None) -> Tensor:
+def join_argument(
+    y: Tensor, norm: Tensor | None, residual: Tensor | None, res_norm: Tensor | None, gain: Tensor | None = None
+) -> Tensor:
     """The activation's argument, in the statistics' dtype."""
     z = _affine(y, norm)
+    if gain is not None:
+        z = gain[:, :, None, None] * z
     return z if residual is None else z + _affine(residual, res_norm)
 
 
 def _reference(
-    y: Tensor, norm: Tensor | None, residual: Tensor | None, res_norm: Tensor | None, act: int, act_param: float
+    y: Tensor,
+    norm: Tensor | None,
+    residual: Tensor | None,
+    res_norm: Tensor | None,
+    act: int,
+    act_param: float,
+    gain: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    out = BY_CODE[act].forward(join_argument(y, norm, residual, res_norm), act_param).to(y.dtype)
-    # A result of its own in y's layout, whatever the formula was: out may neither alias y nor take another stride.
+    out = BY_CODE[act].forward(join_argument(y, norm, residual, res_norm, gain), act_param)
+    if seed is not None:
+        out = out * keep_scale(out.shape, dropout, seed, out.dtype, out.device)
+    # A result of its own in a dense layout, whatever the formula was: out may neither alias y nor take another stride.
     return torch.empty_like(y).copy_(out)
 
 
 def _fake(
-    y: Tensor, norm: Tensor | None, residual: Tensor | None, res_norm: Tensor | None, act: int, act_param: float
+    y: Tensor,
+    norm: Tensor | None,
+    residual: Tensor | None,
+    res_norm: Tensor | None,
+    act: int,
+    act_param: float,
+    gain: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     return torch.empty_like(y)
 

@@ -11,6 +11,10 @@ With :math:`z` the activation's argument, recomputed from what the forward read,
 
 and :math:`dy = scale \\cdot g` where its statistics are constants. The residual's gradient is ``g`` itself, or the same
 formula with the residual's norm; it is written in the pass that has ``g`` in registers.
+
+A dropout scales ``g``. A gain stands between the norm and the sum: there :math:`u = gain \\cdot g + offset` takes the
+place of ``g`` in the formulas of ``y``, with the gradient that reaches every value of a channel of a sample through the
+squeeze as ``offset``. The first pass then yields its sums per sample, from which the gain's own gradient follows.
 """
 
 from __future__ import annotations
@@ -18,12 +22,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dropout import keep_scale
 from .join import BY_CODE, join_argument
 from .registry import declare
 
 __all__ = ["JOIN_BACKWARD_APPLY", "JOIN_BACKWARD_REDUCE"]
 
 _OPERANDS = "Tensor grad, Tensor y, Tensor? norm, Tensor? residual, Tensor? res_norm, int act, float act_param"
+_MODIFIERS = "Tensor? gain=None, float dropout=0.0, Tensor? seed=None"
 
 
 def _masked_gradient(
@@ -34,9 +40,14 @@ def _masked_gradient(
     res_norm: Tensor | None,
     act: int,
     act_param: float,
+    gain: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    z = join_argument(y, norm, residual, res_norm)
+    z = join_argument(y, norm, residual, res_norm, gain)
     slope = BY_CODE[act].derivative(z, act_param)
+    if seed is not None:
+        slope = slope * keep_scale(z.shape, dropout, seed, z.dtype, z.device)
     # Where the activation is flat nothing passes, not even a NaN: as stock PyTorch masks.
     return z, torch.where(slope == 0, 0.0, grad.to(z.dtype) * slope)
 
@@ -51,6 +62,10 @@ def _normalised(x: Tensor, norm: Tensor | None, dtype: torch.dtype) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _sums_shape(y: Tensor, gain: Tensor | None) -> tuple[int, ...]:
+    return (3, y.shape[1]) if gain is None else (3, y.shape[0], y.shape[1])
+
+
 def _reduce_reference(
     grad: Tensor,
     y: Tensor,
@@ -60,16 +75,23 @@ def _reduce_reference(
     act: int,
     act_param: float,
     emit: bool,
+    gain: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    z, g = _masked_gradient(grad, y, norm, residual, res_norm, act, act_param)
-    sums = g.new_zeros((3, y.shape[1]))
-    sums[0] = g.sum((0, 2, 3))
-    sums[1] = (g * _normalised(y, norm, g.dtype)).sum((0, 2, 3))
+    z, g = _masked_gradient(grad, y, norm, residual, res_norm, act, act_param, gain, dropout, seed)
+    over = (0, 2, 3) if gain is None else (2, 3)
+    sums = g.new_zeros(_sums_shape(y, gain))
+    sums[0] = g.sum(over)
+    sums[1] = (g * _normalised(y, norm, g.dtype)).sum(over)
     if residual is not None and res_norm is not None:
-        sums[2] = (g * _normalised(residual, res_norm, g.dtype)).sum((0, 2, 3))
+        sums[2] = (g * _normalised(residual, res_norm, g.dtype)).sum(over)
     if not emit:
         return sums, y.new_empty(0)
-    return sums, torch.empty_like(y).copy_(BY_CODE[act].forward(z, act_param))
+    value = BY_CODE[act].forward(z, act_param)
+    if seed is not None:
+        value = value * keep_scale(z.shape, dropout, seed, z.dtype, z.device)
+    return sums, torch.empty_like(y).copy_(value)
 
 
 def _reduce_fake(
@@ -81,20 +103,24 @@ def _reduce_fake(
     act: int,
     act_param: float,
     emit: bool,
+    gain: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
-    return y.new_empty((3, y.shape[1]), dtype=dtype), torch.empty_like(y) if emit else y.new_empty(0)
+    return y.new_empty(_sums_shape(y, gain), dtype=dtype), torch.empty_like(y) if emit else y.new_empty(0)
 
 
 JOIN_BACKWARD_REDUCE = declare(
     "join_backward_reduce",
-    f"({_OPERANDS}, bool emit) -> (Tensor, Tensor)",
+    f"({_OPERANDS}, bool emit, {_MODIFIERS}) -> (Tensor, Tensor)",
     reference=_reduce_reference,
     fake=_reduce_fake,
     kernels=("cpu",),
 )
-"""Rows ``dbeta``, ``dgamma`` and the residual norm's ``dgamma`` (zero without one), shape ``[3, C]``, and with ``emit``
-the forward's ``act(z)``, recomputed in the same pass for the weight gradient that needs it next."""
+"""The sums of :math:`g`, :math:`g \\hat y` and, with a residual norm, :math:`g \\hat r` (else zero), shape ``[3, C]``,
+or ``[3, N, C]`` where there is a gain; and with ``emit`` the forward's result, recomputed in the same pass for the
+weight gradient that needs it next."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,15 +129,14 @@ the forward's ``act(z)``, recomputed in the same pass for the weight gradient th
 
 
 def _input_gradient(
-    g: Tensor, x: Tensor, norm: Tensor | None, sums: Tensor | None, row: int, count: float, training: bool
+    g: Tensor, x: Tensor, norm: Tensor | None, dbeta: Tensor, dgamma: Tensor, count: float, training: bool
 ) -> Tensor:
     if norm is None:
         return g
     scale = norm[2, :, None, None]
     if not training:
         return scale * g
-    assert sums is not None
-    offset, slope = sums[0] / count, sums[row] / count
+    offset, slope = dbeta / count, dgamma / count
     return scale * (g - offset[:, None, None] - _normalised(x, norm, g.dtype) * slope[:, None, None])
 
 
@@ -128,12 +153,31 @@ def _apply_reference(
     training: bool,
     res_training: bool,
     need_residual: bool,
+    gain: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    offset: Tensor | None = None,
+    addend: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _, g = _masked_gradient(grad, y, norm, residual, res_norm, act, act_param)
-    grad_y = torch.empty_like(y).copy_(_input_gradient(g, y, norm, sums, 1, count, training))
+    _, g = _masked_gradient(grad, y, norm, residual, res_norm, act, act_param, gain, dropout, seed)
+    u = g if gain is None else gain[:, :, None, None] * g
+    if offset is not None:
+        u = u + offset[:, :, None, None]
+    rows = g.new_zeros((3, 1)) if sums is None else sums
+    grad_y = _input_gradient(u, y, norm, rows[0], rows[1], count, training)
+    if addend is not None:
+        grad_y = grad_y + addend
+    if into is None:
+        grad_y = torch.empty_like(y).copy_(grad_y)
+    else:
+        into.copy_(grad_y)
+        grad_y = y.new_empty(0)
     if residual is None or not need_residual:
         return grad_y, y.new_empty(0)
-    grad_residual = _input_gradient(g, residual, res_norm, sums, 2, count, res_training)
+    grad_residual = _input_gradient(
+        g, residual, res_norm, rows[3 if len(rows) > 3 else 0], rows[2], count, res_training
+    )
     return grad_y, torch.empty_like(y).copy_(grad_residual)
 
 
@@ -150,17 +194,29 @@ def _apply_fake(
     training: bool,
     res_training: bool,
     need_residual: bool,
+    gain: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    offset: Tensor | None = None,
+    addend: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     writes_residual = residual is not None and need_residual
-    return torch.empty_like(y), torch.empty_like(y) if writes_residual else y.new_empty(0)
+    return torch.empty_like(y) if into is None else y.new_empty(0), torch.empty_like(
+        y
+    ) if writes_residual else y.new_empty(0)
 
 
 JOIN_BACKWARD_APPLY = declare(
     "join_backward_apply",
-    f"({_OPERANDS}, Tensor? sums, float count, bool training, bool res_training, bool need_residual) "
-    "-> (Tensor, Tensor)",
+    f"({_OPERANDS}, Tensor? sums, float count, bool training, bool res_training, bool need_residual, {_MODIFIERS}, "
+    "Tensor? offset=None, Tensor? addend=None, Tensor(a!)? into=None) -> (Tensor, Tensor)",
     reference=_apply_reference,
     fake=_apply_fake,
     kernels=("cpu",),
 )
-"""``(dy, dresidual)``; ``dresidual`` is empty where it is not needed."""
+"""``(dy + addend, dresidual)``; ``dresidual`` is empty where it is not needed, and so is ``dy`` where it was written to
+``into``, which may be the addend itself: both may be channel slices of a channels_last buffer.
+
+``sums`` is ``[3, C]``, the totals of :math:`u`, of :math:`u \\hat y` and of :math:`g \\hat r`, with a fourth row, that
+of :math:`g`, where a gain or an offset tells ``u`` from ``g``."""
