@@ -30,6 +30,7 @@ def bn_stats_kernel(
     x,
     into,
     partials,
+    pivots,
     rows,
     piece,
     C,
@@ -41,25 +42,35 @@ def bn_stats_kernel(
     BC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Partials ``[group, split, (mean, M2), C]`` of ``rows`` pixels per group, ``piece`` of them per split."""
+    """Partials ``[group, split, (mean, M2), C]`` of ``rows`` pixels per group, ``piece`` of them per split.
+
+    Means are less the group's pivot, ``[group, C]``.
+    """
     splits = tl.cdiv(rows, piece)
     group = tl.program_id(0) // splits
     start = (tl.program_id(0) % splits) * piece
     count = tl.minimum(rows - start, piece)
     columns = tl.program_id(1) * BC + tl.arange(0, BC)
     first = group.to(tl.int64) * rows + start
+    # Deviations from the group's first pixel: a large mean then costs no sum any of its digits.
+    at = pointers(x, group.to(tl.int64) * rows, 1, columns, x_pitch, C, HW, NHWC)
+    pivot = tl.load(at, mask=(columns < C)[None, :], other=0.0).to(tl.float32)
+    if start == 0:
+        tl.store(pivots + group * C + columns[None, :], pivot, mask=(columns < C)[None, :])
     mean = tl.zeros((BM, BC), tl.float32)
     m2 = tl.zeros((BM, BC), tl.float32)
+    seen = 0.0
     for step in tl.range(0, tl.cdiv(count, BM), num_stages=STAGES):
         inside = (step * BM + tl.arange(0, BM) < count)[:, None] & (columns < C)[None, :]
         row = first + step * BM
         raw = tl.load(pointers(x, row, BM, columns, x_pitch, C, HW, NHWC), mask=inside, other=0.0)
         if into is not None:
             tl.store(pointers(into, row, BM, columns, into_pitch, C, HW, NHWC), raw, mask=inside)
-        value = raw.to(tl.float32)
+        value = raw.to(tl.float32) - pivot
         # A position that is inside now has been inside in every step before.
         delta = tl.where(inside, value - mean, 0.0)
-        mean += delta * (1.0 / (step + 1).to(tl.float32))
+        seen += 1.0
+        mean += delta * (1.0 / seen)
         m2 += delta * (value - mean)
     counts = tl.maximum(count - tl.arange(0, BM) + BM - 1, 0) // BM
     weight = counts.to(tl.float32)[:, None]
@@ -73,6 +84,7 @@ def bn_stats_kernel(
 @triton.jit(do_not_specialize=["rows", "piece", "fan_in", "mean_stride", "split_stride"])
 def bn_merge_kernel(
     partials,
+    pivots,
     out,
     rows,
     piece,
@@ -113,12 +125,17 @@ def bn_merge_kernel(
         part = tl.load(at + C, mask=inside, other=0.0)
         m2 += tl.where(inside, part + weight * between * between, 0.0)
     at = out + tl.program_id(0).to(tl.int64) * split_stride + columns
+    if pivots is not None:
+        mean += tl.load(pivots + group * C + columns, mask=columns < C, other=0.0)
     tl.store(at, mean, mask=columns < C)
     tl.store(at + mean_stride, tl.sum(m2, 0), mask=columns < C)
 
 
-def merge_statistics(partials: Tensor, rows: int, piece: int) -> Tensor:
+def merge_statistics(partials: Tensor, rows: int, piece: int, pivots: Tensor | None = None) -> Tensor:
     """Partials ``[groups, splits, 2, C]``, each of ``piece`` of ``rows`` values (the last of what is left), merged.
+
+    Args:
+        pivots: ``[groups, C]``, what all means of a group are less by, if anything.
 
     Returns:
         ``[2, groups, C]``, the means and M2 of every group.
@@ -132,6 +149,7 @@ def merge_statistics(partials: Tensor, rows: int, piece: int) -> Tensor:
         merged = cdiv(splits, fan_in)
         result = out if last else partials.new_empty((groups, merged, 2, channels))
         args = {"partials": partials, "out": result, "rows": rows, "piece": piece, "C": channels, "fan_in": fan_in}
+        args |= {"pivots": pivots if last else None}
         args |= {"mean_stride": groups * channels if last else channels, "split_stride": channels * (1 if last else 2)}
         grid = (groups * merged, cdiv(channels, 32))
         launch(bn_merge_kernel, grid, args, {"BS": 32, "BC": 32}, warps=4, stages=1)
@@ -155,11 +173,12 @@ def bn_stats(x: Tensor, per_sample: bool = False, into: Tensor | None = None) ->
     tiles = cdiv(channels, columns)
     splits, piece = splits_of(rows, block, tiles * groups, _PROGRAMS * multiprocessors(x))
     partials = x.new_empty((groups, splits, 2, channels), dtype=torch.float32)
-    args = {"x": x, "into": into, "partials": partials, "rows": rows, "piece": piece, "C": channels, "HW": h * w}
+    pivots = x.new_empty((groups, channels), dtype=torch.float32)
+    args = {"x": x, "into": into, "partials": partials, "pivots": pivots, "rows": rows, "piece": piece, "C": channels, "HW": h * w}
     args |= {"x_pitch": layout.pitch, "into_pitch": layouts["into"].pitch if into is not None else None}
     meta = {"NHWC": layout.channels_last, "BM": block, "BC": columns, "STAGES": 3}
     launch(bn_stats_kernel, (groups * splits, tiles), args, meta)
-    stats = merge_statistics(partials, rows, piece)
+    stats = merge_statistics(partials, rows, piece, pivots)
     return stats if per_sample else stats[:, 0]
 
 

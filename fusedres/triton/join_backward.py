@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .join import dense_like, dropout_arguments, join_argument, operand_layouts
-from .launch import Layout, cdiv, launch, multiprocessors, register, splits_of, tile_of
+from .launch import Layout, cdiv, launch, layout_of, multiprocessors, register, splits_of, tile_of
 from .tiles import activate, activation_gradient, keep_factor, load_gain, load_row, pointers
 
 __all__ = ["join_backward_apply", "join_backward_reduce", "sum_partials"]
@@ -231,6 +231,7 @@ def join_bwd_apply_kernel(
     res_norm,
     sums,
     offset,
+    addend,
     grad_y,
     grad_residual,
     seed,
@@ -244,11 +245,11 @@ def join_bwd_apply_kernel(
     grad_pitch,
     y_pitch,
     residual_pitch,
+    addend_pitch,
     grad_y_pitch,
     TRAINING: tl.constexpr,
     RES_TRAINING: tl.constexpr,
     RES_SUM: tl.constexpr,
-    ONTO: tl.constexpr,
     ACT: tl.constexpr,
     NHWC: tl.constexpr,
     QUADS: tl.constexpr,
@@ -281,10 +282,11 @@ def join_bwd_apply_kernel(
         u = factor * g
     if offset is not None:
         u += load_gain(offset, row, BM, columns, C, HW, inside)
-    at = pointers(grad_y, row, BM, columns, grad_y_pitch, C, HW, NHWC)
     result = norm_gradient(u, value, norm, sums, 0, 1, columns, C, per_count, TRAINING)
-    if ONTO:
+    if addend is not None:
+        at = pointers(addend, row, BM, columns, addend_pitch, C, HW, NHWC)
         result += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    at = pointers(grad_y, row, BM, columns, grad_y_pitch, C, HW, NHWC)
     tl.store(at, result.to(grad_y.dtype.element_ty), mask=inside)
     if grad_residual is not None:
         at = pointers(grad_residual, row, BM, columns, C, C, HW, NHWC)
@@ -309,17 +311,19 @@ def join_backward_apply(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     offset: Tensor | None = None,
-    onto: Tensor | None = None,
+    addend: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :mod:`fusedres.ops.join_backward`."""
-    operands = {"y": y, "grad": grad, "residual": residual}
-    layout, pitches = operand_layouts("join_backward_apply", operands | {"grad_y": onto})
+    operands = {"y": y, "grad": grad, "residual": residual, "addend": addend}
     _, channels, h, w = y.shape
-    grad_y = dense_like(y, layout) if onto is None else onto
-    pitches["grad_y_pitch"] = pitches["grad_y_pitch"] or channels
+    layout = layout_of("join_backward_apply", "y", y)
+    grad_y = dense_like(y, layout) if into is None else into
+    _, pitches = operand_layouts("join_backward_apply", operands | {"grad_y": grad_y})
     grad_residual = dense_like(y, layout) if residual is not None and need_residual else None
-    results = (y.new_empty(0) if onto is not None else grad_y), (
-        y.new_empty(0) if grad_residual is None else grad_residual
+    results = (
+        grad_y if into is None else y.new_empty(0),
+        y.new_empty(0) if grad_residual is None else grad_residual,
     )
     if y.numel() == 0:
         return results
@@ -330,7 +334,7 @@ def join_backward_apply(
     args |= {"grad_residual": grad_residual, **dropout_arguments(dropout, seed, y), "act_param": float(act_param)}
     args |= {"per_count": 1.0 / count, "pixels": pixels, "C": channels, "HW": h * w, **pitches}
     meta = _meta(act, layout, channels, block, columns) | {"TRAINING": training, "RES_TRAINING": res_training}
-    meta |= {"RES_SUM": 3 if sums is not None and len(sums) > 3 else 0, "ONTO": onto is not None}
+    meta["RES_SUM"] = 3 if sums is not None and len(sums) > 3 else 0
     launch(join_bwd_apply_kernel, (cdiv(pixels, block) * cdiv(channels, columns),), args, meta, warps=8, stages=1)
     return results
 

@@ -1,0 +1,43 @@
+"""Triton's interpreter, mended: kernels run on the CPU with ``TRITON_INTERPRET=1``, one program after another.
+
+Import it before any kernel is defined. The interpreter of Triton 3.6 and 3.7 multiplies the raw bits of bfloat16
+operands in ``tl.dot``, since NumPy has no such type; here they are widened first, as the tensor cores do.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+__all__ = ["enable"]
+
+
+def enable() -> None:
+    """Switches the interpreter on for this process.
+
+    Raises:
+        RuntimeError: where kernels were compiled for a GPU already; a kernel is one or the other from its definition on.
+    """
+    import sys
+
+    if "fusedres.triton.launch" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("the kernels are defined already: enable the interpreter before any of them is imported")
+    os.environ["TRITON_INTERPRET"] = "1"
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if getattr(interpreter.InterpreterBuilder.create_dot, "widens_bfloat16", False):
+        return
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return original(self, widened(a), widened(b), *rest)
+
+    create_dot.widens_bfloat16 = True
+    interpreter.InterpreterBuilder.create_dot = create_dot
