@@ -1,7 +1,8 @@
 """Triton's interpreter, mended: kernels run on the CPU with ``TRITON_INTERPRET=1``, one program after another.
 
 Import it before any kernel is defined. The interpreter of Triton 3.6 and 3.7 multiplies the raw bits of bfloat16
-operands in ``tl.dot``, since NumPy has no such type; here they are widened first, as the tensor cores do.
+operands in ``tl.dot``, since NumPy has no such type; here they are widened first, as the tensor cores do. And it adds
+the rows of a tile one after another, where a GPU adds in a tree: here in pairs too, so that errors are of that size.
 """
 
 from __future__ import annotations
@@ -39,5 +40,15 @@ def enable() -> None:
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return original(self, widened(a), widened(b), *rest)
 
+    def sum_in_pairs(self: Any, tile: Any) -> Any:
+        data = tile.handle.data
+        axes = tuple(range(data.ndim)) if self.axis is None else (self.axis,)
+        for axis in axes:
+            while data.shape[axis] > 1:  # lengths are powers of two
+                first, second = np.split(data, 2, axis)
+                data = first + second
+        return self.to_tensor(data if self.keep_dims else data.squeeze(axes), tile.dtype)
+
     create_dot.widens_bfloat16 = True
     interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.ReduceOps.sum = sum_in_pairs
