@@ -4,6 +4,7 @@ from . import (  # noqa: F401  they register themselves
     all_finite,
     bn_norm,
     bn_stats,
+    conv_fused,
     conv_wgrad,
     fingerprint,
     join,

@@ -19,6 +19,7 @@ KERNEL_MODULES = (
     "bn_norm",
     "join",
     "join_backward",
+    "conv_fused",
 )
 """The modules of this package that hold kernels, by the stem of their op."""
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from .launch import cdiv, common_layout, launch, multiprocessors, register, splits_of, tile_of
 from .tiles import pointers
 
-__all__ = ["bn_stats", "merge_statistics"]
+__all__ = ["bn_stats", "merge_statistics", "statistics_of_nothing"]
 
-_ELEMENTS = 4096  # of a tile: two accumulators per position, 32 registers of 128 threads each
+_ELEMENTS = 4096  # of a tile: two accumulators per position, 32 registers of 256 threads each
 _PROGRAMS = 4  # per multiprocessor
 _FAN_IN = 256  # partials that one program of the merge takes
 
@@ -158,14 +158,20 @@ def merge_statistics(partials: Tensor, rows: int, piece: int, pivots: Tensor | N
         partials, splits, piece = result, merged, piece * fan_in
 
 
+def statistics_of_nothing(groups: int, x: Tensor) -> Tensor:
+    """What an empty tensor has, ``[2, groups, C]``: a mean of NaN, as in stock, and no deviations."""
+    stats = x.new_zeros((2, groups, x.shape[1]), dtype=torch.float32)
+    stats[0] = torch.nan
+    return stats
+
+
 def bn_stats(x: Tensor, per_sample: bool = False, into: Tensor | None = None) -> Tensor:
     """See :mod:`fusedres.ops.bn_stats`."""
     layouts = common_layout("bn_stats", {"x": x, "into": into})
     n, channels, h, w = x.shape
     groups = n if per_sample else 1
     if x.numel() == 0:
-        stats = x.new_zeros((2, groups, channels), dtype=torch.float32)
-        stats[0] = torch.nan  # the mean of nothing, as in stock
+        stats = statistics_of_nothing(groups, x)
         return stats if per_sample else stats[:, 0]
     layout = layouts["x"]
     block, columns = tile_of(_ELEMENTS, channels, layout.channels_last, widest=128)
@@ -177,7 +183,7 @@ def bn_stats(x: Tensor, per_sample: bool = False, into: Tensor | None = None) ->
     args = {"x": x, "into": into, "partials": partials, "pivots": pivots, "rows": rows, "piece": piece, "C": channels, "HW": h * w}
     args |= {"x_pitch": layout.pitch, "into_pitch": layouts["into"].pitch if into is not None else None}
     meta = {"NHWC": layout.channels_last, "BM": block, "BC": columns, "STAGES": 3}
-    launch(bn_stats_kernel, (groups * splits, tiles), args, meta)
+    launch(bn_stats_kernel, (groups * splits, tiles), args, meta, warps=8)
     stats = merge_statistics(partials, rows, piece, pivots)
     return stats if per_sample else stats[:, 0]
 

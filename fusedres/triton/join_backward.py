@@ -190,7 +190,7 @@ def join_backward_reduce(
     args |= {"emitted": emitted, "partials": partials, **dropout_arguments(dropout, seed, y)}
     args |= {"act_param": float(act_param), "rows": rows, "piece": piece, "C": channels, "HW": h * w, **pitches}
     meta = _meta(act, layout, channels, block, columns) | {"STAGES": 3}
-    launch(join_bwd_reduce_kernel, (groups * splits, tiles), args, meta)
+    launch(join_bwd_reduce_kernel, (groups * splits, tiles), args, meta, warps=8)
     sums = sum_partials(partials)
     return (sums[:, 0] if gain is None else sums), empty
 
@@ -210,15 +210,14 @@ def norm_gradient(
     u, x, norm, sums, SUM: tl.constexpr, DOT: tl.constexpr, columns, C, per_count, TRAINING: tl.constexpr
 ):
     """The gradient of a norm's input from that of its output; ``sums`` are read only with batch statistics."""
-    if norm is None:
-        return u
-    scale = load_row(norm, 2, columns, C, 1.0)
-    if TRAINING:
-        mean, rstd = load_row(norm, 0, columns, C, 0.0), load_row(norm, 1, columns, C, 1.0)
-        level = load_row(sums, SUM, columns, C, 0.0) * per_count
-        slope = load_row(sums, DOT, columns, C, 0.0) * per_count
-        u = u - level[None, :] - ((x - mean[None, :]) * rstd[None, :]) * slope[None, :]
-    return scale[None, :] * u
+    if norm is not None:
+        if TRAINING:
+            mean, rstd = load_row(norm, 0, columns, C, 0.0), load_row(norm, 1, columns, C, 1.0)
+            level = load_row(sums, SUM, columns, C, 0.0) * per_count
+            slope = load_row(sums, DOT, columns, C, 0.0) * per_count
+            u = u - level[None, :] - ((x - mean[None, :]) * rstd[None, :]) * slope[None, :]
+        u = load_row(norm, 2, columns, C, 1.0)[None, :] * u
+    return u
 
 
 @triton.jit(do_not_specialize=["seed", "threshold", "pixels"])

@@ -69,18 +69,22 @@ def pointers(base, row, BLOCK: tl.constexpr, columns, pitch, C, HW, NHWC: tl.con
     """
     local = tl.arange(0, BLOCK)
     if NHWC:
-        return base + row * pitch + (local * pitch)[:, None] + columns[None, :]
-    rows = row + local
-    image = rows // HW
-    return base + (image * C * HW + rows - image * HW)[:, None] + columns.to(tl.int64)[None, :] * HW
+        result = base + row * pitch + (local * pitch)[:, None] + columns[None, :]
+    else:
+        rows = row + local
+        image = rows // HW
+        result = base + (image * C * HW + rows - image * HW)[:, None] + columns.to(tl.int64)[None, :] * HW
+    return result
 
 
 @triton.jit
 def load_row(rows, INDEX: tl.constexpr, columns, C, fallback):
     """Row ``INDEX`` of an ``[R, C]`` tensor at these channels, or ``fallback`` in every channel without one."""
     if rows is None:
-        return tl.full(columns.shape, fallback, tl.float32)
-    return tl.load(rows + INDEX * C + columns, mask=columns < C, other=0.0)
+        result = tl.full(columns.shape, fallback, tl.float32)
+    else:
+        result = tl.load(rows + INDEX * C + columns, mask=columns < C, other=0.0)
+    return result
 
 
 @triton.jit
