@@ -20,6 +20,7 @@ KERNEL_MODULES = (
     "join",
     "join_backward",
     "conv_fused",
+    "conv_fused_backward",
 )
 """The modules of this package that hold kernels, by the stem of their op."""
 

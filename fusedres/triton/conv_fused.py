@@ -227,7 +227,7 @@ def _run(
     meta = geometry_meta(weight, stride, padding, dilation) | {"ACT": act, "OUT_ACT": out_act}
     meta |= {"PRECISION": dot_precision(x.dtype), "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth}
     grid = (blocks * cdiv(filters, tiles.columns),)
-    launch(conv_fprop_kernel, grid, args, meta, warps=tiles.warps, stages=tiles.stages)
+    launch(conv_fprop_kernel, grid, args, meta, **tiles.options)
     return y, None if partials is None else merge_statistics(partials, rows, tiles.rows)[:, 0]
 
 

@@ -1,8 +1,9 @@
 """Triton's interpreter, mended: kernels run on the CPU with ``TRITON_INTERPRET=1``, one program after another.
 
-Import it before any kernel is defined. The interpreter of Triton 3.6 and 3.7 multiplies the raw bits of bfloat16
-operands in ``tl.dot``, since NumPy has no such type; here they are widened first, as the tensor cores do. And it adds
-the rows of a tile one after another, where a GPU adds in a tree: here in pairs too, so that errors are of that size.
+Call :func:`enable` before any kernel is defined. NumPy has no bfloat16, and the interpreter of Triton 3.6 and 3.7
+multiplies the raw bits of such operands in ``tl.dot`` and cuts digits off where it converts float32: here operands are
+widened first, as tensor cores do, and conversions round to nearest. And it adds the rows of a tile one after another,
+where a GPU adds in a tree: here in pairs too, so that errors are of that size.
 """
 
 from __future__ import annotations
@@ -49,6 +50,17 @@ def enable() -> None:
                 data = first + second
         return self.to_tensor(data if self.keep_dims else data.squeeze(axes), tile.dtype)
 
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, source: Any, to: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
+            return cast(self, source, to)
+        bits = np.atleast_1d(np.asarray(source.data, np.float32)).view(np.uint32).reshape(np.shape(source.data))
+        rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+        nan = np.isnan(source.data)
+        return interpreter.TensorHandle(np.where(nan, (bits >> 16) | 0x40, rounded).astype(np.uint16), to.scalar)
+
     create_dot.widens_bfloat16 = True
+    interpreter.InterpreterBuilder.cast_impl = cast_impl
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter.ReduceOps.sum = sum_in_pairs

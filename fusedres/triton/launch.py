@@ -50,7 +50,7 @@ class Launch(NamedTuple):
     Attributes:
         args: the arguments by name, tensors and numbers; ``None`` is a compile-time constant.
         meta: the ``tl.constexpr`` arguments by name.
-        options: ``num_warps`` and ``num_stages``.
+        options: ``num_warps``, ``num_stages`` and perhaps ``maxnreg``.
     """
 
     kernel: Any
@@ -75,10 +75,17 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], args: dict[str, Any], meta: dict[str, Any], *, warps: int = 4, stages: int = 3
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: dict[str, Any],
+    meta: dict[str, Any],
+    *,
+    warps: int = 4,
+    stages: int = 3,
+    registers: int = 0,
 ) -> None:
-    """Runs a kernel on the device and the current stream of its tensors."""
-    options = {"num_warps": warps, "num_stages": stages}
+    """Runs a kernel on the device and the current stream of its tensors; ``registers`` limits those of a thread."""
+    options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
     launches = getattr(_recorder, "launches", None)
     if launches is not None:
         launches.append(Launch(kernel, grid, args, meta, options))

@@ -50,13 +50,25 @@ _FARTHEST = 2.0
 
 
 class Tiles(NamedTuple):
-    """One configuration of a matrix kernel: its tile, its warps, and the stages of its pipeline."""
+    """One configuration of a matrix kernel.
+
+    Attributes:
+        rows: of a tile of the result; columns and depth likewise.
+        stages: of the pipeline of loads.
+        registers: of a thread, at most, so that more programs share a multiprocessor; 0: as the compiler likes.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The options of :func:`fusedres.triton.launch.launch`."""
+        return {"warps": self.warps, "stages": self.stages, "registers": self.registers}
 
 
 class Problem(NamedTuple):
@@ -174,7 +186,7 @@ def space(problem: Problem, capability: int = 9) -> list[Tiles]:
             for k in (32, 64):
                 for warps in (4, 8):
                     for stages in (2, 3, 4):
-                        tiles = Tiles(m, n, k, warps, stages)
+                        tiles = Tiles(m, n, k, warps, stages, 128 if warps == 8 else 0)
                         if _fits(problem, tiles, capability) and _suits(tiles, rows, columns, depth):
                             found.append(tiles)
     return found
@@ -204,12 +216,12 @@ def _suits(tiles: Tiles, rows: int, columns: int, depth: int) -> bool:
 def heuristic(problem: Problem) -> Tiles:
     """Tiles that are safe everywhere and good in most places: no spills on any device that the kernels run on."""
     rows, columns, depth = problem.gemm
-    wide = problem.dtype == torch.float32
+    deep = 32 if problem.dtype == torch.float32 or depth <= 32 else 64
     n = 128 if columns > 64 else 64 if columns > 32 else 32
     if problem.kind == "wgrad":
-        return Tiles(128 if rows > 64 and not wide else 64, n if not wide else min(n, 64), 32 if wide else 64, 8, 3)
-    m = 64 if rows <= 64 * 132 else 128
-    return Tiles(m, n, 32 if wide or depth <= 32 else 64, 8 if m * n >= 128 * 64 else 4, 2 if depth <= 64 else 3)
+        return Tiles(128 if rows > 64 else 64, n, deep, 8, 3, 128)
+    # With 8 warps of 128 registers two programs share a multiprocessor: one computes while the other stores.
+    return Tiles(128, n, deep, 8, 2 if depth <= 2 * deep else 3, 128)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

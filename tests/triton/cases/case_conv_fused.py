@@ -6,37 +6,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from triton_operands import GEOMETRIES, rows
 
 from fusedres.ops.conv_fused import CONV_FUSED_FPROP, CONV_FUSED_JOIN
 from fusedres.testing import assert_within_budget, channels_last, rms, sliced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 relaxed = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-GEOMETRIES = {  # kernel size, stride, padding, dilation
-    "1x1": ((1, 1), (1, 1), (0, 0), (1, 1)),
-    "1x1 stride 2": ((1, 1), (2, 2), (0, 0), (1, 1)),
-    "3x3": ((3, 3), (1, 1), (1, 1), (1, 1)),
-    "3x3 stride 2": ((3, 3), (2, 2), (1, 1), (1, 1)),
-    "3x3 dilated": ((3, 3), (1, 1), (2, 2), (2, 2)),
-    "1x3 uneven": ((1, 3), (2, 1), (0, 1), (1, 1)),
-    "1x1 padded": ((1, 1), (1, 1), (1, 1), (1, 1)),
-}
-
-
-@pytest.fixture(autouse=True)
-def exact_float32():
-    """Products of float32 in float32, by every implementation."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
-
-
-def rows(channels, seed, device):
-    values = torch.randn(4, channels, generator=torch.Generator().manual_seed(seed))
-    values[1:3] = values[1:3].abs() + 0.5
-    return values.to(device)
 
 
 class Case:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,3 +25,12 @@ def device() -> str:
     if not INTERPRETED and not torch.cuda.is_available():
         pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
     return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> Iterator[None]:
+    """Products of float32 in float32, by every implementation."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
