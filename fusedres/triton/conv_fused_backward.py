@@ -22,7 +22,7 @@ from torch import Tensor
 from ..ops.conv import ConvGeometry
 from .conv_fused import channels_last_of, check_operands, dot_precision, geometry_meta, pending
 from .join_backward import sum_partials
-from .launch import cdiv, launch, multiprocessors, register
+from .launch import cdiv, launch, multiprocessors, register, splits_of
 from .tiles import activation_gradient, load_row
 from .tuning import Problem, Tiles, configuration
 
@@ -308,7 +308,10 @@ def conv_wgrad_kernel(
     right = (tap % S) * DILATION_W - PAD_W
     first = tl.program_id(1) * piece
     end = tl.minimum(first + piece, M)
+    # Offsets within the piece in 32 bits: the launcher keeps it short enough.
     g_base = g + first.to(tl.int64) * g_pitch
+    if grad_rows is not None:
+        y_base = y + first.to(tl.int64) * y_pitch
     image = first // (P * Q)
     if DENSE:
         x_base = x + first.to(tl.int64) * x_pitch
@@ -320,11 +323,10 @@ def conv_wgrad_kernel(
         inside = m < end
         local = m - first
         mask = inside[:, None] & (k < K)[None, :]
-        a = tl.load(g_base + (local.to(tl.int64) * g_pitch)[:, None] + k[None, :], mask=mask, other=0.0)
+        a = tl.load(g_base + (local * g_pitch)[:, None] + k[None, :], mask=mask, other=0.0)
         raw = a
         if grad_rows is not None:
-            at = y + first.to(tl.int64) * y_pitch + (local.to(tl.int64) * y_pitch)[:, None] + k[None, :]
-            raw = tl.load(at, mask=mask, other=0.0)
+            raw = tl.load(y_base + (local * y_pitch)[:, None] + k[None, :], mask=mask, other=0.0)
         covered = inside
         if DENSE:
             pixel = local
@@ -334,7 +336,7 @@ def conv_wgrad_kernel(
             pixel = ((m // (P * Q) - image) * H + top) * W + left
             if PADS:
                 covered &= (top >= 0) & (top < H) & (left >= 0) & (left < W)
-        at = x_base + (pixel.to(tl.int64) * x_pitch)[:, None] + n[None, :]
+        at = x_base + (pixel * x_pitch)[:, None] + n[None, :]
         b = tl.load(at, mask=covered[:, None] & (n < C)[None, :], other=0.0)
         a = output_gradient(a, raw, grad_rows, k, K, inside)
         b = pending(b, norm, n, C, act_param, covered, ACT, PADS)
@@ -383,15 +385,15 @@ def conv_fused_wgrad(
         pends = grad_rows is not None or norm is not None or act != 0
         problem = Problem("wgrad", x.dtype, tuple(x.shape), filters, (r, s), geometry, pends)
         tiles = configuration(problem, x.device)
-    count = cdiv(filters, tiles.rows) * r * s * cdiv(channels, tiles.columns)
-    wanted = max(1, cdiv(_PROGRAMS * multiprocessors(x), count))
-    piece = cdiv(cdiv(rows, min(wanted, cdiv(rows, tiles.depth))), tiles.depth) * tiles.depth
-    splits = cdiv(rows, piece)
-    partials = torch.empty((splits, filters, r, s, channels), dtype=torch.float32, device=x.device)
     operands = {"g": g, "y": y if grad_rows is not None else None, "x": x}
     pitches = {
         f"{name}_pitch": None if t is None else channels_last_of(op, name, t).pitch for name, t in operands.items()
     }
+    count = cdiv(filters, tiles.rows) * r * s * cdiv(channels, tiles.columns)
+    widest = max(pitch or 0 for pitch in pitches.values())
+    reach = rows * widest * cdiv(h * w, p * q) + 2 * h * w * widest  # elements that the offsets of one piece span
+    splits, piece = splits_of(rows, tiles.depth, 1, max(cdiv(_PROGRAMS * multiprocessors(x), count), cdiv(reach, 2**30)))
+    partials = torch.empty((splits, filters, r, s, channels), dtype=torch.float32, device=x.device)
     args = {**operands, "grad_rows": grad_rows, "norm": norm, "partials": partials, "act_param": float(act_param)}
     args |= {"M": rows, "piece": piece, "K": filters, "C": channels, "H": h, "W": w, "P": p, "Q": q, **pitches}
     meta = geometry_meta(out, stride, padding, dilation) | {"ACT": act, "PRECISION": dot_precision(x.dtype)}
