@@ -6,6 +6,7 @@ code; :func:`run` binds it to a module's parameters as they are at that moment a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -14,7 +15,20 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .engine import IDENTITY_SHORTCUT, ConvSlot, Link, NormSlot, Program, execute
+from .engine import (
+    GATES,
+    IDENTITY_SHORTCUT,
+    ConvSlot,
+    DenseProgram,
+    ExciteSlot,
+    GainSlot,
+    Link,
+    NormSlot,
+    Program,
+    execute,
+    execute_dense,
+    is_constant,
+)
 from .ops.activations import IDENTITY, RELU, Activation
 from .ops.conv import geometry
 from .select import too_small
@@ -23,13 +37,16 @@ __all__ = [
     "Act",
     "Block",
     "Conv",
+    "Dense",
     "DropPath",
     "Dropout",
     "Norm",
     "SqueezeExcite",
     "Step",
+    "dense_plans",
     "link_plans",
     "run",
+    "run_dense",
     "unsupported",
 ]
 
@@ -48,9 +65,14 @@ class Conv:
 
 @dataclass(frozen=True)
 class Norm:
-    """The batch norm held by the ``nn.BatchNorm2d`` at ``path``."""
+    """The batch norm held by the ``nn.BatchNorm2d`` at ``path``.
+
+    Args:
+        act: what the module itself applies behind it, as timm's ``BatchNormAct2d`` does; identity for plain norms.
+    """
 
     path: str
+    act: Activation = IDENTITY
 
 
 @dataclass(frozen=True)
@@ -74,7 +96,7 @@ class SqueezeExcite:
     Args:
         fc1, fc2: paths of the two layers, each an ``nn.Conv2d`` of kernel size 1 or an ``nn.Linear``.
         act: between them.
-        gate: ``"sigmoid"`` or ``"hardsigmoid"``.
+        gate: a key of :data:`fusedres.engine.GATES`.
     """
 
     fc1: str
@@ -83,12 +105,12 @@ class SqueezeExcite:
     gate: str = "sigmoid"
 
 
-GATES = {"sigmoid": torch.sigmoid, "hardsigmoid": torch.nn.functional.hardsigmoid}
-
-
 @dataclass(frozen=True)
 class DropPath:
-    """Stochastic depth by the module at ``path``: in training, samples are dropped with its probability ``p``."""
+    """Stochastic depth by the module at ``path``: in training, samples are dropped with its probability.
+
+    That is its ``p``, as in torchvision's ``StochasticDepth``, or its ``drop_prob``, as in timm's ``DropPath``.
+    """
 
     path: str
 
@@ -125,27 +147,48 @@ class Block:
         return self._hash
 
 
+@dataclass(frozen=True)
+class Dense:
+    """A dense block: every layer reads the channels of the input and of all layers before it, and appends its own.
+
+    Args:
+        layers: the steps of each, which begin with a norm and end with a convolution, or a dropout behind it.
+    """
+
+    layers: tuple[tuple[Step, ...], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash(self.layers))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
 class _LinkPlan(NamedTuple):
     """A :class:`~fusedres.engine.Link` with the modules' paths, split, in the place of operands."""
 
-    norm: tuple[str, ...] | None
-    act: Activation
-    conv: tuple[str, ...] | None
+    norm: tuple[str, ...] | None = None
+    act: Activation = IDENTITY
+    conv: tuple[str, ...] | None = None
+    excite: SqueezeExcite | None = None
+    drop_path: tuple[str, ...] | None = None
+    dropout: tuple[str, ...] | None = None
 
 
 class _Plan(NamedTuple):
     branch: tuple[_LinkPlan, ...]
     shortcut: tuple[_LinkPlan, ...] | None
+    shares: bool = False
 
 
 class UnsupportedBlock(ValueError):
     """A sequence of steps that the engine cannot express."""
 
 
-def unsupported(block: Block) -> str | None:
+def unsupported(block: Block | Dense) -> str | None:
     """``None`` where the engine can run this block, else why not, in words."""
     try:
-        link_plans(block)
+        link_plans(block) if isinstance(block, Block) else dense_plans(block)
     except UnsupportedBlock as error:
         return str(error)
     return None
@@ -158,35 +201,75 @@ def link_plans(block: Block) -> _Plan:
         if block.act != IDENTITY:
             raise UnsupportedBlock("an activation after the join needs a join")
         return _Plan(_links(block.branch), None)
-    plan = _Plan(_links(block.branch), _links(block.shortcut))
-    for name, chain in (("branch", plan.branch), ("shortcut", plan.shortcut)):
+    branch, shortcut = _links(block.branch), _links(block.shortcut)
+    for name, chain in (("branch", branch), ("shortcut", shortcut)):
         if chain[-1].act != IDENTITY:
             raise UnsupportedBlock(f"the {name} ends with an activation before the addition")
-    if len(plan.shortcut) == 1 and plan.shortcut[0].norm is not None:
+        if chain[-1].dropout is not None:
+            raise UnsupportedBlock(f"the {name} ends with a dropout before the addition")
+    if any(link.excite is not None or link.drop_path is not None for link in shortcut):
+        raise UnsupportedBlock("the shortcut has a gain, squeeze-excitation or stochastic depth")
+    if len(shortcut) == 1 and shortcut[0].norm is not None:
         raise UnsupportedBlock("the shortcut is a norm without a convolution")
-    return plan
+    shares = block.residual == "pending" and branch[0]._replace(conv=None) != _LinkPlan()
+    if shares and branch[0].conv is None:
+        raise UnsupportedBlock("a shortcut from the branch's first value needs a convolution in the branch")
+    return _Plan(branch, shortcut, shares)
+
+
+@cache
+def dense_plans(dense: Dense) -> tuple[tuple[_LinkPlan, ...], ...]:
+    """Every layer's steps grouped into links; raises as :func:`link_plans` does."""
+    layers = tuple(_links(layer) for layer in dense.layers)
+    for layer in layers:
+        if len(layer) < 2 or layer[0].norm is None:
+            raise UnsupportedBlock("a layer that does not begin with a norm and go on to a convolution")
+        if layer[-1]._replace(dropout=None) != _LinkPlan():
+            raise UnsupportedBlock("a layer that does not end with its convolution, or a dropout behind it")
+    return layers
 
 
 def _links(steps: tuple[Step, ...]) -> tuple[_LinkPlan, ...]:
-    """Groups steps into links, each ``[norm] [activation] [convolution]``."""
+    """Groups steps into links, each ``[norm] [excitation] [stochastic depth] [activation] [dropout] [convolution]``.
+
+    An excitation behind an activation begins a link of its own: it needs the mean of what the activation made.
+    """
     links: list[_LinkPlan] = []
-    norm: tuple[str, ...] | None = None
-    act = IDENTITY
+    link = _LinkPlan()
     for step in steps:
-        if isinstance(step, Conv):
-            links.append(_LinkPlan(norm, act, _names(step.path)))
-            norm, act = None, IDENTITY
-        elif isinstance(step, Norm):
-            if norm is not None or act != IDENTITY:
-                raise UnsupportedBlock("a norm that follows a norm or an activation, without a convolution between")
-            norm = _names(step.path)
-        elif isinstance(step, Act):
-            if act != IDENTITY:
-                raise UnsupportedBlock("two activations in a row")
-            act = step.activation
-        else:
-            raise UnsupportedBlock(f"a {type(step).__name__}")
-    return (*links, _LinkPlan(norm, act, None))
+        if isinstance(step, SqueezeExcite) and link.act != IDENTITY and link.dropout is None:
+            links.append(link)
+            link = _LinkPlan()
+        link = _with_step(link, step)
+        if link.conv is not None:
+            links.append(link)
+            link = _LinkPlan()
+    return (*links, link)
+
+
+def _with_step(link: _LinkPlan, step: Step) -> _LinkPlan:
+    """``link`` with one more step, which has to come behind those that it has."""
+    if isinstance(step, Conv):
+        return link._replace(conv=_names(step.path))
+    if link.dropout is not None:
+        raise UnsupportedBlock("a dropout that no convolution follows")
+    if isinstance(step, Dropout):
+        return link._replace(dropout=_names(step.path))
+    if isinstance(step, Act):
+        if link.act != IDENTITY:
+            raise UnsupportedBlock("two activations in a row")
+        return link._replace(act=step.activation)
+    if isinstance(step, Norm):
+        if link != _LinkPlan():
+            raise UnsupportedBlock("a norm that follows a norm or an activation, without a convolution between")
+        return link._replace(norm=_names(step.path), act=step.act)
+    if link.act != IDENTITY or link.drop_path is not None:
+        raise UnsupportedBlock("a gain that follows an activation or another gain")
+    if isinstance(step, DropPath):
+        return link._replace(drop_path=_names(step.path))
+    if link.excite is not None:
+        raise UnsupportedBlock("two excitations in a row")
+    return link._replace(excite=step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,7 +278,7 @@ def _links(steps: tuple[Step, ...]) -> tuple[_LinkPlan, ...]:
 
 
 # Folded and packed weights, per module and block. Not on the module, where copies and pickles would meet them.
-_FOLDED: WeakKeyDictionary[nn.Module, dict[Block, dict[int, Any]]] = WeakKeyDictionary()
+_FOLDED: WeakKeyDictionary[nn.Module, dict[Block | Dense, dict[int, Any]]] = WeakKeyDictionary()
 
 
 def run(
@@ -218,13 +301,11 @@ def run(
     An input that the engine does not take runs as stock PyTorch, and raises what stock PyTorch raises. A module that
     has been replaced, hooked or reparametrized since the block was described is called, as stock PyTorch would.
     """
-    if unsupported(block) is not None or block.residual == "pending":
-        return _call_modules(block, root, x, residual)
-    plan = link_plans(block)
     if not (_engine_takes(x) and (residual is None or _engine_takes(residual))):
         return _call_modules(block, root, x, residual)
+    plan = link_plans(block)
     mode = "training" if torch.is_grad_enabled() else "inference"
-    if memory != "low" and too_small(x, mode, backend):  # asked here too, before the work of binding
+    if memory != "low" and too_small(x.numel(), mode, backend):  # asked here too, before the work of binding
         return _call_modules(block, root, x, residual)
     binder = _Binder(root)
     try:
@@ -238,15 +319,37 @@ def run(
     if not binder.suits(x):
         return _call_modules(block, root, x, residual)
     binder.count_batch()
-    program = Program(branch, shortcut, block.act, block.in_place, memory, backend)
-    if not program.constant:
-        _FOLDED.pop(root, None)  # training writes to the weights at every step: nothing folded stays true
-        return execute(program, x, residual, binder.tensors)
-    folded = _FOLDED.setdefault(root, {}).setdefault(block, {})
-    return execute(program, x, residual, binder.tensors, folded)
+    program = Program(branch, shortcut, block.act, block.in_place, memory, backend, plan.shares)
+    return execute(program, x, residual, binder.tensors, _folded(root, block, program.constant))
+
+
+def run_dense(dense: Dense, root: nn.Module, x: Tensor, *, backend: str = "auto", memory: str = "auto") -> Tensor:
+    """Runs a dense block; as :func:`run`, with a result of ``x``'s channels and all layers'."""
+    if not _engine_takes(x):
+        return _call_layers(dense, root, x)
+    binder = _Binder(root)
+    try:
+        layers = tuple(map(binder.chain, dense_plans(dense)))
+    except _NotOurs:
+        return _call_layers(dense, root, x)
+    if not binder.suits(x):
+        return _call_layers(dense, root, x)
+    binder.count_batch()
+    program = DenseProgram(layers, memory, backend)
+    return execute_dense(program, x, binder.tensors, _folded(root, dense, is_constant(program.links)))
+
+
+def _folded(root: nn.Module, block: Block | Dense, constant: bool) -> dict[int, Any] | None:
+    """Where the block's folded weights are kept."""
+    if constant:
+        return _FOLDED.setdefault(root, {}).setdefault(block, {})
+    _FOLDED.pop(root, None)  # training writes to the weights at every step: nothing folded stays true
+    return None
 
 
 def _engine_takes(x: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # the compiler fuses what it traces, and that is modules
+        return False
     plain = type(x) is Tensor and x.dim() == 4 and x.is_floating_point()
     return plain and not torch._C._are_functorch_transforms_active()
 
@@ -257,27 +360,35 @@ class _NotOurs(Exception):
 
 def _call_modules(block: Block, root: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
     """The block by calling its modules one after the other."""
-
-    def through(steps: tuple[Step, ...], value: Tensor) -> Tensor:
-        for step in steps:
-            value = _call_step(step, root, value)
-        return value
-
     head = next(i for i, s in enumerate(block.branch) if isinstance(s, Conv)) if block.residual == "pending" else 0
-    start = through(block.branch[:head], x)
-    out = through(block.branch[head:], start)
+    start = _call_steps(block.branch[:head], root, x)
+    out = _call_steps(block.branch[head:], root, start)
     if block.shortcut is None:
         return out
-    side = through(block.shortcut, start if residual is None else residual)
+    side = _call_steps(block.shortcut, root, start if residual is None else residual)
     return block.act(out.add_(side) if block.in_place else out + side)
+
+
+def _call_layers(dense: Dense, root: nn.Module, x: Tensor) -> Tensor:
+    """The dense block by calling its modules one after the other."""
+    features = [x]
+    for layer in dense.layers:
+        features.append(_call_steps(layer, root, torch.cat(features, 1)))
+    return torch.cat(features, 1)
+
+
+def _call_steps(steps: tuple[Step, ...], root: nn.Module, value: Tensor) -> Tensor:
+    for step in steps:
+        value = _call_step(step, root, value)
+    return value
 
 
 def _call_step(step: Step, root: nn.Module, value: Tensor) -> Tensor:
     if isinstance(step, Act):
         return step.activation(value)
     if not isinstance(step, SqueezeExcite):
-        return _module(root, _names(step.path))(value)
-    fc1, fc2 = (_module(root, _names(path)) for path in (step.fc1, step.fc2))
+        return _module(root, step.path.split("."))(value)  # no cache: compilers trace this
+    fc1, fc2 = (_module(root, path.split(".")) for path in (step.fc1, step.fc2))
     squeezed = value.mean((2, 3), keepdim=isinstance(fc1, nn.Conv2d))
     gate = GATES[step.gate](fc2(step.act(fc1(squeezed))))
     return value * gate.view(*gate.shape[:2], 1, 1)
@@ -288,17 +399,30 @@ def _names(path: str) -> tuple[str, ...]:
     return tuple(path.split("."))
 
 
-def _module(root: nn.Module, names: tuple[str, ...]) -> nn.Module:
+def _module(root: nn.Module, names: Sequence[str]) -> nn.Module:
     for name in names:
         root = root._modules[name]
     return root
 
 
+def _check_unhooked(module: nn.Module) -> None:
+    """Raises :class:`_NotOurs` where calling ``module`` does more than its forward."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise _NotOurs
+
+
 def _check_ours(module: nn.Module, kind: type[nn.Module]) -> None:
     """Raises :class:`_NotOurs` unless calling ``module`` is nothing but ``kind``'s forward on its own parameters."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if hooked or type(module).forward is not kind.forward or "weight" not in module._parameters:
+    _check_unhooked(module)
+    if type(module).forward is not kind.forward or "weight" not in module._parameters:
         raise _NotOurs
+
+
+@cache
+def is_norm_act(cls: type[nn.Module]) -> bool:
+    """Whether instances are a batch norm and its activation in one module, timm's ``BatchNormAct2d``."""
+    forward = cls.forward
+    return (forward.__module__, forward.__qualname__) == ("timm.layers.norm_act", "BatchNormAct2d.forward")
 
 
 class _Binder:
@@ -327,6 +451,8 @@ class _Binder:
                 None if plan.norm is None else self._norm(_module(self.root, plan.norm)),
                 plan.act,
                 None if plan.conv is None else self._conv(_module(self.root, plan.conv)),
+                self._gain(plan),
+                0.0 if plan.dropout is None else self._dropout(_module(self.root, plan.dropout)),
             )
             for plan in plans
         )
@@ -340,7 +466,7 @@ class _Binder:
         return ConvSlot(first, geometry(conv.stride, conv.padding, conv.dilation, conv.groups, conv.kernel_size))
 
     def _norm(self, norm: nn.Module) -> NormSlot:
-        _check_ours(norm, nn.BatchNorm2d)
+        _check_ours(norm, type(norm) if is_norm_act(type(norm)) else nn.BatchNorm2d)
         first = len(self.tensors)
         parameters, buffers = norm._parameters, norm._buffers
         mean, var = buffers["running_mean"], buffers["running_var"]
@@ -355,3 +481,31 @@ class _Binder:
             mean, var = None, None
         self.tensors += (parameters["weight"], parameters["bias"], mean, var)
         return NormSlot(first, batch_statistics, momentum, norm.eps)
+
+    def _gain(self, plan: _LinkPlan) -> GainSlot | None:
+        drop_path = 0.0 if plan.drop_path is None else self._drop_path(_module(self.root, plan.drop_path))
+        excite = None if plan.excite is None else self._excite(plan.excite)
+        return GainSlot(excite, drop_path) if excite is not None or drop_path else None
+
+    def _excite(self, step: SqueezeExcite) -> ExciteSlot:
+        first = len(self.tensors)
+        for path in (step.fc1, step.fc2):
+            layer = _module(self.root, _names(path))
+            _check_ours(layer, nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear)
+            parameters = layer._parameters
+            self.tensors += (parameters["weight"], parameters["bias"])
+            self.weights.append(parameters["weight"])
+        return ExciteSlot(first, step.act, step.gate)
+
+    def _dropout(self, module: nn.Module) -> float:
+        _check_unhooked(module)
+        if type(module).forward is not nn.Dropout.forward:
+            raise _NotOurs
+        return float(module.p) if module.training else 0.0
+
+    def _drop_path(self, module: nn.Module) -> float:
+        _check_unhooked(module)
+        settings = module.__dict__
+        if settings.get("mode", "row") != "row" or not settings.get("scale_by_keep", True):
+            raise _NotOurs
+        return float(settings["p"] if "p" in settings else settings["drop_prob"]) if module.training else 0.0

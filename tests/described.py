@@ -7,21 +7,53 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fusedres.block import Act, Block, Conv, Norm, run
-from fusedres.ops.activations import IDENTITY, Activation, activation
+from fusedres.block import Act, Block, Conv, Dropout, DropPath, Norm, SqueezeExcite, run
+from fusedres.block import Step as DescribedStep
+from fusedres.ops.activations import IDENTITY, RELU, Activation, activation
+from fusedres.ops.dropout import draw_seed, keep_scale
 
-__all__ = ["BLOCKS", "Described", "basic", "bottleneck", "fuse", "norms"]
+__all__ = ["BLOCKS", "Depth", "Described", "Gate", "basic", "bottleneck", "conv", "fuse", "norm", "norms", "replay"]
 
 Step = nn.Module | str
 
 
+class Gate(nn.Module):
+    """Squeeze-excitation: ``x * gate(fc2(relu(fc1(mean(x)))))``."""
+
+    def __init__(self, channels: int, hidden: int, linear: bool = False, bias: bool = True) -> None:
+        super().__init__()
+        make = nn.Linear if linear else lambda c, k, bias: nn.Conv2d(c, k, 1, bias=bias)
+        self.fc1, self.fc2, self.linear = make(channels, hidden, bias=bias), make(hidden, channels, bias=bias), linear
+        self.gate = "hardsigmoid" if linear else "sigmoid"
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.fc2(torch.relu(self.fc1(x.mean((2, 3), keepdim=not self.linear))))
+        s = nn.functional.hardsigmoid(s) if self.linear else torch.sigmoid(s)
+        return x * s.view(*s.shape[:2], 1, 1)
+
+
+class Depth(nn.Module):
+    """Stochastic depth."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = torch.empty((len(x), 1, 1, 1), dtype=x.dtype).bernoulli_(1 - self.p)
+        return x * (kept / (1 - self.p) if self.p < 1 else kept)
+
+
 class Described(nn.Module):
-    """``act(branch(x) + shortcut(x))``; a step is a convolution, a batch norm, or an activation's name.
+    """``act(branch(x) + shortcut(x))``; a step is a convolution, a batch norm, a dropout, a gate, stochastic depth, or
+    an activation's name. Either way it draws the same masks.
 
     Args:
         branch, shortcut: as in :class:`fusedres.block.Block`.
         act: the activation behind the addition.
-        residual: whether the shortcut reads a second argument.
+        residual: what the shortcut reads, as in :class:`fusedres.block.Block`.
         in_place: whether the addition is written ``+=``.
         options: of :func:`fusedres.block.run`.
     """
@@ -32,7 +64,7 @@ class Described(nn.Module):
         shortcut: list[Step] | None = None,
         act: str = "relu",
         *,
-        residual: bool = False,
+        residual: str = "input",
         in_place: bool = False,
         **options: str,
     ) -> None:
@@ -45,14 +77,20 @@ class Described(nn.Module):
             _described("branch", self.branch, self.branch_steps),
             _described("shortcut", self.shortcut, self.shortcut_steps) if self.joins else None,
             self.act if self.joins else IDENTITY,
-            "argument" if residual else "input",
+            residual,
             in_place,
         )
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        torch.manual_seed(0)
         if self.fuses:
             return run(self.block, self, x, residual, **self.options)
-        out = _called(self.branch, self.branch_steps, x)
+        if self.block.residual == "pending":
+            head = next(i for i, step in enumerate(self.block.branch) if isinstance(step, Conv))
+            x = _called(self.branch, self.branch_steps[:head], x)
+            out = _called(self.branch, self.branch_steps[head:], x)
+        else:
+            out = _called(self.branch, self.branch_steps, x)
         if not self.joins:
             return out
         side = _called(self.shortcut, self.shortcut_steps, x if residual is None else residual)
@@ -80,30 +118,47 @@ def _split(steps: list[Step]) -> tuple[nn.ModuleList, list[int | Activation]]:
 
 
 def _described(name: str, modules: nn.ModuleList, order: list[int | Activation]) -> tuple:
-    def step(entry: int | Activation) -> Conv | Norm | Act:
+    kinds = {nn.BatchNorm2d: Norm, nn.Conv2d: Conv, nn.Dropout: Dropout, Depth: DropPath}
+
+    def step(entry: int | Activation) -> DescribedStep:
         if isinstance(entry, Activation):
             return Act(entry)
-        return (Norm if isinstance(modules[entry], nn.BatchNorm2d) else Conv)(f"{name}.{entry}")
+        module, path = modules[entry], f"{name}.{entry}"
+        if isinstance(module, Gate):
+            return SqueezeExcite(f"{path}.fc1", f"{path}.fc2", RELU, module.gate)
+        return kinds[type(module)](path)
 
     return tuple(step(entry) for entry in order)
 
 
 def _called(modules: nn.ModuleList, order: list[int | Activation], x: Tensor) -> Tensor:
     for entry in order:
-        x = entry(x) if isinstance(entry, Activation) else modules[entry](x)
+        if isinstance(entry, Activation):
+            x = entry(x)
+        elif isinstance(modules[entry], nn.Dropout):
+            x = replay(modules[entry], x)
+        else:
+            x = modules[entry](x)
     return x
+
+
+def replay(dropout: nn.Dropout, x: Tensor) -> Tensor:
+    """``dropout(x)`` with the mask that a fused block draws."""
+    if not (dropout.training and dropout.p):
+        return x
+    return x * keep_scale(x.shape, dropout.p, draw_seed(), x.dtype, x.device)
 
 
 def norms(module: nn.Module) -> list[nn.BatchNorm2d]:
     return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
-def _conv(c: int, k: int, size: int, stride: int = 1, bias: bool = False, **options) -> nn.Conv2d:
+def conv(c: int, k: int, size: int, stride: int = 1, bias: bool = False, **options) -> nn.Conv2d:
     options.setdefault("padding", size // 2)
     return nn.Conv2d(c, k, size, stride, bias=bias, **options)
 
 
-def _norm(channels: int, **options) -> nn.BatchNorm2d:
+def norm(channels: int, **options) -> nn.BatchNorm2d:
     norm = nn.BatchNorm2d(channels, **options)
     with torch.no_grad():
         for t, low, high in (
@@ -122,13 +177,13 @@ def basic(c: int = 24, k: int | None = None, stride: int = 1, bias: bool = True,
     k = k or c
     of_norm = {name[5:]: options.pop(name) for name in list(options) if name.startswith("norm_")}
     branch = [
-        _conv(c, k, 3, stride, bias, **options),
-        _norm(k, **of_norm),
+        conv(c, k, 3, stride, bias, **options),
+        norm(k, **of_norm),
         "relu",
-        _conv(k, k, 3, 1, bias, **options),
-        _norm(k, **of_norm),
+        conv(k, k, 3, 1, bias, **options),
+        norm(k, **of_norm),
     ]
-    projection = [_conv(c, k, 1, stride, bias), _norm(k, **of_norm)] if (k, stride) != (c, 1) else []
+    projection = [conv(c, k, 1, stride, bias), norm(k, **of_norm)] if (k, stride) != (c, 1) else []
     return Described(branch, projection)
 
 
@@ -136,16 +191,16 @@ def bottleneck(c: int = 32, k: int | None = None, stride: int = 1, **options) ->
     """1x1, 3x3 and 1x1, without biases, as torchvision writes it."""
     k = k or c
     branch = [
-        _conv(c, 16, 1),
-        _norm(16),
+        conv(c, 16, 1),
+        norm(16),
         "relu",
-        _conv(16, 16, 3, stride),
-        _norm(16),
+        conv(16, 16, 3, stride),
+        norm(16),
         "relu",
-        _conv(16, k, 1),
-        _norm(k),
+        conv(16, k, 1),
+        norm(k),
     ]
-    projection = [_conv(c, k, 1, stride), _norm(k)] if (k, stride) != (c, 1) else []
+    projection = [conv(c, k, 1, stride), norm(k)] if (k, stride) != (c, 1) else []
     return Described(branch, projection, in_place=True, **options)
 
 
@@ -154,13 +209,48 @@ BLOCKS: dict[str, Callable[[], Described]] = {
     "basic, projection": lambda: basic(24, 32, 2),
     "bottleneck": bottleneck,
     "bottleneck, projection": lambda: bottleneck(24, 48, 2),
-    "plain shortcut": lambda: Described([_conv(24, 32, 3, bias=True), _norm(32)], [_conv(24, 32, 1, bias=True)]),
-    "chain": lambda: Described(
-        [_conv(24, 32, 3, 2), _norm(32), "relu", _conv(32, 24, 1, bias=True), _norm(24), "silu"]
-    ),
+    "plain shortcut": lambda: Described([conv(24, 32, 3, bias=True), norm(32)], [conv(24, 32, 1, bias=True)]),
+    "chain": lambda: Described([conv(24, 32, 3, 2), norm(32), "relu", conv(32, 24, 1, bias=True), norm(24), "silu"]),
     "pre-activation": lambda: Described(
-        [_norm(24), "relu", _conv(24, 24, 3, bias=True), _norm(24), "relu", _conv(24, 24, 3, bias=True)], [], "identity"
+        [norm(24), "relu", conv(24, 24, 3, bias=True), norm(24), "relu", conv(24, 24, 3, bias=True)], [], "identity"
     ),
-    "no norm": lambda: Described([_conv(24, 24, 3, bias=True), "relu", _conv(24, 24, 3, bias=True)], []),
+    "no norm": lambda: Described([conv(24, 24, 3, bias=True), "relu", conv(24, 24, 3, bias=True)], []),
+    "pre-activation, projection": lambda: Described(
+        [norm(24), "relu", conv(24, 32, 3, 2), norm(32), "relu", conv(32, 32, 3)], [conv(24, 32, 1, 2)], "identity"
+    ),
+    "pre-activation, shared": lambda: Described(
+        [norm(24), "relu", conv(24, 16, 1, bias=True), norm(16), "relu", conv(16, 32, 3, 2)],
+        [conv(24, 32, 1, 2, bias=True)],
+        "identity",
+        residual="pending",
+    ),
+    "pre-activation, shared identity": lambda: Described(
+        [norm(24), "relu", conv(24, 24, 3, bias=True)], [], "identity", residual="pending"
+    ),
+    "dropout": lambda: Described(
+        [norm(24), "relu", conv(24, 24, 3), norm(24), "relu", nn.Dropout(0.3), conv(24, 24, 3)], [], "identity"
+    ),
+    "squeeze-excitation": lambda: Described(
+        [conv(24, 24, 3), norm(24), "relu", conv(24, 24, 3), norm(24), Gate(24, 6)], []
+    ),
+    "squeeze-excitation, projection": lambda: Described(
+        [conv(24, 32, 3, 2), norm(32), Gate(32, 8, linear=True, bias=False)], [conv(24, 32, 1, 2), norm(32)]
+    ),
+    "squeeze-excitation, no norm": lambda: Described([conv(24, 24, 3, bias=True), Gate(24, 6)], []),
+    "squeeze-excitation chain": lambda: Described([conv(24, 24, 3), norm(24), Gate(24, 6), "silu", conv(24, 16, 1)]),
+    "inverted residual": lambda: Described(
+        [
+            *[conv(24, 48, 1), norm(48), "silu", conv(48, 48, 3, groups=48), norm(48), "silu", Gate(48, 6)],
+            *[conv(48, 24, 1), norm(24), Depth(0.4)],
+        ],
+        [],
+        "identity",
+    ),
+    "squeeze-excitation behind an activation": lambda: Described(
+        [conv(24, 32, 3, 2), norm(32), "relu", Gate(32, 8)], [conv(24, 32, 1, 2), norm(32)]
+    ),
+    "squeeze-excitation of the input": lambda: Described([norm(24), "relu", Gate(24, 6), conv(24, 24, 3)], []),
+    "stochastic depth": lambda: Described([conv(24, 24, 3), norm(24), Depth(0.4)], []),
+    "stochastic depth, squeeze-excitation": lambda: Described([conv(24, 24, 3), norm(24), Gate(24, 6), Depth(0.4)], []),
 }
 """One of each kind, all with 24 input channels, but for ``bottleneck`` with 32."""

@@ -13,12 +13,13 @@ from described import BLOCKS, Described, basic, bottleneck, fuse, norms
 from torch import Tensor, nn
 
 from fusedres import block as block_module
-from fusedres import engine
-from fusedres.block import Act, Block, Conv, Norm, link_plans, run, unsupported
+from fusedres.block import Act, Block, Conv, Dropout, DropPath, Norm, SqueezeExcite, link_plans, run, unsupported
+from fusedres.engine import inference
 from fusedres.ops.activations import IDENTITY, RELU
 from fusedres.testing import channels_last, compare
 
 X = channels_last((2, 24, 8, 8))
+GATE = SqueezeExcite("fc1", "fc2")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Descriptions
@@ -28,7 +29,7 @@ X = channels_last((2, 24, 8, 8))
 def test_steps_are_grouped_into_links():
     steps = (Conv("a"), Norm("b.0"), Act(RELU), Conv("c"))
     links = link_plans(Block(steps)).branch
-    assert [tuple(link) for link in links] == [
+    assert [link[:3] for link in links] == [
         (None, IDENTITY, ("a",)),
         (("b", "0"), RELU, ("c",)),
         (None, IDENTITY, None),
@@ -45,6 +46,13 @@ def test_steps_are_grouped_into_links():
         (Block((Conv("a"), Act(RELU)), ()), "branch ends with an activation"),
         (Block((Conv("a"),), (Conv("b"), Act(RELU))), "shortcut ends with an activation"),
         (Block((Conv("a"),), (Norm("b"),)), "a norm without a convolution"),
+        (Block((Conv("a"), Dropout("b")), ()), "branch ends with a dropout"),
+        (Block((Conv("a"), Dropout("b"), Act(RELU), Conv("c"))), "a dropout that no convolution follows"),
+        (Block((Conv("a"), Act(RELU), DropPath("b")), ()), "a gain that follows an activation"),
+        (Block((Conv("a"), GATE, GATE)), "two excitations"),
+        (Block((Conv("a"), DropPath("b"), GATE), ()), "a gain that follows"),
+        (Block((Conv("a"),), (Conv("b"), DropPath("c"))), "the shortcut has a gain"),
+        (Block((Norm("a"),), (), residual="pending"), "needs a convolution"),
     ],
 )
 def test_what_the_engine_cannot_express_is_told_in_words(block, reason):
@@ -56,6 +64,10 @@ def test_what_the_engine_cannot_express_is_told_in_words(block, reason):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_what_it_can_express_is_supported(name):
     assert unsupported(BLOCKS[name]().block) is None
+
+
+def test_a_shortcut_from_a_pending_value_that_is_the_input():
+    assert not link_plans(Block((Conv("a"),), (), residual="pending")).shares
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,7 +169,7 @@ def test_folded_weights_follow_the_module(change):
 
 def test_folding_is_done_once(monkeypatch):
     calls = []
-    monkeypatch.setattr(engine, "fold", lambda *args, fold=engine.fold: calls.append(1) or fold(*args))
+    monkeypatch.setattr(inference, "fold", lambda *args, fold=inference.fold: calls.append(1) or fold(*args))
     block = bottleneck(24, 48, 2).eval()
     fuse(block)
     with torch.no_grad():
@@ -236,7 +248,7 @@ def test_running_statistics_may_be_dropped_or_ignored():
 
 def with_residual(**options) -> Described:
     block = basic()
-    return Described([block.branch[0], block.branch[1]], [], residual=True, **options)
+    return Described([block.branch[0], block.branch[1]], [], residual="argument", **options)
 
 
 @pytest.mark.parametrize("mode", ["train", "frozen", "infer"])
@@ -342,3 +354,38 @@ def test_a_hooked_module_is_called_once_and_counts_once():
     assert len(calls) == 2
     for a, b in zip(norms(ours), norms(stock)):
         assert a.num_batches_tracked == b.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [("squeeze-excitation", "4.fc1"), ("dropout", "3"), ("stochastic depth", "2")], ids=str
+)
+def test_a_hook_on_a_gate_or_a_dropout_runs(name, index):
+    ours = BLOCKS[name]().train()
+    fuse(ours)
+    calls = []
+    ours.branch.get_submodule(index).register_forward_hook(lambda *_: calls.append(1))
+    ours(X)
+    assert calls
+
+
+@pytest.mark.parametrize(("name", "index"), [("dropout", 3), ("stochastic depth", 2)], ids=str)
+def test_chance_follows_the_module(name, index):
+    ours = BLOCKS[name]().train()
+    fuse(ours)
+    module = ours.branch[index]
+    first = ours(X)
+    module.p = 0.01
+    assert not torch.equal(ours(X), first)
+    module.eval()
+    stock, fused = pair(ours)
+    stock.fuses = False
+    assert_same(stock, fused)
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+@pytest.mark.parametrize(("name", "index"), [("dropout", 3), ("stochastic depth", 2)], ids=str)
+def test_chance_that_is_none(name, index, p):
+    block = BLOCKS[name]().train()
+    block.branch[index].p = p
+    stock, fused = pair(block)
+    assert_same(stock, fused)

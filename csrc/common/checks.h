@@ -34,4 +34,15 @@ inline void check_norm(const char* op, const char* name, const torch::stable::Te
                   " must be on the device of the first tensor");
 }
 
+// A factor or a term of every sample and channel.
+inline void check_per_sample(const char* op, const char* name, const torch::stable::Tensor& t,
+                             const torch::stable::Tensor& like) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == like.size(0) && t.size(1) == like.size(1) && t.is_contiguous() &&
+                      t.scalar_type() == torch::headeronly::ScalarType::Float,
+                  op, ": ", name, " must be a contiguous float32 tensor of shape [", like.size(0), ", ", like.size(1),
+                  "]");
+  STD_TORCH_CHECK(t.get_device_index() == like.get_device_index(), op, ": ", name,
+                  " must be on the device of the first tensor");
+}
+
 }  // namespace fusedres

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 
 namespace fusedres {
 
@@ -38,7 +39,46 @@ inline Layout common_layout(const char* op, std::initializer_list<const torch::s
   return Layout::kContiguous;
 }
 
-// A 4-d activation as the kernels walk it: `outer` spans of `inner` contiguous elements.
+// The distance in memory, in elements, between neighbouring pixels of a tensor that is dense in channels_last, or that
+// is a slice of such a tensor's channels; 0 where `t` is neither. Strides of dimensions of size one say nothing.
+inline int64_t pixel_pitch(const torch::stable::Tensor& t) {
+  if (t.dim() != 4) return 0;
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  if (sizes[1] != 1 && strides[1] != 1) return 0;
+  int64_t pitch = 0, pixels = 1;  // pixels: in one step along dimension d
+  for (const int d : {3, 2, 0}) {
+    if (sizes[d] != 1) {
+      if (pitch == 0) pitch = strides[d] / pixels;
+      if (pitch < sizes[1] || strides[d] != pitch * pixels) return 0;
+    }
+    pixels *= sizes[d];
+  }
+  return pitch == 0 ? sizes[1] : pitch;
+}
+
+// A 4-d argument, with the name that messages give it; a null pointer is an absent one.
+struct Operand {
+  const char* name;
+  const torch::stable::Tensor* t;
+};
+
+// The one layout that all operands share, where slices of the channels of a channels_last tensor count as
+// channels_last; channels_last if both would do.
+inline Layout shared_layout(const char* op, std::initializer_list<Operand> operands) {
+  bool last = true, contiguous = true;
+  for (const Operand& operand : operands) {
+    if (operand.t == nullptr) continue;
+    last = last && pixel_pitch(*operand.t) > 0;
+    contiguous = contiguous && is_dense(*operand.t, Layout::kContiguous);
+    STD_TORCH_CHECK(last || contiguous, op, ": ", operand.name,
+                    " must have the layout of all 4-d tensors: dense in channels_last, or a slice of the channels of "
+                    "such a tensor, or contiguous");
+  }
+  return last ? Layout::kChannelsLast : Layout::kContiguous;
+}
+
+// A 4-d activation as the kernels walk it: `outer` spans of `inner` neighbouring elements, `pitch_of` apart.
 // channels_last: a span is one pixel's channels. Contiguous: a span is one channel's plane.
 struct Spans {
   Layout layout;
@@ -53,6 +93,11 @@ struct Spans {
     const int64_t plane = s[2] * s[3];
     const bool last = layout == Layout::kChannelsLast;
     return {layout, s[1], s[0] * plane, plane, last ? s[0] * plane : s[0] * s[1], last ? s[1] : plane};
+  }
+
+  int64_t samples() const { return pixels / plane; }
+  int64_t pitch_of(const torch::stable::Tensor& t) const {
+    return layout == Layout::kChannelsLast ? pixel_pitch(t) : plane;
   }
 };
 

@@ -20,24 +20,27 @@ struct StatsArgs {
   DType dtype;
   bool channels_last;
   int64_t channels;
-  int64_t pixels;  // channels_last: N * H * W
-  int64_t plane;   // contiguous: H * W
-  int64_t parts;   // partials per channel
+  Pieces pieces;
   const void* x;
+  int64_t x_pitch;  // between pixels
+  void* into;       // x is copied there, or null
+  int64_t into_pitch;
   StatsPartials partials;
 };
 
+// Each group of `parts` neighbouring partials becomes one row of the result.
 struct StatsMergeArgs {
   int64_t channels;
+  int64_t groups;
   int64_t parts;
   const double* counts;  // [parts]
   StatsPartials partials;
-  float* out;  // [2, channels]: mean, M2
+  float* out;  // [2, groups, channels]: mean, M2
 };
 
 }  // namespace fusedres
 
 // Partials [begin, end) of all channels.
 FR_DECLARE_FOR_EACH_ISA(void stats_range(const StatsArgs& args, int64_t begin, int64_t end))
-// Channels [begin, end) of the merge.
+// Columns [begin, end) of the merge, of groups x channels.
 FR_DECLARE_FOR_EACH_ISA(void stats_merge_range(const StatsMergeArgs& args, int64_t begin, int64_t end))

@@ -21,20 +21,45 @@ FR_INLINE double mean_of(const StatsPartials& p, int64_t i) {
 template <class T>
 constexpr bool kCorrects = sizeof(T) == sizeof(float);
 
+// What is read, and where it is copied to on the way, unless there is nowhere.
+template <class T, bool kCopies>
+struct Source {
+  const T* x;
+  T* into;
+  int64_t x_pitch, into_pitch;
+  FR_INLINE Source from(int64_t i) const { return {x + i, kCopies ? into + i : into, x_pitch, into_pitch}; }
+  template <class Extent>
+  FR_INLINE void copy(int64_t row, int64_t i, Extent extent) const {
+    if constexpr (kCopies) fusedres::FUSEDRES_ISA::copy(into + row * into_pitch + i, x + row * x_pitch + i, extent);
+  }
+};
+
 // Statistics of kVectors * kWidth neighbouring channels over `rows` pixels.
-template <class T, int kVectors, class Extent>
-FR_INLINE void stats_of_columns(const T* x, int64_t rows, int64_t stride, const StatsPartials& out, Extent extent) {
+template <class T, bool kCopies, int kVectors, class Extent>
+FR_INLINE void stats_of_columns(const Source<T, kCopies>& source, int64_t rows, const StatsPartials& out,
+                                Extent extent) {
+  const T* x = source.x;
+  const int64_t pitch = source.x_pitch;
   Vec mean[kVectors], sum[kVectors], square[kVectors];
   for (int64_t row = 0; row < rows; ++row)
-    for (int k = 0; k < kVectors; ++k) mean[k] = mean[k] + load(x + row * stride + k * Vec::kWidth, extent);
+    for (int k = 0; k < kVectors; ++k) mean[k] = mean[k] + load(x + row * pitch + k * Vec::kWidth, extent);
   const Vec share(1.f / static_cast<float>(rows));
   for (Vec& m : mean) m = m * share;
-  for (int64_t row = 0; row < rows; ++row)
+  for (int64_t row = 0; row < rows;) {
+    const int64_t stop = rows - row < kRun ? rows : row + kRun;
+    Vec run_sum[kVectors], run_square[kVectors];
+    for (; row < stop; ++row)
+      for (int k = 0; k < kVectors; ++k) {
+        const Vec d = load(x + row * pitch + k * Vec::kWidth, extent) - mean[k];
+        if constexpr (kCorrects<T>) run_sum[k] = run_sum[k] + d;
+        run_square[k] = fma(d, d, run_square[k]);
+        source.copy(row, k * Vec::kWidth, extent);
+      }
     for (int k = 0; k < kVectors; ++k) {
-      const Vec d = load(x + row * stride + k * Vec::kWidth, extent) - mean[k];
-      if constexpr (kCorrects<T>) sum[k] = sum[k] + d;
-      square[k] = fma(d, d, square[k]);
+      sum[k] = sum[k] + run_sum[k];
+      square[k] = square[k] + run_square[k];
     }
+  }
   for (int k = 0; k < kVectors; ++k) {
     const Vec correction = sum[k] * share;
     store(out.mean + k * Vec::kWidth, mean[k], extent);
@@ -43,36 +68,48 @@ FR_INLINE void stats_of_columns(const T* x, int64_t rows, int64_t stride, const 
   }
 }
 
-template <class T>
+template <class T, bool kCopies>
 void stats_channels_last(const StatsArgs& a, int64_t begin, int64_t end) {
   constexpr int kVectors = 4;
   const int64_t c = a.channels;
   for (int64_t part = begin; part < end; ++part) {
-    const int64_t first_row = part * kStatsRows;
-    const int64_t rows = a.pixels - first_row < kStatsRows ? a.pixels - first_row : kStatsRows;
-    const T* x = static_cast<const T*>(a.x) + first_row * c;
+    const Piece piece = piece_at(a.pieces, part);
+    const int64_t pixel = piece.run * a.pieces.length + piece.offset;
+    T* into = kCopies ? static_cast<T*>(a.into) + pixel * a.into_pitch : nullptr;
+    const Source<T, kCopies> source{static_cast<const T*>(a.x) + pixel * a.x_pitch, into, a.x_pitch, a.into_pitch};
     const StatsPartials out = at(a.partials, part * c);
     int64_t i = 0;
     for (; i + kVectors * Vec::kWidth <= c; i += kVectors * Vec::kWidth)
-      stats_of_columns<T, kVectors>(x + i, rows, c, at(out, i), Whole{});
-    for_each_vector(
-        c - i, [&](int64_t j, auto extent) { stats_of_columns<T, 1>(x + i + j, rows, c, at(out, i + j), extent); });
+      stats_of_columns<T, kCopies, kVectors>(source.from(i), piece.size, at(out, i), Whole{});
+    for_each_vector(c - i, [&](int64_t j, auto extent) {
+      stats_of_columns<T, kCopies, 1>(source.from(i + j), piece.size, at(out, i + j), extent);
+    });
   }
 }
 
 // Statistics of one channel over `n` neighbouring elements.
-template <class T>
-FR_INLINE void stats_of_stretch(const T* x, int64_t n, const StatsPartials& out) {
+template <class T, bool kCopies>
+FR_INLINE void stats_of_stretch(const Source<T, kCopies>& source, int64_t n, const StatsPartials& out) {
+  const T* x = source.x;
   Vec sum, square;
-  for_each_vector(n, [&](int64_t i, auto extent) { sum = sum + load(x + i, extent); });
+  for_each_vector(n, [&](int64_t i, auto extent) {
+    sum = sum + load(x + i, extent);
+    source.copy(0, i, extent);
+  });
   const float mean = horizontal_sum(sum) / static_cast<float>(n);
   const int64_t whole = n - n % Vec::kWidth;
   sum = Vec();
-  for_each_vector(whole, [&](int64_t i, auto extent) {
-    const Vec d = load(x + i, extent) - Vec(mean);
-    if constexpr (kCorrects<T>) sum = sum + d;
-    square = fma(d, d, square);
-  });
+  for (int64_t i = 0; i < whole;) {
+    const int64_t stop = whole - i < kRun * Vec::kWidth ? whole : i + kRun * Vec::kWidth;
+    Vec run_sum, run_square;
+    for (; i < stop; i += Vec::kWidth) {
+      const Vec d = load(x + i) - Vec(mean);
+      if constexpr (kCorrects<T>) run_sum = run_sum + d;
+      run_square = fma(d, d, run_square);
+    }
+    sum = sum + run_sum;
+    square = square + run_square;
+  }
   float total = horizontal_sum(sum), m2 = horizontal_sum(square);
   for (int64_t i = whole; i < n; ++i) {
     const float d = to_float(x[i]) - mean;
@@ -84,16 +121,25 @@ FR_INLINE void stats_of_stretch(const T* x, int64_t n, const StatsPartials& out)
   *out.m2 = m2 - total * *out.correction;
 }
 
-template <class T>
+template <class T, bool kCopies>
 void stats_contiguous(const StatsArgs& a, int64_t begin, int64_t end) {
-  const int64_t pieces = (a.plane + kStatsPlane - 1) / kStatsPlane;
   for (int64_t part = begin; part < end; ++part) {
-    const int64_t sample = part / pieces, offset = part % pieces * kStatsPlane;
-    const int64_t n = a.plane - offset < kStatsPlane ? a.plane - offset : kStatsPlane;
-    for (int64_t channel = 0; channel < a.channels; ++channel)
-      stats_of_stretch(static_cast<const T*>(a.x) + (sample * a.channels + channel) * a.plane + offset, n,
-                       at(a.partials, part * a.channels + channel));
+    const Piece piece = piece_at(a.pieces, part);
+    for (int64_t channel = 0; channel < a.channels; ++channel) {
+      const int64_t first = (piece.run * a.channels + channel) * a.pieces.length + piece.offset;
+      T* into = kCopies ? static_cast<T*>(a.into) + first : nullptr;
+      const Source<T, kCopies> source{static_cast<const T*>(a.x) + first, into, 0, 0};
+      stats_of_stretch(source, piece.size, at(a.partials, part * a.channels + channel));
+    }
   }
+}
+
+template <class T, bool kCopies>
+void stats(const StatsArgs& a, int64_t begin, int64_t end) {
+  if (a.channels_last)
+    stats_channels_last<T, kCopies>(a, begin, end);
+  else
+    stats_contiguous<T, kCopies>(a, begin, end);
 }
 
 }  // namespace
@@ -101,35 +147,39 @@ void stats_contiguous(const StatsArgs& a, int64_t begin, int64_t end) {
 void stats_range(const StatsArgs& args, int64_t begin, int64_t end) {
   dispatch_dtype(args.dtype, [&](auto element) {
     using T = decltype(element);
-    if (args.channels_last)
-      stats_channels_last<T>(args, begin, end);
+    if (args.into)
+      stats<T, true>(args, begin, end);
     else
-      stats_contiguous<T>(args, begin, end);
+      stats<T, false>(args, begin, end);
   });
 }
 
-// Chan's merge of all partials at once: mean = sum n_p mean_p / n, M2 = sum M2_p + n_p (mean_p - mean)^2.
+// Chan's merge of a group's partials at once: mean = sum n_p mean_p / n, M2 = sum M2_p + n_p (mean_p - mean)^2.
 void stats_merge_range(const StatsMergeArgs& a, int64_t begin, int64_t end) {
   constexpr int64_t kBlock = 64;
-  for (int64_t c = begin; c < end; c += kBlock) {
-    const int64_t width = end - c < kBlock ? end - c : kBlock;
+  int64_t width = 0;
+  for (int64_t column = begin; column < end; column += width) {
+    const int64_t group = column / a.channels, c = column % a.channels;
+    width = end - column < a.channels - c ? end - column : a.channels - c;
+    width = width < kBlock ? width : kBlock;
+    const StatsPartials first = at(a.partials, group * a.parts * a.channels + c);
     double count = 0, mean[kBlock] = {}, m2[kBlock] = {};
     for (int64_t part = 0; part < a.parts; ++part) {
-      const StatsPartials p = at(a.partials, part * a.channels + c);
+      const StatsPartials p = at(first, part * a.channels);
       count += a.counts[part];
       for (int64_t i = 0; i < width; ++i) mean[i] += a.counts[part] * mean_of(p, i);
     }
     for (int64_t i = 0; i < width; ++i) mean[i] /= count;
     for (int64_t part = 0; part < a.parts; ++part) {
-      const StatsPartials p = at(a.partials, part * a.channels + c);
+      const StatsPartials p = at(first, part * a.channels);
       for (int64_t i = 0; i < width; ++i) {
         const double d = mean_of(p, i) - mean[i];
         m2[i] += static_cast<double>(p.m2[i]) + a.counts[part] * d * d;
       }
     }
     for (int64_t i = 0; i < width; ++i) {
-      a.out[c + i] = static_cast<float>(mean[i]);
-      a.out[a.channels + c + i] = static_cast<float>(m2[i] < 0 ? 0 : m2[i]);
+      a.out[column + i] = static_cast<float>(mean[i]);
+      a.out[a.groups * a.channels + column + i] = static_cast<float>(m2[i] < 0 ? 0 : m2[i]);
     }
   }
 }

@@ -1,6 +1,7 @@
 // Turns the run-time dtype and residual kind of a call into template arguments.
 #pragma once
 
+#include "cpu/keep.h"
 #include "cpu/types.h"
 #include "cpu/vec.h"
 
@@ -55,6 +56,16 @@ FR_INLINE void store(T* p, Vec a, Tail tail) {
   store(p, a, tail.n);
 }
 
+// Bits as they are, whatever they stand for.
+template <class T>
+FR_INLINE void copy(T* to, const T* from, Whole) {
+  std::memcpy(to, from, Vec::kWidth * sizeof(T));
+}
+template <class T>
+FR_INLINE void copy(T* to, const T* from, Tail tail) {
+  std::memcpy(to, from, tail.n * sizeof(T));
+}
+
 // Calls step(offset, extent) for every whole vector of a span, then for its tail.
 template <class Step>
 FR_INLINE void for_each_vector(int64_t n, Step step) {
@@ -83,6 +94,40 @@ struct Addend {
     if constexpr (kKind == Residual::kPlain) return z + residual;
     if constexpr (kKind == Residual::kAffine) return z + fma(residual, scale.at(i, extent), shift.at(i, extent));
     return z;
+  }
+};
+
+// Dropout's factor for the elements of a span, or none.
+struct Mask {
+  const uint8_t* bits;
+  int64_t at;
+  Vec scale;
+  FR_INLINE Mask(const Keep& keep, int64_t span)
+      : bits(keep.bits), at(keep.at + span * keep.pitch), scale(keep.scale) {}
+  FR_INLINE Mask from(int64_t i) const {
+    Mask later = *this;
+    later.at += i;
+    return later;
+  }
+  FR_INLINE Vec operator()(Vec a, int64_t i) const {
+    // Multiplied, not selected: zero times NaN or infinity is what it is in stock PyTorch.
+    return bits == nullptr ? a : a * where_bits(bits, at + i, scale);
+  }
+};
+
+// Spans from one on that share their parameters, up to `end`: `channel` is where those of a channel begin, `row` where
+// those of a sample and channel do.
+struct Stretch {
+  int64_t channel;
+  int64_t row;
+  int64_t end;
+
+  template <bool kPerLane, class Args>
+  static FR_INLINE Stretch from(const Args& a, int64_t span, int64_t end) {
+    if constexpr (!kPerLane) return {span % a.channels, a.per_sample ? span : span % a.channels, span + 1};
+    if (!a.per_sample) return {0, 0, end};
+    const int64_t sample = span / a.plane, stop = (sample + 1) * a.plane;
+    return {0, sample * a.channels, stop < end ? stop : end};
   }
 };
 

@@ -5,36 +5,57 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/parallel.h"
+#include "cpu/dropout.h"
 
 namespace fusedres {
 namespace {
 
-// The operands that both passes share, checked once.
-struct Operands {
-  Operands(const char* op, const Tensor& grad, const Tensor& y, const std::optional<Tensor>& norm,
-           const std::optional<Tensor>& residual, const std::optional<Tensor>& res_norm, int64_t act, double act_param)
-      : spans(Spans::of(y, common_layout(op, {&y, &grad, pointer_to(residual)}))),
-        main(op, "norm", norm, y),
-        side(op, "res_norm", res_norm, y) {
+constexpr auto kFloat = torch::headeronly::ScalarType::Float;
+
+// What the two passes are given alike.
+struct Given {
+  const Tensor& grad;
+  const Tensor& y;
+  const std::optional<Tensor>&norm, &residual, &res_norm;
+  int64_t act;
+  double act_param;
+  const std::optional<Tensor>& gain;
+  bool per_sample;  // whether samples differ in what they are multiplied by or added to
+
+  void check(const char* op) const {
     check_matches(op, "grad", grad, y);
     if (residual) check_matches(op, "residual", *residual, y);
+    if (gain) check_per_sample(op, "gain", *gain, y);
     check_activation(op, act);
-    args.dtype = dtype_of(op, y);
-    args.kind = !residual ? Residual::kNone : res_norm ? Residual::kAffine : Residual::kPlain;
-    args.act = act;
-    args.act_param = static_cast<float>(act_param);
-    args.channels_last = spans.layout == Layout::kChannelsLast;
+  }
+};
+
+// The kernels' arguments of both passes, and what they point to.
+struct Operands {
+  Operands(const char* op, const Given& given, Layout layout)
+      : spans(Spans::of(given.y, layout)),
+        main(op, "norm", given.norm, given.y),
+        side(op, "res_norm", given.res_norm, given.y),
+        rows(main, given.gain, given.per_sample, given.y) {
+    args.dtype = dtype_of(op, given.y);
+    args.kind = !given.residual ? Residual::kNone : given.res_norm ? Residual::kAffine : Residual::kPlain;
+    args.act = given.act;
+    args.act_param = static_cast<float>(given.act_param);
+    args.channels_last = layout == Layout::kChannelsLast;
+    args.per_sample = given.per_sample;
     args.channels = spans.channels;
-    args.pixels = spans.pixels;
     args.plane = spans.plane;
     args.inner = spans.inner;
-    args.grad = grad.const_data_ptr();
-    args.y = y.const_data_ptr();
-    args.residual = residual ? residual->const_data_ptr() : args.y;
+    const Tensor& residual = given.residual ? *given.residual : given.y;
+    args.grad = given.grad.const_data_ptr();
+    args.y = given.y.const_data_ptr();
+    args.residual = residual.const_data_ptr();
+    args.grad_pitch = spans.pitch_of(given.grad);
+    args.y_pitch = spans.pitch_of(given.y);
+    args.residual_pitch = spans.pitch_of(residual);
     args.mean = main.mean();
-    args.scale = main.scale();
-    args.shift = main.shift();
+    args.scale = rows.scale();
+    args.shift = rows.shift();
     args.res_mean = side.mean();
     args.res_scale = side.scale();
     args.res_shift = side.shift();
@@ -42,13 +63,33 @@ struct Operands {
 
   Spans spans;
   NormRows main, side;
+  GainedRows rows;
   JoinBackwardArgs args{};
 };
 
-int64_t parts_of(const Spans& spans) {
-  const auto pieces = [](int64_t length, int64_t piece) { return (length + piece - 1) / piece; };
-  if (spans.layout == Layout::kChannelsLast) return pieces(spans.pixels, kReduceRows);
-  return spans.pixels / spans.plane * pieces(spans.plane, kReducePlane);
+// ---------------------------------------------------------------------------------------------------------------------
+// First pass
+// ---------------------------------------------------------------------------------------------------------------------
+
+using ReduceKernel = void(const JoinReduceArgs&, int64_t, int64_t);
+
+// Partials [begin, end), each with its mask where there is a dropout.
+void reduce_parts(const Dropout& dropout, const Spans& spans, const JoinReduceArgs& args, ReduceKernel* run,
+                  int64_t begin, int64_t end) {
+  if (!dropout.active()) return run(args, begin, end);
+  std::vector<uint64_t> room;
+  JoinReduceArgs part = args;
+  for (int64_t i = begin; i < end; ++i) {
+    const Piece piece = piece_at(args.pieces, i);
+    if (args.channels_last) {
+      const int64_t pixel = piece.run * args.pieces.length + piece.offset;
+      part.keep = dropout.mask(spans, pixel, pixel + piece.size, 0, spans.inner, room);
+    } else {
+      const int64_t channel = piece.run * spans.channels;
+      part.keep = dropout.mask(spans, channel, channel + spans.channels, piece.offset, piece.size, room);
+    }
+    run(part, i, i + 1);
+  }
 }
 
 std::tuple<Tensor, Tensor> join_backward_reduce_cpu(const Tensor& grad, const Tensor& y, std::optional<Tensor> norm,
@@ -57,49 +98,87 @@ std::tuple<Tensor, Tensor> join_backward_reduce_cpu(const Tensor& grad, const Te
                                                     std::optional<Tensor> gain, double dropout,
                                                     std::optional<Tensor> seed) {
   constexpr const char* kOp = "join_backward_reduce_cpu";
-  STD_TORCH_CHECK(!gain.has_value() && !seed.has_value() && dropout == 0, kOp, ": gain and dropout have no kernel yet");
-  Tensor out = torch::stable::new_zeros(y, {kReduceSums, y.size(1)}, torch::headeronly::ScalarType::Float);
+  const Given given{grad, y, norm, residual, res_norm, act, act_param, gain, gain.has_value()};
+  given.check(kOp);
+  const Dropout drop(kOp, dropout, seed);
+  Tensor out = gain ? torch::stable::new_zeros(y, {kReduceSums, y.size(0), y.size(1)}, kFloat)
+                    : torch::stable::new_zeros(y, {kReduceSums, y.size(1)}, kFloat);
   Tensor emitted = emit ? torch::stable::empty_like(y) : torch::stable::new_empty(y, {0});
   if (y.numel() == 0) return {out, emitted};
-  const Operands operands(kOp, grad, y, norm, residual, res_norm, act, act_param);
+  const Layout layout = shared_layout(
+      kOp, {{"y", &y}, {"grad", &grad}, {"residual", pointer_to(residual)}, {"y", emit ? &emitted : nullptr}});
+  const Operands operands(kOp, given, layout);
+  const Spans& spans = operands.spans;
+  const Cut cut(spans, gain.has_value(), layout == Layout::kChannelsLast ? kReduceRows : kReducePlane);
   JoinReduceArgs args{};
   static_cast<JoinBackwardArgs&>(args) = operands.args;
-  args.parts = parts_of(operands.spans);
+  args.pieces = cut.pieces;
+  args.parts = cut.parts;
   std::vector<float> sums(kReduceSums * args.parts * args.channels);
   args.sums = sums.data();
   args.emit = emit ? emitted.mutable_data_ptr() : nullptr;
   const auto run = FR_FOR_ACTIVE_ISA(join_reduce_range);
-  parallel_over(args.parts, y.numel() / args.parts, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  parallel_over(args.parts, y.numel() / args.parts,
+                [&](int64_t begin, int64_t end) { reduce_parts(drop, spans, args, run, begin, end); });
 
-  const JoinReduceMergeArgs merge{args.channels,        args.parts,           args.sums,
-                                  operands.main.rstd(), operands.side.rstd(), out.mutable_data_ptr<float>()};
+  const int64_t per_group = cut.parts_per_group();
+  const JoinReduceMergeArgs merge{args.channels,
+                                  cut.groups,
+                                  per_group,
+                                  args.sums,
+                                  operands.main.rstd(),
+                                  operands.side.rstd(),
+                                  out.mutable_data_ptr<float>()};
   const auto run_merge = FR_FOR_ACTIVE_ISA(join_reduce_merge_range);
-  parallel_over(args.channels, args.parts, [&](int64_t begin, int64_t end) { run_merge(merge, begin, end); });
+  parallel_over(cut.groups * args.channels, per_group,
+                [&](int64_t begin, int64_t end) { run_merge(merge, begin, end); });
   return {out, emitted};
 }
 
-// slope = -scale rstd^2 sum g (y - mean) / n and offset = -scale sum g / n; both zero where the statistics are
-// constants.
+// ---------------------------------------------------------------------------------------------------------------------
+// Second pass
+// ---------------------------------------------------------------------------------------------------------------------
+
+// The terms of a gradient that come through the norm's statistics, for g the gradient behind it:
+// slope = -scale rstd sum g yhat / n and offset = -scale sum g / n, both zero where the statistics are constants.
 class StatsTerms {
  public:
-  // Row 0 of `sums` is dbeta, row `dgamma_row` is dgamma.
-  StatsTerms(const NormRows& norm, const float* sums, int dgamma_row, double count, int64_t channels, bool training)
-      : terms_(2 * channels, 0.f), channels_(channels) {
+  StatsTerms(const NormRows& norm, const float* dbeta, const float* dgamma, double count, int64_t channels,
+             bool training)
+      : channels_(channels), slope_(channels, 0.f), offset_(channels, 0.f) {
     if (!training) return;
     for (int64_t c = 0; c < channels; ++c) {
       const double share = static_cast<double>(norm.scale()[c]) / count;
-      const double rstd = norm.rstd()[c];
-      terms_[c] = static_cast<float>(-share * rstd * sums[dgamma_row * channels + c]);
-      terms_[channels + c] = static_cast<float>(-share * sums[c]);
+      slope_[c] = static_cast<float>(-share * static_cast<double>(norm.rstd()[c]) * dgamma[c]);
+      offset_[c] = static_cast<float>(-share * dbeta[c]);
     }
   }
-  const float* slope() const { return terms_.data(); }
-  const float* offset() const { return terms_.data() + channels_; }
+
+  // Gives every sample a row of offsets, with scale times its own gradient in it if there is one.
+  void per_sample(const NormRows& norm, int64_t samples, const std::optional<Tensor>& own) {
+    const std::vector<float> shared = offset_;
+    offset_.resize(samples * channels_);
+    const float* terms = own ? own->const_data_ptr<float>() : nullptr;
+    for (int64_t i = 0; i < samples * channels_; i += channels_)
+      for (int64_t c = 0; c < channels_; ++c)
+        offset_[i + c] = shared[c] + (terms ? norm.scale()[c] * terms[i + c] : 0.f);
+  }
+
+  const float* slope() const { return slope_.data(); }
+  const float* offset() const { return offset_.data(); }
 
  private:
-  std::vector<float> terms_;
   int64_t channels_;
+  std::vector<float> slope_, offset_;
 };
+
+void check_sums(const char* op, const Tensor& sums, const Tensor& y, bool all) {
+  const bool rows = sums.dim() == 2 && (sums.size(0) == kReduceSums || sums.size(0) == kReduceSums + 1);
+  STD_TORCH_CHECK(rows && sums.size(1) == y.size(1) && sums.is_contiguous() && sums.scalar_type() == kFloat, op,
+                  ": sums must be a contiguous float32 tensor of shape [3, ", y.size(1), "] or [4, ", y.size(1), "]");
+  STD_TORCH_CHECK(!all || sums.size(0) > kReduceSums, op,
+                  ": sums must have a fourth row, where the residual's norm is in training beside a gain or an offset");
+}
 
 std::tuple<Tensor, Tensor> join_backward_apply_cpu(const Tensor& grad, const Tensor& y, std::optional<Tensor> norm,
                                                    std::optional<Tensor> residual, std::optional<Tensor> res_norm,
@@ -109,19 +188,37 @@ std::tuple<Tensor, Tensor> join_backward_apply_cpu(const Tensor& grad, const Ten
                                                    std::optional<Tensor> seed, std::optional<Tensor> offset,
                                                    std::optional<Tensor> addend, std::optional<Tensor> into) {
   constexpr const char* kOp = "join_backward_apply_cpu";
-  STD_TORCH_CHECK(!gain.has_value() && !seed.has_value() && dropout == 0 && !offset.has_value() &&
-                      !addend.has_value() && !into.has_value(),
-                  kOp, ": gain and dropout have no kernel yet");
+  const bool per_sample = gain || offset;
+  const Given given{grad, y, norm, residual, res_norm, act, act_param, gain, per_sample};
+  given.check(kOp);
+  if (offset) check_per_sample(kOp, "offset", *offset, y);
+  if (addend) check_matches(kOp, "addend", *addend, y);
+  if (into) check_matches(kOp, "into", *into, y);
+  training = training && norm.has_value();
+  res_training = res_training && residual.has_value() && res_norm.has_value();
+  STD_TORCH_CHECK(sums.has_value() || !(training || res_training), kOp, ": batch statistics need the sums");
+  if (sums) check_sums(kOp, *sums, y, res_training && per_sample);
+  const Dropout drop(kOp, dropout, seed);
+
   const bool writes_residual = residual.has_value() && need_residual;
-  Tensor grad_y = torch::stable::empty_like(y);
+  Tensor grad_y = into ? torch::stable::new_empty(y, {0}) : torch::stable::empty_like(y);
   Tensor grad_residual = writes_residual ? torch::stable::empty_like(y) : torch::stable::new_empty(y, {0});
   if (y.numel() == 0) return {grad_y, grad_residual};
-  STD_TORCH_CHECK(sums.has_value() || !(training || res_training), kOp, ": batch statistics need the sums");
-  const Operands operands(kOp, grad, y, norm, residual, res_norm, act, act_param);
-  const int64_t c = operands.spans.channels;
-  const float* sum_rows = sums ? sums->const_data_ptr<float>() : nullptr;
-  const StatsTerms main(operands.main, sum_rows, 1, count, c, training);
-  const StatsTerms side(operands.side, sum_rows, 2, count, c, res_training);
+  Tensor& target = into ? *into : grad_y;
+  const Layout layout = shared_layout(kOp, {{"y", &y},
+                                            {"grad", &grad},
+                                            {"residual", pointer_to(residual)},
+                                            {"addend", pointer_to(addend)},
+                                            {into ? "into" : "y", &target},
+                                            {"y", writes_residual ? &grad_residual : nullptr}});
+  const Operands operands(kOp, given, layout);
+  const Spans& spans = operands.spans;
+  const auto sum = [&](int64_t row) { return sums ? sums->const_data_ptr<float>() + row * spans.channels : nullptr; };
+  const int64_t total = sums && sums->size(0) > kReduceSums ? kReduceSums : 0;  // the row of sum g
+  StatsTerms main(operands.main, sum(0), sum(1), count, spans.channels, training);
+  const StatsTerms side(operands.side, sum(total), sum(2), count, spans.channels, res_training);
+  if (per_sample) main.per_sample(operands.main, spans.samples(), offset);
+
   JoinApplyArgs args{};
   static_cast<JoinBackwardArgs&>(args) = operands.args;
   args.training = training;
@@ -130,10 +227,14 @@ std::tuple<Tensor, Tensor> join_backward_apply_cpu(const Tensor& grad, const Ten
   args.offset = main.offset();
   args.res_slope = side.slope();
   args.res_offset = side.offset();
-  args.grad_y = grad_y.mutable_data_ptr();
+  args.addend = addend ? addend->const_data_ptr() : nullptr;
+  args.grad_y = target.mutable_data_ptr();
   args.grad_residual = writes_residual ? grad_residual.mutable_data_ptr() : nullptr;
+  args.addend_pitch = addend ? spans.pitch_of(*addend) : 0;
+  args.grad_y_pitch = spans.pitch_of(target);
   const auto run = FR_FOR_ACTIVE_ISA(join_apply_range);
-  parallel_over(operands.spans.outer, args.inner, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  parallel_over(spans.outer, spans.inner,
+                [&](int64_t begin, int64_t end) { run_with_masks(drop, spans, args, run, begin, end); });
   return {grad_y, grad_residual};
 }
 

@@ -1,6 +1,7 @@
 // Range kernels of the join's backward; see fusedres/ops/join_backward.py for the formulas.
 #pragma once
 
+#include "cpu/keep.h"
 #include "cpu/types.h"
 
 namespace fusedres {
@@ -17,45 +18,52 @@ struct JoinBackwardArgs {
   int64_t act;
   float act_param;
   bool channels_last;
+  bool per_sample;  // scale and shift, and where there is one offset, have a row for every sample
   int64_t channels;
-  int64_t pixels;
   int64_t plane;
   int64_t inner;
   const void* grad;
   const void* y;
   const void* residual;
+  int64_t grad_pitch, y_pitch, residual_pitch;  // from span to span
   const float *mean, *scale, *shift;
   const float *res_mean, *res_scale, *res_shift;
+  Keep keep;
 };
 
 struct JoinReduceArgs : JoinBackwardArgs {
+  Pieces pieces;
   int64_t parts;
   float* sums;  // [kReduceSums, parts, channels]
-  void* emit;   // act(z), or null
+  void* emit;   // the forward's result, or null
 };
 
+// Each group of `parts` neighbouring partials becomes one row of the result.
 struct JoinReduceMergeArgs {
   int64_t channels;
+  int64_t groups;
   int64_t parts;
-  const float* sums;  // [kReduceSums, parts, channels]
+  const float* sums;  // [kReduceSums, groups * parts, channels]
   const float *rstd, *res_rstd;
-  float* out;  // [kReduceSums, channels]: sum g, rstd sum g (y - mean), res_rstd sum g (r - res_mean)
+  float* out;  // [kReduceSums, groups, channels]: sum g, rstd sum g (y - mean), res_rstd sum g (r - res_mean)
 };
 
-// dy = scale g + slope (y - mean) + offset, and the same for the residual.
+// dy = scale g + slope (y - mean) + offset + addend, and for the residual the same without an addend.
 struct JoinApplyArgs : JoinBackwardArgs {
   bool training, res_training;  // whether the statistics are the batch's, and have a gradient
   const float *slope, *offset;
   const float *res_slope, *res_offset;
+  const void* addend;  // or null
   void* grad_y;
   void* grad_residual;  // or null
+  int64_t addend_pitch, grad_y_pitch;
 };
 
 }  // namespace fusedres
 
 // Partials [begin, end) of all channels.
 FR_DECLARE_FOR_EACH_ISA(void join_reduce_range(const JoinReduceArgs& args, int64_t begin, int64_t end))
-// Channels [begin, end) of the merge.
+// Columns [begin, end) of the merge, of groups x channels.
 FR_DECLARE_FOR_EACH_ISA(void join_reduce_merge_range(const JoinReduceMergeArgs& args, int64_t begin, int64_t end))
 // Spans [begin, end).
 FR_DECLARE_FOR_EACH_ISA(void join_apply_range(const JoinApplyArgs& args, int64_t begin, int64_t end))

@@ -14,10 +14,11 @@ struct Recompute {
   Parameter<kPerLane> scale, shift;
   Addend<kKind, kPerLane> add;
 
-  FR_INLINE Recompute(const JoinBackwardArgs& a, int64_t channel)
+  // Parameters of a channel begin at `channel`, those of a sample and channel at `row`.
+  FR_INLINE Recompute(const JoinBackwardArgs& a, int64_t channel, int64_t row)
       : param(a.act_param),
-        scale{a.scale + channel},
-        shift{a.shift + channel},
+        scale{a.scale + row},
+        shift{a.shift + row},
         add{{a.res_scale + channel}, {a.res_shift + channel}} {}
 
   template <class Extent>
@@ -26,27 +27,71 @@ struct Recompute {
   }
 };
 
-// Sums over `rows` rows of kVectors vectors each. Rows are pixels (channels_last) or stretches of a plane (contiguous).
+// A tile of the operands: where it begins and how far its rows are apart in each of them. Rows are pixels
+// (channels_last) or stretches of a plane (contiguous).
+template <class T>
+struct Tile {
+  const T *grad, *y, *residual;
+  T* emit;  // or null
+  int64_t grad_step, y_step, residual_step, emit_step, mask_step;
+
+  FR_INLINE static Tile of_pixels(const JoinReduceArgs& a, int64_t pixel) {
+    return {static_cast<const T*>(a.grad) + pixel * a.grad_pitch,
+            static_cast<const T*>(a.y) + pixel * a.y_pitch,
+            static_cast<const T*>(a.residual) + pixel * a.residual_pitch,
+            a.emit ? static_cast<T*>(a.emit) + pixel * a.channels : nullptr,
+            a.grad_pitch,
+            a.y_pitch,
+            a.residual_pitch,
+            a.channels,
+            a.keep.pitch};
+  }
+  FR_INLINE static Tile of_plane(const JoinReduceArgs& a, int64_t at) {
+    constexpr int64_t kStep = Vec::kWidth;
+    return {static_cast<const T*>(a.grad) + at,
+            static_cast<const T*>(a.y) + at,
+            static_cast<const T*>(a.residual) + at,
+            a.emit ? static_cast<T*>(a.emit) + at : nullptr,
+            kStep,
+            kStep,
+            kStep,
+            kStep,
+            kStep};
+  }
+  FR_INLINE Tile from(int64_t i) const {
+    return {grad + i,      y + i,     residual + i, emit ? emit + i : nullptr, grad_step, y_step,
+            residual_step, emit_step, mask_step};
+  }
+};
+
+// Sums over `rows` rows of kVectors vectors each; the mask is that of the first row.
 template <class T, class Act, Residual kKind, bool kPerLane, int kVectors, class Extent>
-FR_INLINE void reduce_tile(const JoinReduceArgs& a, int64_t channel, int64_t at, int64_t rows, int64_t stride,
-                           Extent extent, Vec (&sums)[kReduceSums][kVectors]) {
-  const Recompute<T, Act, kKind, kPerLane> recompute(a, channel);
+FR_INLINE void reduce_tile(const JoinReduceArgs& a, const Tile<T>& tile, int64_t channel, int64_t row_of_parameters,
+                           int64_t rows, Mask mask, Extent extent, Vec (&sums)[kReduceSums][kVectors]) {
+  const Recompute<T, Act, kKind, kPerLane> recompute(a, channel, row_of_parameters);
   const Parameter<kPerLane> mean{a.mean + channel}, res_mean{a.res_mean + channel};
-  const T *grad = static_cast<const T*>(a.grad) + at, *y = static_cast<const T*>(a.y) + at;
-  const T* r = static_cast<const T*>(a.residual) + at;
-  T* emit = a.emit ? static_cast<T*>(a.emit) + at : nullptr;
-  for (int64_t row = 0; row < rows; ++row)
-    for (int k = 0; k < kVectors; ++k) {
-      const int64_t lane = k * Vec::kWidth, i = row * stride + lane;
-      const Vec value = load(y + i, extent);
-      const Vec residual = kKind == Residual::kNone ? Vec() : load(r + i, extent);
-      const Vec z = recompute.argument(value, residual, lane, extent);
-      const Vec g = Act::gradient(z, load(grad + i, extent), recompute.param);
-      sums[0][k] = sums[0][k] + g;
-      sums[1][k] = fma(g, value - mean.at(lane, extent), sums[1][k]);
-      if constexpr (kKind == Residual::kAffine) sums[2][k] = fma(g, residual - res_mean.at(lane, extent), sums[2][k]);
-      if (emit) store(emit + i, Act::forward(z, recompute.param), extent);
+  for (int64_t row = 0; row < rows;) {
+    const int64_t stop = rows - row < kRun ? rows : row + kRun;
+    Vec run[kReduceSums][kVectors];
+    for (; row < stop; ++row) {
+      const T *grad = tile.grad + row * tile.grad_step, *y = tile.y + row * tile.y_step;
+      const T* r = tile.residual + row * tile.residual_step;
+      T* emit = tile.emit + row * tile.emit_step;
+      for (int k = 0; k < kVectors; ++k) {
+        const int64_t i = k * Vec::kWidth, bit = row * tile.mask_step + i;
+        const Vec value = load(y + i, extent);
+        const Vec residual = kKind == Residual::kNone ? Vec() : load(r + i, extent);
+        const Vec z = recompute.argument(value, residual, i, extent);
+        const Vec g = Act::gradient(z, mask(load(grad + i, extent), bit), recompute.param);
+        run[0][k] = run[0][k] + g;
+        run[1][k] = fma(g, value - mean.at(i, extent), run[1][k]);
+        if constexpr (kKind == Residual::kAffine) run[2][k] = fma(g, residual - res_mean.at(i, extent), run[2][k]);
+        if (tile.emit) store(emit + i, mask(Act::forward(z, recompute.param), bit), extent);
+      }
     }
+    for (int s = 0; s < (kKind == Residual::kAffine ? kReduceSums : kReduceSums - 1); ++s)
+      for (int k = 0; k < kVectors; ++k) sums[s][k] = sums[s][k] + run[s][k];
+  }
 }
 
 template <class T, class Act, Residual kKind>
@@ -54,12 +99,15 @@ void reduce_channels_last(const JoinReduceArgs& a, int64_t begin, int64_t end) {
   constexpr int kVectors = 4;
   const int64_t c = a.channels;
   for (int64_t part = begin; part < end; ++part) {
-    const int64_t first_row = part * kReduceRows;
-    const int64_t rows = a.pixels - first_row < kReduceRows ? a.pixels - first_row : kReduceRows;
+    const Piece piece = piece_at(a.pieces, part);
+    const int64_t pixel = piece.run * a.pieces.length + piece.offset, row = a.per_sample ? piece.run * c : 0;
+    const Tile<T> tile = Tile<T>::of_pixels(a, pixel);
+    const Mask mask(a.keep, pixel);
     const auto strip = [&](int64_t channel, auto vectors, auto extent) {
       constexpr int kStrip = decltype(vectors)::value;
       Vec sums[kReduceSums][kStrip];
-      reduce_tile<T, Act, kKind, true, kStrip>(a, channel, first_row * c + channel, rows, c, extent, sums);
+      reduce_tile<T, Act, kKind, true, kStrip>(a, tile.from(channel), channel, row + channel, piece.size,
+                                               mask.from(channel), extent, sums);
       for (int s = 0; s < kReduceSums; ++s)
         for (int k = 0; k < kStrip; ++k)
           store(a.sums + (s * a.parts + part) * c + channel + k * Vec::kWidth, sums[s][k], extent);
@@ -72,17 +120,18 @@ void reduce_channels_last(const JoinReduceArgs& a, int64_t begin, int64_t end) {
 
 template <class T, class Act, Residual kKind>
 void reduce_contiguous(const JoinReduceArgs& a, int64_t begin, int64_t end) {
-  const int64_t pieces = (a.plane + kReducePlane - 1) / kReducePlane;
   for (int64_t part = begin; part < end; ++part) {
-    const int64_t sample = part / pieces, offset = part % pieces * kReducePlane;
-    const int64_t n = a.plane - offset < kReducePlane ? a.plane - offset : kReducePlane;
-    const int64_t rows = n / Vec::kWidth, rest = n % Vec::kWidth;
+    const Piece piece = piece_at(a.pieces, part);
+    const int64_t vectors = piece.size / Vec::kWidth, rest = piece.size % Vec::kWidth;
     for (int64_t channel = 0; channel < a.channels; ++channel) {
-      const int64_t at = (sample * a.channels + channel) * a.plane + offset;
+      const int64_t span = piece.run * a.channels + channel, row = a.per_sample ? span : channel;
+      const Tile<T> tile = Tile<T>::of_plane(a, span * a.plane + piece.offset);
+      const Mask mask(a.keep, span);
       Vec sums[kReduceSums][1];
-      reduce_tile<T, Act, kKind, false, 1>(a, channel, at, rows, Vec::kWidth, Whole{}, sums);
+      reduce_tile<T, Act, kKind, false, 1>(a, tile, channel, row, vectors, mask, Whole{}, sums);
+      const int64_t done = vectors * Vec::kWidth;
       if (rest)  // lanes past the end load a gradient of zero
-        reduce_tile<T, Act, kKind, false, 1>(a, channel, at + rows * Vec::kWidth, 1, 0, Tail{rest}, sums);
+        reduce_tile<T, Act, kKind, false, 1>(a, tile.from(done), channel, row, 1, mask.from(done), Tail{rest}, sums);
       for (int s = 0; s < kReduceSums; ++s)
         a.sums[(s * a.parts + part) * a.channels + channel] = horizontal_sum(sums[s][0]);
     }
@@ -91,35 +140,44 @@ void reduce_contiguous(const JoinReduceArgs& a, int64_t begin, int64_t end) {
 
 template <class T, class Act, Residual kKind, bool kPerLane>
 void apply_spans(const JoinApplyArgs& a, int64_t begin, int64_t end) {
-  for (int64_t span = begin; span < end; ++span) {
-    const int64_t channel = kPerLane ? 0 : span % a.channels;
-    const Recompute<T, Act, kKind, kPerLane> recompute(a, channel);
-    const Parameter<kPerLane> mean{a.mean + channel}, slope{a.slope + channel}, offset{a.offset + channel};
+  const bool training = a.training, res_training = a.res_training;
+  const int64_t inner = a.inner;
+  for (int64_t span = begin; span < end;) {
+    const Stretch stretch = Stretch::from<kPerLane>(a, span, end);
+    const int64_t channel = stretch.channel;
+    const Recompute<T, Act, kKind, kPerLane> recompute(a, channel, stretch.row);
+    const Parameter<kPerLane> mean{a.mean + channel}, slope{a.slope + channel}, offset{a.offset + stretch.row};
     const Parameter<kPerLane> res_mean{a.res_mean + channel}, res_scale{a.res_scale + channel};
     const Parameter<kPerLane> res_slope{a.res_slope + channel}, res_offset{a.res_offset + channel};
-    const int64_t at = span * a.inner;
-    const T *grad = static_cast<const T*>(a.grad) + at, *y = static_cast<const T*>(a.y) + at;
-    const T* r = static_cast<const T*>(a.residual) + at;
-    T* grad_y = static_cast<T*>(a.grad_y) + at;
-    T* grad_r = a.grad_residual ? static_cast<T*>(a.grad_residual) + at : nullptr;
-    for_each_vector(a.inner, [&](int64_t i, auto extent) {
-      const Vec value = load(y + i, extent);
-      const Vec residual = kKind == Residual::kNone ? Vec() : load(r + i, extent);
-      const Vec z = recompute.argument(value, residual, i, extent);
-      const Vec g = Act::gradient(z, load(grad + i, extent), recompute.param);
-      // Without batch statistics the value takes no part, not even where it is NaN.
-      Vec through_stats, side;
-      if (a.training) through_stats = fma(slope.at(i, extent), value - mean.at(i, extent), offset.at(i, extent));
-      store(grad_y + i, fma(recompute.scale.at(i, extent), g, through_stats), extent);
-      if constexpr (kKind == Residual::kPlain) {
-        if (grad_r) store(grad_r + i, g, extent);
-      }
-      if constexpr (kKind == Residual::kAffine) {
-        if (a.res_training)
-          side = fma(res_slope.at(i, extent), residual - res_mean.at(i, extent), res_offset.at(i, extent));
-        if (grad_r) store(grad_r + i, fma(res_scale.at(i, extent), g, side), extent);
-      }
-    });
+    for (; span < stretch.end; ++span) {
+      const Mask mask(a.keep, span);
+      const T* grad = static_cast<const T*>(a.grad) + span * a.grad_pitch;
+      const T* y = static_cast<const T*>(a.y) + span * a.y_pitch;
+      const T* r = static_cast<const T*>(a.residual) + span * a.residual_pitch;
+      const T* addend = a.addend ? static_cast<const T*>(a.addend) + span * a.addend_pitch : nullptr;
+      T* grad_y = static_cast<T*>(a.grad_y) + span * a.grad_y_pitch;
+      T* grad_r = a.grad_residual ? static_cast<T*>(a.grad_residual) + span * inner : nullptr;
+      for_each_vector(inner, [&](int64_t i, auto extent) {
+        const Vec value = load(y + i, extent);
+        const Vec residual = kKind == Residual::kNone ? Vec() : load(r + i, extent);
+        const Vec z = recompute.argument(value, residual, i, extent);
+        const Vec g = Act::gradient(z, mask(load(grad + i, extent), i), recompute.param);
+        // Without batch statistics the value takes no part, not even where it is NaN.
+        Vec added = offset.at(i, extent);
+        if (training) added = fma(slope.at(i, extent), value - mean.at(i, extent), added);
+        if (addend) added = added + load(addend + i, extent);
+        store(grad_y + i, fma(recompute.scale.at(i, extent), g, added), extent);
+        if constexpr (kKind == Residual::kPlain) {
+          if (grad_r) store(grad_r + i, g, extent);
+        }
+        if constexpr (kKind == Residual::kAffine) {
+          Vec side;
+          if (res_training)
+            side = fma(res_slope.at(i, extent), residual - res_mean.at(i, extent), res_offset.at(i, extent));
+          if (grad_r) store(grad_r + i, fma(res_scale.at(i, extent), g, side), extent);
+        }
+      });
+    }
   }
 }
 
@@ -145,14 +203,24 @@ void join_reduce_range(const JoinReduceArgs& args, int64_t begin, int64_t end) {
 }
 
 void join_reduce_merge_range(const JoinReduceMergeArgs& a, int64_t begin, int64_t end) {
-  for (int s = 0; s < kReduceSums; ++s)
-    for (int64_t c = begin; c < end; ++c) {
-      double total = 0;
-      for (int64_t part = 0; part < a.parts; ++part)
-        total += static_cast<double>(a.sums[(s * a.parts + part) * a.channels + c]);
-      const double scale = s == 0 ? 1.0 : s == 1 ? a.rstd[c] : a.res_rstd[c];
-      a.out[s * a.channels + c] = static_cast<float>(scale * total);
+  constexpr int64_t kBlock = 64;
+  const int64_t all_parts = a.groups * a.parts;
+  int64_t width = 0;
+  for (int64_t column = begin; column < end; column += width) {
+    const int64_t group = column / a.channels, c = column % a.channels;
+    width = end - column < a.channels - c ? end - column : a.channels - c;
+    width = width < kBlock ? width : kBlock;
+    for (int s = 0; s < kReduceSums; ++s) {
+      double total[kBlock] = {};
+      for (int64_t part = 0; part < a.parts; ++part) {
+        const float* sums = a.sums + (s * all_parts + group * a.parts + part) * a.channels + c;
+        for (int64_t i = 0; i < width; ++i) total[i] += static_cast<double>(sums[i]);
+      }
+      const float* scale = s == 1 ? a.rstd : a.res_rstd;
+      float* out = a.out + s * a.groups * a.channels + column;
+      for (int64_t i = 0; i < width; ++i) out[i] = static_cast<float>(s == 0 ? total[i] : scale[c + i] * total[i]);
     }
+  }
 }
 
 void join_apply_range(const JoinApplyArgs& args, int64_t begin, int64_t end) {

@@ -10,18 +10,22 @@ namespace {
 template <class T, class Act, Residual kKind, bool kPerLane>
 void join_spans(const JoinArgs& a, int64_t begin, int64_t end) {
   const Vec param(a.act_param);
-  for (int64_t span = begin; span < end; ++span) {
-    const int64_t channel = kPerLane ? 0 : span % a.channels;
-    const Parameter<kPerLane> scale{a.scale + channel}, shift{a.shift + channel};
-    const Addend<kKind, kPerLane> add{{a.res_scale + channel}, {a.res_shift + channel}};
-    const T* y = static_cast<const T*>(a.y) + span * a.inner;
-    const T* r = static_cast<const T*>(a.residual) + span * a.inner;
-    T* out = static_cast<T*>(a.out) + span * a.inner;
-    for_each_vector(a.inner, [&](int64_t i, auto extent) {
-      const Vec residual = kKind == Residual::kNone ? Vec() : load(r + i, extent);
-      const Vec z = fma(load(y + i, extent), scale.at(i, extent), shift.at(i, extent));
-      store(out + i, Act::forward(add(z, residual, i, extent), param), extent);
-    });
+  const int64_t inner = a.inner;
+  for (int64_t span = begin; span < end;) {
+    const Stretch stretch = Stretch::from<kPerLane>(a, span, end);
+    const Parameter<kPerLane> scale{a.scale + stretch.row}, shift{a.shift + stretch.row};
+    const Addend<kKind, kPerLane> add{{a.res_scale + stretch.channel}, {a.res_shift + stretch.channel}};
+    for (; span < stretch.end; ++span) {
+      const Mask mask(a.keep, span);
+      const T* y = static_cast<const T*>(a.y) + span * a.y_pitch;
+      const T* r = static_cast<const T*>(a.residual) + span * a.residual_pitch;
+      T* out = static_cast<T*>(a.out) + span * inner;
+      for_each_vector(inner, [&](int64_t i, auto extent) {
+        const Vec residual = kKind == Residual::kNone ? Vec() : load(r + i, extent);
+        const Vec z = fma(load(y + i, extent), scale.at(i, extent), shift.at(i, extent));
+        store(out + i, mask(Act::forward(add(z, residual, i, extent), param), i), extent);
+      });
+    }
   }
 }
 

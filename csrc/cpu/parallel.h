@@ -70,6 +70,49 @@ class NormRows {
   std::vector<float> identity_;
 };
 
+// The main operand's affine with a gain in it, if there is one: a row per sample, or the norm's own, which all share.
+class GainedRows {
+ public:
+  GainedRows(const NormRows& norm, const std::optional<Tensor>& gain, bool per_sample, const Tensor& like)
+      : scale_(norm.scale()), shift_(norm.shift()) {
+    if (!per_sample) return;
+    const int64_t channels = like.size(1), size = like.size(0) * channels;
+    const float* factor = gain ? gain->const_data_ptr<float>() : nullptr;
+    products_.resize(2 * size);
+    float *scale = products_.data(), *shift = scale + size;
+    for (int64_t i = 0; i < size; i += channels)
+      for (int64_t c = 0; c < channels; ++c) {
+        const float f = factor ? factor[i + c] : 1.f;
+        scale[i + c] = f * scale_[c];
+        shift[i + c] = f * shift_[c];
+      }
+    scale_ = scale;
+    shift_ = shift;
+  }
+  const float* scale() const { return scale_; }
+  const float* shift() const { return shift_; }
+
+ private:
+  const float *scale_, *shift_;
+  std::vector<float> products_;
+};
+
+// The pieces of a reduction over a whole tensor.
+struct Cut {
+  Cut(const Spans& spans, bool per_sample, int64_t longest) {
+    const bool whole = spans.layout == Layout::kChannelsLast && !per_sample;
+    const int64_t length = whole ? spans.pixels : spans.plane;
+    pieces = {length, longest, (length + longest - 1) / longest};
+    parts = spans.pixels / length * pieces.per_run;
+    groups = per_sample ? spans.samples() : 1;
+  }
+  int64_t parts_per_group() const { return parts / groups; }
+
+  Pieces pieces;
+  int64_t parts;
+  int64_t groups;  // results per channel
+};
+
 // Picks the variant of a range kernel that this machine runs.
 template <class Function>
 Function* for_active_isa(Function* scalar, Function* avx2, Function* avx512) {

@@ -101,6 +101,13 @@ FR_INLINE Vec select_gt(Vec a, Vec b, Vec x, Vec y) {
 FR_INLINE Vec round_to_int(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 FR_INLINE Vec scale_by_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
 
+// a in the lanes whose bit is set, of the bits from number `at` on; else zero.
+FR_INLINE Vec where_bits(const uint8_t* bits, int64_t at, Vec a) {
+  uint32_t word;
+  std::memcpy(&word, bits + (at >> 3), sizeof(word));
+  return _mm512_maskz_mov_ps(static_cast<__mmask16>(word >> (at & 7)), a.v);
+}
+
 FR_INLINE __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
 FR_INLINE Vec widen(__m256i half, BFloat16) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
@@ -167,6 +174,14 @@ FR_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {
   return _mm256_mul_ps(_mm256_mul_ps(a.v, power(half)), power(_mm256_sub_epi32(whole, half)));
 }
 
+FR_INLINE Vec where_bits(const uint8_t* bits, int64_t at, Vec a) {
+  uint16_t word;
+  std::memcpy(&word, bits + (at >> 3), sizeof(word));
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(word >> (at & 7)), lane);
+  return _mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)));
+}
+
 FR_INLINE Vec widen(__m128i half, BFloat16) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
@@ -221,6 +236,7 @@ FR_INLINE Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }
 FR_INLINE Vec vmax(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
 FR_INLINE Vec vmin(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
 FR_INLINE Vec select_gt(Vec a, Vec b, Vec x, Vec y) { return a.v > b.v ? x : y; }
+FR_INLINE Vec where_bits(const uint8_t* bits, int64_t at, Vec a) { return bits[at >> 3] >> (at & 7) & 1 ? a : Vec(); }
 template <class T>
 FR_INLINE Vec load(const T* p) {
   return to_float(*p);

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .. import models
 from ..patch import patch
 from ..select import backend_for
 from .data import Digits
 
-__all__ = ["Training", "deviation", "train"]
+__all__ = ["Step", "Training", "deviation", "fit", "train"]
 
 _BATCH = 64
 
@@ -42,25 +45,46 @@ def train(
     model = models.cifar_resnet(20, in_channels=1, fused=False).to(memory_format=memory_format)
     if fused:
         patch(model, backend=backend_for("cpu", torch.float32))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(data.train_images) // _BATCH))
-    losses = []
     start = perf_counter()
+    losses = tuple(step.loss for step in fit(model, data, epochs, memory_format=memory_format))
+    seconds = perf_counter() - start
+    with torch.no_grad():
+        predicted = model.eval()(data.test_images.contiguous(memory_format=memory_format)).argmax(1)
+    return Training(losses, (predicted == data.test_classes).float().mean().item(), seconds)
+
+
+class Step(NamedTuple):
+    """A step of a training: its loss, and the share of its images that were classified wrongly, before the update."""
+
+    loss: float
+    error: float
+
+
+def fit(
+    model: nn.Module,
+    data: Digits,
+    epochs: int,
+    *,
+    batch: int = _BATCH,
+    rate: float = 0.02,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> Iterator[Step]:
+    """Trains ``model`` by SGD with momentum on a cosine schedule, and yields every step. Incomplete batches are left
+    out; the order is drawn from torch's generator."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(data.train_images) // batch))
     for _ in range(epochs):
-        for batch in torch.randperm(len(data.train_images)).split(_BATCH):
-            if len(batch) < _BATCH:
+        for chosen in torch.randperm(len(data.train_images)).split(batch):
+            if len(chosen) < batch:
                 continue
-            images = data.train_images[batch].contiguous(memory_format=memory_format)
-            loss = F.cross_entropy(model(images), data.train_classes[batch])
+            images, classes = data.train_images[chosen], data.train_classes[chosen]
+            logits = model(images.contiguous(memory_format=memory_format))
+            loss = F.cross_entropy(logits, classes)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            losses.append(loss.item())
-    seconds = perf_counter() - start
-    with torch.no_grad():
-        predicted = model.eval()(data.test_images.contiguous(memory_format=memory_format)).argmax(1)
-    return Training(tuple(losses), (predicted == data.test_classes).float().mean().item(), seconds)
+            yield Step(loss.item(), float((logits.argmax(1) != classes).float().mean()))
 
 
 def deviation(a: Training, b: Training) -> float:

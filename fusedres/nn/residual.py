@@ -1,29 +1,20 @@
-"""The post-activation blocks of He et al. (2016, "Deep Residual Learning for Image Recognition", figure 5).
-
-Each block has the parameters and ``state_dict`` keys of the plain PyTorch block that its docstring spells out, so that
-a checkpoint of one loads into the other. Its forward is one call into the engine, its backward one autograd node; the
-modules inside hold parameters and settings, and are not called.
-"""
+"""The post-activation blocks of He et al. (2016, "Deep Residual Learning for Image Recognition", figure 5)."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..block import Act, Block, Conv, Norm, run
+from ..block import Act, Conv, Norm
 from ..ops.activations import RELU
+from .base import ResidualJoin, conv1x1, conv3x3, middle_channels, shortcut_of
 
-__all__ = ["BottleneckBlock", "ResidualBlock"]
+__all__ = ["BASIC", "BOTTLENECK", "BottleneckBlock", "ResidualBlock"]
 
-_BASIC = (Conv("conv1"), Norm("bn1"), Act(RELU), Conv("conv2"), Norm("bn2"))
-_BOTTLENECK = (*_BASIC, Act(RELU), Conv("conv3"), Norm("bn3"))
-_SHORTCUTS = {"identity": (), "conv": (Conv("shortcut"),), "conv_norm": (Conv("shortcut.0"), Norm("shortcut.1"))}
-
-
-def _block(branch: tuple, shortcut: str) -> Block:
-    return Block(branch, _SHORTCUTS[shortcut], RELU, in_place=True)
+BASIC = (Conv("conv1"), Norm("bn1"), Act(RELU), Conv("conv2"), Norm("bn2"))
+BOTTLENECK = (*BASIC, Act(RELU), Conv("conv3"), Norm("bn3"))
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(ResidualJoin):
     """The basic block::
 
         relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))
@@ -36,6 +27,8 @@ class ResidualBlock(nn.Module):
         out_channels: channels of the output; those of the input if left out.
         stride: of the first convolution and of the shortcut.
         bias: whether the convolutions have one.
+        drop_path: the probability with which a sample's branch is dropped in training
+            (:class:`~fusedres.nn.StochasticDepth`).
         memory: ``"low"`` recomputes in backward what is cheap to recompute.
     """
 
@@ -46,24 +39,20 @@ class ResidualBlock(nn.Module):
         stride: int = 1,
         *,
         bias: bool = True,
+        drop_path: float = 0.0,
         memory: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(memory)
         out_channels = in_channels if out_channels is None else out_channels
-        self.memory = memory
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=bias)
+        self.conv1 = conv3x3(in_channels, out_channels, stride, bias)
         self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=bias)
+        self.conv2 = conv3x3(out_channels, out_channels, bias=bias)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        projects = stride != 1 or in_channels != out_channels
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=bias) if projects else nn.Sequential()
-        self._block = _block(_BASIC, "conv" if projects else "identity")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return run(self._block, self, x, memory=self.memory)
+        self.shortcut = shortcut_of(in_channels, out_channels, stride, bias=bias)
+        self._join(BASIC, "shortcut", RELU, drop_path=drop_path)
 
 
-class BottleneckBlock(nn.Module):
+class BottleneckBlock(ResidualJoin):
     """The bottleneck block::
 
         relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))
@@ -74,33 +63,33 @@ class BottleneckBlock(nn.Module):
 
     Args:
         in_channels: channels of the input.
-        out_channels: channels of the output.
+        out_channels: channels of the output, at least ``expansion``.
         stride: of the 3x3 convolution and of the shortcut.
         bias: whether the convolutions have one.
+        drop_path: the probability with which a sample's branch is dropped in training
+            (:class:`~fusedres.nn.StochasticDepth`).
         memory: ``"low"`` recomputes in backward what is cheap to recompute.
     """
 
     expansion = 4
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int = 1, *, bias: bool = True, memory: str = "auto"
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        *,
+        bias: bool = True,
+        drop_path: float = 0.0,
+        memory: str = "auto",
     ) -> None:
-        super().__init__()
-        channels = out_channels // self.expansion
-        self.memory = memory
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=bias)
+        super().__init__(memory)
+        channels = middle_channels(out_channels, self.expansion)
+        self.conv1 = conv1x1(in_channels, channels, bias=bias)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=bias)
+        self.conv2 = conv3x3(channels, channels, stride, bias)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=bias)
+        self.conv3 = conv1x1(channels, out_channels, bias=bias)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        projects = stride != 1 or in_channels != out_channels
-        self.shortcut = nn.Sequential()
-        if projects:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=bias), nn.BatchNorm2d(out_channels)
-            )
-        self._block = _block(_BOTTLENECK, "conv_norm" if projects else "identity")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return run(self._block, self, x, memory=self.memory)
+        self.shortcut = shortcut_of(in_channels, out_channels, stride, bias=bias, norm=True)
+        self._join(BOTTLENECK, "shortcut", RELU, drop_path=drop_path)

@@ -8,8 +8,10 @@ from . import (  # noqa: F401  they register themselves
     conv_fused_backward,
     conv_wgrad,
     fingerprint,
+    gated_join,
     join,
     join_backward,
+    rk_combine,
 )
 from .functional import (  # noqa: F811  the function takes the name; the module stays in sys.modules
     ConvParams,
@@ -21,6 +23,8 @@ from .functional import (  # noqa: F811  the function takes the name; the module
     join,
     residual_block,
 )
+from .gated_join import gated_join  # noqa: F811
+from .rk_combine import rk_combine  # noqa: F811
 
 __all__ = [
     "ConvParams",
@@ -29,6 +33,8 @@ __all__ = [
     "bn_act_conv",
     "conv_affine_act",
     "conv_bn_act",
+    "gated_join",
     "join",
     "residual_block",
+    "rk_combine",
 ]

@@ -13,19 +13,24 @@ from torch import Tensor
 from .bn_stats import statistics_dtype
 from .conv import ConvGeometry, geometry, output_size
 
-__all__ = ["Checked", "check_input"]
+__all__ = ["Checked", "check_floating", "check_input"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Shape = tuple[int, ...]
 
 
-def check_input(op: str, x: Any, name: str = "x") -> Checked:
-    """Checks an input ``[N, C, H, W]``; the result checks the operands that meet it."""
+def check_floating(op: str, x: Any, name: str = "x") -> None:
+    """Checks that ``x`` is a tensor of a dtype that the ops compute in."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in _DTYPES:
         raise TypeError(f"{op}: {name} must be of a dtype among {', '.join(map(str, _DTYPES))}, got {x.dtype}")
+
+
+def check_input(op: str, x: Any, name: str = "x") -> Checked:
+    """Checks an input ``[N, C, H, W]``; the result checks the operands that meet it."""
+    check_floating(op, x, name)
     if x.dim() != 4:
         raise ValueError(f"{op}: {name} must have the 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
     return Checked(op, name, x, tuple(x.shape))
@@ -88,6 +93,12 @@ class Checked(NamedTuple):
         self._tensor(name, residual, self._compute_dtypes() if dtype is None else (dtype,))
         if tuple(residual.shape) != self.shape:
             raise self._misfit(name, residual.shape, f"it is added to a tensor of shape {self.shape}")
+
+    def alike(self, name: str, value: Any) -> None:
+        """Checks an operand that meets the present value element by element."""
+        self._tensor(name, value, self._compute_dtypes())
+        if tuple(value.shape) != self.shape:
+            raise self._misfit(name, value.shape, "the shapes must be the same")
 
     def vector(self, name: str, value: Any) -> None:
         """Checks one factor or term per channel of the present value."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["draw_seed", "keep_scale", "philox"]
+__all__ = ["draw_seed", "dropped", "keep_scale", "philox", "philox4x32"]
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -34,17 +34,21 @@ def _high_and_low(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
     return high & _WORD, (multiplier * word) & _WORD
 
 
-def philox(seed: int, first: int, count: int, device: torch.device) -> Tensor:
-    """Words ``first .. first + count - 1`` of the stream of ``seed``, as int64 in ``[0, 2^32)``."""
-    counters = torch.arange(first // 4, (first + count + 3) // 4, dtype=torch.int64, device=device)
-    zero = torch.zeros_like(counters)
-    words = [counters & _WORD, (counters >> 32) & _WORD, zero, zero]
-    keys = [seed & _WORD, (seed >> 32) & _WORD]
+def philox4x32(words: list[Tensor], keys: list[int]) -> list[Tensor]:
+    """Ten rounds over four-word counters under a two-word key; words are int64 in ``[0, 2^32)``."""
     for _ in range(_ROUNDS):
         high0, low0 = _high_and_low(_MULTIPLIERS[0], words[0])
         high1, low1 = _high_and_low(_MULTIPLIERS[1], words[2])
         words = [high1 ^ words[1] ^ keys[0], low1, high0 ^ words[3] ^ keys[1], low0]
         keys = [(key + step) & _WORD for key, step in zip(keys, _WEYL)]
+    return words
+
+
+def philox(seed: int, first: int, count: int, device: torch.device) -> Tensor:
+    """Words ``first .. first + count - 1`` of the stream of ``seed``, as int64 in ``[0, 2^32)``."""
+    counters = torch.arange(first // 4, (first + count + 3) // 4, dtype=torch.int64, device=device)
+    zero = torch.zeros_like(counters)
+    words = philox4x32([counters & _WORD, counters >> 32, zero, zero], [seed & _WORD, (seed >> 32) & _WORD])
     start = first % 4
     return torch.stack(words, 1).flatten()[start : start + count]
 
@@ -55,3 +59,18 @@ def keep_scale(shape: torch.Size, p: float, seed: Tensor, dtype: torch.dtype, de
     words = philox(int(seed), 0, n * c * h * w, device).view(n, h, w, c).permute(0, 3, 1, 2)
     kept = words >= int(p * 2**32)
     return kept.to(dtype) * (1 / (1 - p) if p < 1 else 0.0)
+
+
+def dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """``x`` times its mask; ``x`` itself where ``p`` is 0.
+
+    Raises:
+        ValueError: for ``p`` outside of [0, 1], and without a seed where ``p`` is not 0.
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout must be in [0, 1], got {p}")
+    if p == 0:
+        return x
+    if seed is None:
+        raise ValueError(f"seed must be given where dropout is not 0, got dropout={p}")
+    return x * keep_scale(x.shape, p, seed, x.dtype, x.device)

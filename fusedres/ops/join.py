@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS
 from .bn_stats import statistics_dtype
-from .dropout import keep_scale
+from .dropout import dropped
 from .registry import declare
 
 __all__ = ["BY_CODE", "JOIN", "join_argument"]
@@ -58,9 +58,7 @@ def _reference(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    out = BY_CODE[act].forward(join_argument(y, norm, residual, res_norm, gain), act_param)
-    if seed is not None:
-        out = out * keep_scale(out.shape, dropout, seed, out.dtype, out.device)
+    out = dropped(BY_CODE[act].forward(join_argument(y, norm, residual, res_norm, gain), act_param), dropout, seed)
     # A result of its own in a dense layout, whatever the formula was: out may neither alias y nor take another stride.
     return torch.empty_like(y).copy_(out)
 

@@ -12,9 +12,10 @@ With :math:`z` the activation's argument, recomputed from what the forward read,
 and :math:`dy = scale \\cdot g` where its statistics are constants. The residual's gradient is ``g`` itself, or the same
 formula with the residual's norm; it is written in the pass that has ``g`` in registers.
 
-A dropout scales ``g``. A gain stands between the norm and the sum: there :math:`u = gain \\cdot g + offset` takes the
-place of ``g`` in the formulas of ``y``, with the gradient that reaches every value of a channel of a sample through the
-squeeze as ``offset``. The first pass then yields its sums per sample, from which the gain's own gradient follows.
+A dropout masks and scales ``grad``. A gain stands between the norm and the sum: there
+:math:`u = gain \\cdot g + offset` takes the place of ``g`` in the formulas of ``y``, with the gradient that reaches
+every value of a channel of a sample through the squeeze as ``offset``. The first pass then yields its sums per sample,
+from which the gain's own gradient follows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dropout import keep_scale
+from .dropout import dropped
 from .join import BY_CODE, join_argument
 from .registry import declare
 
@@ -46,10 +47,8 @@ def _masked_gradient(
 ) -> tuple[Tensor, Tensor]:
     z = join_argument(y, norm, residual, res_norm, gain)
     slope = BY_CODE[act].derivative(z, act_param)
-    if seed is not None:
-        slope = slope * keep_scale(z.shape, dropout, seed, z.dtype, z.device)
-    # Where the activation is flat nothing passes, not even a NaN: as stock PyTorch masks.
-    return z, torch.where(slope == 0, 0.0, grad.to(z.dtype) * slope)
+    # Where the activation is flat nothing passes, not even a NaN; a dropout multiplies by zero: both as stock PyTorch.
+    return z, torch.where(slope == 0, 0.0, dropped(grad.to(z.dtype), dropout, seed) * slope)
 
 
 def _normalised(x: Tensor, norm: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -88,9 +87,7 @@ def _reduce_reference(
         sums[2] = (g * _normalised(residual, res_norm, g.dtype)).sum(over)
     if not emit:
         return sums, y.new_empty(0)
-    value = BY_CODE[act].forward(z, act_param)
-    if seed is not None:
-        value = value * keep_scale(z.shape, dropout, seed, z.dtype, z.device)
+    value = dropped(BY_CODE[act].forward(z, act_param), dropout, seed)
     return sums, torch.empty_like(y).copy_(value)
 
 
@@ -116,7 +113,7 @@ JOIN_BACKWARD_REDUCE = declare(
     f"({_OPERANDS}, bool emit, {_MODIFIERS}) -> (Tensor, Tensor)",
     reference=_reduce_reference,
     fake=_reduce_fake,
-    kernels=("cpu", "triton"),
+    kernels=("cpu", "cuda", "triton"),
 )
 """The sums of :math:`g`, :math:`g \\hat y` and, with a residual norm, :math:`g \\hat r` (else zero), shape ``[3, C]``,
 or ``[3, N, C]`` where there is a gain; and with ``emit`` the forward's result, recomputed in the same pass for the
@@ -213,7 +210,7 @@ JOIN_BACKWARD_APPLY = declare(
     "Tensor? offset=None, Tensor? addend=None, Tensor(a!)? into=None) -> (Tensor, Tensor)",
     reference=_apply_reference,
     fake=_apply_fake,
-    kernels=("cpu", "triton"),
+    kernels=("cpu", "cuda", "triton"),
 )
 """``(dy + addend, dresidual)``; ``dresidual`` is empty where it is not needed, and so is ``dy`` where it was written to
 ``into``, which may be the addend itself: both may be channel slices of a channels_last buffer.

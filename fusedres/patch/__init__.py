@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from .. import select
-from ..block import Conv
+from ..block import Block, Dense
+from .gated_join import GatedJoin
 from .plan import Plan, make_plan
 from .report import Declined, Fused, PatchReport
 from .selection import Selection
+from .steps import paths as paths_of
 from .swap import Template, swap, template_of, unswap
 
 __all__ = ["Declined", "Fused", "PatchReport", "explain", "patch", "unpatch"]
@@ -102,12 +104,21 @@ def _entries(module: nn.Module, paths: dict[nn.Module, str], template: Template,
     """The report's entries for one module: one for each call of the engine."""
     entries = []
     for pattern, block in template.blocks:
-        steps = (*block.branch, *(block.shortcut or ()))
-        convs = [module.get_submodule(step.path) for step in steps if isinstance(step, Conv)]
+        inner = [module.get_submodule(path) for path in _inner(block)]
+        convs = [m for m in inner if isinstance(m, nn.Conv2d)]
+        weight = next(m.weight for m in (*inner, *module.modules()) if isinstance(m, (nn.Conv2d, nn.Linear)))
         forced = dict(template.options).get("backend", "auto")
-        backend = select.backend_for(convs[0].weight.device, convs[0].weight.dtype, forced)
+        backend = select.backend_for(weight.device, weight.dtype, forced)
         entries.append(Fused(paths[module], pattern, backend, tuple(paths[c] for c in convs), already))
     return entries
+
+
+def _inner(block: Block | Dense | GatedJoin) -> list[str]:
+    """The paths of the modules whose parameters a call reads, and of a gated sum's gate."""
+    if isinstance(block, GatedJoin):
+        return [block.gate] if block.gate else []
+    chains = block.layers if isinstance(block, Dense) else (block.branch, block.shortcut or ())
+    return [path for steps in chains for step in steps for path in paths_of(step)]
 
 
 def _notes(convolutions: dict[str, nn.Conv2d]) -> tuple[str, ...]:

@@ -12,8 +12,9 @@ from typing import Any
 from torch import fx, nn
 
 from .. import block
-from ..block import Act, Block, Step
+from ..block import Act, Block, Conv, Dense, Dropout, DropPath, Norm, SqueezeExcite, Step
 from ..ops.activations import IDENTITY
+from .gated_join import GatedJoin
 from .trace import Traced
 from .view import Region
 
@@ -43,7 +44,7 @@ def generate(
     """
     fresh = _Names(traced)
     run, stock = fresh("fusedres_block"), fresh("stock")
-    blocks = {fresh(f"block_{i}"): region.block for i, region in enumerate(regions)}
+    blocks = {fresh(f"{_kind(region.block)}_{i}"): region.block for i, region in enumerate(regions)}
     calls: dict[fx.Node, fx.Node] = {}
     for name, region in zip(blocks, regions):
         _replace(traced.graph, region, run, name, options, calls)
@@ -83,32 +84,68 @@ def _replace(
 ) -> None:
     """Puts one call in the place of a region; ``calls`` maps what earlier calls replaced, which may be its inputs."""
     last = region.nodes[-1]
-    inputs = [calls.get(node, node) for node in (region.entry, region.residual) if node is not None]
+    inputs = [calls.get(node, node) for node in region.inputs]
     with graph.inserting_before(last):
         # A method call prints as `fusedres_block.run(...)`, looked up in the module when the line runs.
-        arguments = (_Code(run), _Code(name), _Code("self"), *inputs)
-        call = graph.create_node("call_method", "run", arguments, dict(options), name=f"{name}_out")
+        if isinstance(region.block, GatedJoin):
+            method, arguments = "join", (_Code(name), *inputs)
+        else:
+            method = "run_dense" if isinstance(region.block, Dense) else "run"
+            arguments = (_Code(run), _Code(name), _Code("self"), *inputs)
+        call = graph.create_node("call_method", method, arguments, dict(options), name=f"{name}_out")
     calls[last] = call
     last.replace_all_uses_with(call)
     for node in reversed(region.nodes):
         graph.erase_node(node)
 
 
-def _header(cls: type, blocks: dict[str, Block]) -> str:
+_Described = Block | Dense | GatedJoin
+
+
+def _kind(b: _Described) -> str:
+    return {Block: "block", Dense: "dense", GatedJoin: "gated"}[type(b)]
+
+
+def _header(cls: type, blocks: dict[str, _Described]) -> str:
     origin = f"# {cls.__module__}.{cls.__qualname__}, with a forward written by fusedres.patch\n"
     return origin + "".join(f"# {name}: {_formula(b)}\n" for name, b in blocks.items()) + "\n"
 
 
-def _formula(b: Block) -> str:
+def _formula(b: _Described) -> str:
     """``relu(x -> conv1 -> bn1 -> relu -> conv2 -> bn2  +  x)``"""
-    text = _path("x", b.branch)
-    if b.shortcut is not None:
-        text += "  +  " + _path("x" if b.residual == "input" else "residual", b.shortcut)
-    return text if b.act == IDENTITY else f"{b.act}({text})"
+    if isinstance(b, GatedJoin):
+        return str(b)
+    if isinstance(b, Dense):
+        return "x and the channels of each layer, which reads all before it" + "".join(
+            f"\n#     {_path('[...]', layer)}" for layer in b.layers
+        )
+    if b.shortcut is None:
+        return _path("x", b.branch)
+    branch, start, side, where = b.branch, "x", "residual" if b.residual == "argument" else "x", ""
+    if b.residual == "pending":
+        head = next(i for i, step in enumerate(branch) if isinstance(step, Conv))
+        start, side, where = "p", "p", f", p = {_path('x', branch[:head])}"
+        branch = branch[head:]
+    text = f"{_path(start, branch)}  +  {_path(side, b.shortcut)}"
+    return (text if b.act == IDENTITY else f"{b.act}({text})") + where
 
 
 def _path(start: str, steps: Sequence[Step]) -> str:
-    return " -> ".join([start, *(str(s.activation) if isinstance(s, Act) else s.path for s in steps)])
+    return " -> ".join([start, *map(_step, steps)])
+
+
+def _step(step: Step) -> str:
+    if isinstance(step, Act):
+        return str(step.activation)
+    if isinstance(step, SqueezeExcite):
+        inner = "" if step.act == IDENTITY else f"{step.act} -> "
+        return f"squeeze-excitation({step.fc1} -> {inner}{step.fc2} -> {step.gate})"
+    if isinstance(step, Norm) and step.act != IDENTITY:
+        return f"{step.path} -> {step.act}"
+    return f"{step.path} ({_KINDS[type(step)]})" if type(step) in _KINDS else step.path
+
+
+_KINDS = {Dropout: "dropout", DropPath: "stochastic depth"}
 
 
 def _body(source: str) -> str:

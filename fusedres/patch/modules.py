@@ -10,7 +10,19 @@ from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ["conv_problem", "hook_problem", "is_builtin", "norm_problem", "opaque_problem", "shared_parameters"]
+from ..block import is_norm_act
+
+__all__ = [
+    "conv_problem",
+    "drop_path_problem",
+    "hook_problem",
+    "is_builtin",
+    "is_drop_path",
+    "linear_problem",
+    "norm_problem",
+    "opaque_problem",
+    "shared_parameters",
+]
 
 _OWN_MODULES = ("torch.nn.modules.", "torch.ao.")
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -66,9 +78,40 @@ def conv_problem(module: nn.Conv2d, shared: dict[int, str]) -> str | None:
 
 def norm_problem(module: nn.Module, shared: dict[int, str]) -> str | None:
     """Why a normalisation layer cannot be part of a fused site; ``None`` where it can."""
-    if type(module).forward is not nn.BatchNorm2d.forward or not isinstance(module, nn.BatchNorm2d):
+    cls = type(module)
+    if not isinstance(module, nn.BatchNorm2d) or not (cls.forward is nn.BatchNorm2d.forward or is_norm_act(cls)):
         return _subclass_problem(module)
     return _layer_problem(module, shared)
+
+
+def linear_problem(module: nn.Linear, shared: dict[int, str]) -> str | None:
+    """Why a linear layer cannot be part of a fused site; ``None`` where it can."""
+    return (
+        _subclass_problem(module) if type(module).forward is not nn.Linear.forward else _layer_problem(module, shared)
+    )
+
+
+# Modules that drop samples of a branch in training and scale the others, by the place of their class, so that none of
+# the packages need be there. Their forwards do different things in train and in eval mode, so they are never inlined.
+_DROP_PATHS = {
+    ("torchvision.ops.stochastic_depth", "StochasticDepth"),
+    ("timm.layers.drop", "DropPath"),
+    ("fusedres.nn.stochastic_depth", "StochasticDepth"),
+}
+
+
+def is_drop_path(module: nn.Module) -> bool:
+    """Whether the module is a stochastic depth that is known here."""
+    return (type(module).__module__, type(module).__qualname__) in _DROP_PATHS
+
+
+def drop_path_problem(module: nn.Module) -> str | None:
+    """Why a module for which :func:`is_drop_path` holds cannot be part of a fused site; ``None`` where it can."""
+    if getattr(module, "mode", "row") != "row":
+        return f"drops whole batches (mode={module.mode!r}), which no block does"
+    if not getattr(module, "scale_by_keep", True):
+        return "does not scale the samples that it keeps (scale_by_keep=False), which blocks do"
+    return hook_problem(module)
 
 
 def _subclass_problem(module: nn.Module) -> str:

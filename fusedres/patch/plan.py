@@ -17,7 +17,16 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..block import unsupported
 from .codegen import generate
-from .modules import conv_problem, hook_problem, is_builtin, norm_problem, opaque_problem, shared_parameters
+from .modules import (
+    conv_problem,
+    hook_problem,
+    is_builtin,
+    is_drop_path,
+    linear_problem,
+    norm_problem,
+    opaque_problem,
+    shared_parameters,
+)
 from .patterns import PATTERNS
 from .selection import Selection
 from .swap import Site, Template, fused_class, template_of
@@ -137,15 +146,16 @@ class _Planner:
             if not cut:
                 break
             needed = _cut_through(module, cut)
-            traced = trace(module, needed.__contains__)
+            traced = trace(module, needed.__contains__, traced if traced.inlined == needed else None)
             view, regions = self._match(module, traced)
             if _cut_through(module, [r for r in regions if not _scope(r)]) == needed:
                 return traced, view, regions
         return None
 
     def _may_inline(self, module: nn.Module) -> bool:
-        fused = template_of(module) is not None
-        return not fused and self._convolutions(module) <= _SMALL and hook_problem(module) is None
+        if template_of(module) is not None or is_drop_path(module):
+            return False
+        return self._convolutions(module) <= _SMALL and hook_problem(module) is None
 
     def _match(self, module: nn.Module, traced: Traced) -> tuple[View, list[Region]]:
         view, regions = View(module, traced, self._problem, unsupported), []
@@ -163,6 +173,8 @@ class _Planner:
             return self._selection.problem(module) or conv_problem(module, self._shared)
         if isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm)):
             return norm_problem(module, self._shared)
+        if isinstance(module, nn.Linear):
+            return linear_problem(module, self._shared)
         return hook_problem(module)
 
     def _add_site(self, module: nn.Module, traced: Traced, view: View, regions: list[Region]) -> None:

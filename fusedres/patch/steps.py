@@ -15,11 +15,24 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..block import Act, Conv, Norm, Step
-from ..ops.activations import Activation
+from ..block import Act, Conv, Dropout, DropPath, Norm, SqueezeExcite, Step, is_norm_act
+from ..ops.activations import IDENTITY, Activation
+from .modules import drop_path_problem, is_drop_path
 from .trace import IN_PLACE_OPERATORS
 
-__all__ = ["PASS", "Addition", "Pass", "Reading", "Stop", "addition", "changes_in_place", "read", "tensor_input"]
+__all__ = [
+    "PASS",
+    "Addition",
+    "Pass",
+    "Reading",
+    "Stop",
+    "addition",
+    "changes_in_place",
+    "makes_its_result",
+    "paths",
+    "read",
+    "tensor_input",
+]
 
 
 @dataclass(frozen=True)
@@ -30,11 +43,18 @@ class Stop:
 
 
 class Pass:
-    """A node that hands its input on: an identity, a clone, a dropout that drops nothing."""
+    """A node that hands its input on: an identity, a clone, a dropout of nothing."""
 
 
 PASS = Pass()
 Reading = Step | Pass | Stop
+
+
+def paths(step: Step) -> tuple[str, ...]:
+    """The modules whose parameters and settings a step reads."""
+    if isinstance(step, Act):
+        return ()
+    return (step.fc1, step.fc2) if isinstance(step, SqueezeExcite) else (step.path,)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,16 +151,35 @@ def _read_module(path: str, module: nn.Module, excluded: Callable[[nn.Module], s
         return Stop(f"{path} {problem}") if problem else Conv(path)
     if isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm)):
         problem = excluded(module)
-        return Stop(f"{path} {problem}") if problem else Norm(path)
+        return Stop(f"{path} {problem}") if problem else _read_norm(path, module, excluded)
     if hooked := excluded(module):
         return Stop(f"{path} {hooked}")
     if _does_nothing(module):
         return PASS
-    if isinstance(module, (nn.Dropout, nn.Dropout2d)):
-        return PASS if module.p == 0 else Stop(f"{path} is a dropout, which blocks do not have yet")
-    known = _MODULE_ACTIVATIONS.get(type(module))
-    activation = known and known(module)
+    if is_drop_path(module):
+        problem = drop_path_problem(module)
+        return Stop(f"{path} {problem}") if problem else DropPath(path)
+    if type(module).forward is nn.Dropout.forward:
+        return PASS if module.p == 0 else Dropout(path)
+    activation = _module_activation(module)
     return Act(activation) if activation else Stop(f"{path} is a {type(module).__name__}, which no block has")
+
+
+def _read_norm(path: str, norm: nn.Module, excluded: Callable[[nn.Module], str | None]) -> Reading:
+    if not is_norm_act(type(norm)):
+        return Norm(path)
+    for name, inner in (("drop", norm.drop), ("act", norm.act)):
+        if hooked := excluded(inner):
+            return Stop(f"{path}.{name} {hooked}")
+    if not _does_nothing(norm.drop):
+        return Stop(f"{path} has a {type(norm.drop).__name__} inside")
+    activation = IDENTITY if _does_nothing(norm.act) else _module_activation(norm.act)
+    return Norm(path, activation) if activation else Stop(f"{path} has a {type(norm.act).__name__}, which no block has")
+
+
+def _module_activation(module: nn.Module) -> Activation | None:
+    known = _MODULE_ACTIVATIONS.get(type(module))
+    return known and known(module)
 
 
 def _does_nothing(module: nn.Module) -> bool:
@@ -193,6 +232,20 @@ def _is_tensor(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target not in _SCALAR_METHODS
     return not (node.op == "call_function" and node.target in (getattr, operator.getitem, len))
+
+
+_MAKERS = {
+    *(operator.mul, torch.mul, torch.cat, torch.mean, torch.sigmoid, F.sigmoid, F.hardsigmoid, F.adaptive_avg_pool2d),
+    *("mul", "mean", "sigmoid"),
+}
+
+
+def makes_its_result(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether ``node``, which writes to nothing, surely makes a tensor of its own; a view and the unknown do not."""
+    if node.op == "call_module":
+        # Dropout and stochastic depth hand their input on in evaluation.
+        return isinstance(module, (nn.Conv2d, nn.Linear, _NormBase, nn.AdaptiveAvgPool2d, nn.Sigmoid, nn.Hardsigmoid))
+    return node.target in _MAKERS or addition(node) is not None
 
 
 def changes_in_place(node: fx.Node, module: nn.Module | None) -> bool:

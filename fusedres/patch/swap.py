@@ -17,8 +17,9 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
-from ..block import Block
+from ..block import Block, Dense
 from .codegen import compile_forward
+from .gated_join import GatedJoin
 
 __all__ = ["Site", "Template", "fused_class", "swap", "template_of", "unswap"]
 
@@ -30,7 +31,7 @@ class Template:
     Args:
         stock: the class that the module had.
         source: of the generated forward.
-        blocks: each engine call's pattern name and block.
+        blocks: each call's pattern name and block.
         inlined: the paths of the submodules that the forward no longer calls, since it holds their code.
         declined: the convolutions that the forward calls as they are, each with the reason.
         options: the ``backend`` and ``memory`` that the calls name.
@@ -38,7 +39,7 @@ class Template:
 
     stock: type
     source: str
-    blocks: tuple[tuple[str, Block], ...]
+    blocks: tuple[tuple[str, Block | Dense | GatedJoin], ...]
     inlined: tuple[str, ...]
     declined: tuple[tuple[str, str], ...]
     options: tuple[tuple[str, str], ...]

@@ -5,73 +5,95 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from ..block import Act, Block, Conv, Norm, Step
-from .steps import PASS, Addition, Pass, Reading, Stop, addition, changes_in_place, read, tensor_input
+from ..block import Act, Block, Conv, Dense, Norm, SqueezeExcite, Step
+from .gated_join import GatedJoin
+from .gates import Gate, find_gate
+from .steps import (
+    PASS,
+    Addition,
+    Pass,
+    Reading,
+    Stop,
+    addition,
+    changes_in_place,
+    makes_its_result,
+    read,
+    tensor_input,
+)
 from .trace import Traced
 
-__all__ = ["Chain", "Region", "View"]
+__all__ = ["Chain", "ChainLink", "Region", "View"]
+
+
+class ChainLink(NamedTuple):
+    """One step of a run.
+
+    Attributes:
+        node: whose value the next step reads.
+        nodes: all that the step stands for, ``node`` last: more than one for a gate.
+    """
+
+    node: fx.Node
+    step: Step | Pass
+    nodes: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A run of nodes, each the only reader of the one before it.
+    """A run of steps, each the only reader of the one before it.
 
     Args:
         entry: the value that the run reads, itself outside.
-        links: each node of the run with what it is to a block.
+        links: the steps.
     """
 
     entry: fx.Node
-    links: tuple[tuple[fx.Node, Step | Pass], ...] = ()
+    links: tuple[ChainLink, ...] = ()
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        return tuple(node for node, _ in self.links)
+        return tuple(node for link in self.links for node in link.nodes)
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        return tuple(step for _, step in self.links if step is not PASS)
+        return tuple(link.step for link in self.links if link.step is not PASS)
 
     @property
     def end(self) -> fx.Node:
-        return self.links[-1][0] if self.links else self.entry
+        return self.links[-1].node if self.links else self.entry
 
     @property
     def convolutions(self) -> int:
         return sum(isinstance(step, Conv) for step in self.steps)
 
-    def from_each_convolution(self) -> Iterator[Chain]:
-        """The parts of this run that begin with a convolution and reach to its end, longest first."""
-        entry = self.entry
-        for i, (node, step) in enumerate(self.links):
-            if isinstance(step, Conv):
-                yield Chain(entry, self.links[i:])
-            entry = node
+    def endings(self) -> Iterator[tuple[Chain, Chain]]:
+        """The run cut before each of its steps in turn, as what comes before the cut and what comes behind it."""
+        for i, link in enumerate(self.links):
+            if link.step is not PASS:
+                before = Chain(self.entry, self.links[:i])
+                yield before, Chain(before.end, self.links[i:])
 
 
 @dataclass(frozen=True)
 class Region:
-    """Nodes that one call of the engine replaces.
+    """Nodes that one call replaces.
 
     Args:
         pattern: the name of what was found, for the report.
+        block: what the call runs.
+        inputs: the tensors that the call takes: the block's input, and a second one where ``block.residual`` is
+            ``"argument"``; or the branch, the logits and the skip of a gated sum.
         nodes: every node that the call replaces; the last one's value is the call's.
-        residual: the second tensor that the call takes, where ``block.residual`` is ``"argument"``.
     """
 
     pattern: str
-    block: Block
-    entry: fx.Node
+    block: Block | Dense | GatedJoin
+    inputs: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
-    residual: fx.Node | None = None
-
-    @property
-    def convolutions(self) -> tuple[str, ...]:
-        return tuple(s.path for s in (*self.block.branch, *(self.block.shortcut or ())) if isinstance(s, Conv))
 
 
 class View:
@@ -87,7 +109,7 @@ class View:
         module: nn.Module,
         traced: Traced,
         excluded: Callable[[nn.Module], str | None],
-        unsupported: Callable[[Block], str | None],
+        unsupported: Callable[[Block | Dense], str | None],
     ) -> None:
         self.nodes = list(traced.graph.nodes)
         self.unsupported = unsupported
@@ -98,6 +120,7 @@ class View:
         self._calls = Counter(id(self._modules[n.target]) for n in self.nodes if n.op == "call_module")
         self._taken: set[fx.Node] = set()
         self._readings: dict[fx.Node, Reading] = {}
+        self._gates: dict[fx.Node, Gate | None] = {}
         self._writes = [(n, self.written_by(n)) for n in self.nodes if changes_in_place(n, self.module_of(n))]
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -107,7 +130,7 @@ class View:
 
     def reading(self, node: fx.Node) -> Reading:
         """What ``node`` is to a block; a stop once it is part of a region."""
-        return Stop() if node in self._taken else self._read(node)
+        return Stop() if not self._taken.isdisjoint(self.nodes_of(node)) else self._read(node)
 
     def _read(self, node: fx.Node) -> Reading:
         if node not in self._readings:
@@ -115,10 +138,55 @@ class View:
         return self._readings[node]
 
     def _read_once(self, node: fx.Node) -> Reading:
+        if (gate := self._gate(node)) is not None:
+            return gate.step
         reading = read(node, self.module_of(node), self._excluded)
         if isinstance(reading, (Conv, Norm)) and self._calls[id(self.module_of(node))] > 1:
             return Stop(f"{node.target} is called more than once")
         return reading
+
+    def _gate(self, node: fx.Node) -> Gate | None:
+        if node not in self._gates:
+            position = self._order.__getitem__
+            self._gates[node] = find_gate(node, self.module_of, self._read, self._usable_in_gate, position)
+        return self._gates[node]
+
+    def _usable_in_gate(self, node: fx.Node) -> bool:
+        module = self.module_of(node)
+        once = not isinstance(module, (nn.Conv2d, nn.Linear)) or self._calls[id(module)] == 1
+        return once and self.untouched(node)
+
+    def untouched(self, node: fx.Node) -> bool:
+        """Whether the module that ``node`` calls does nothing but its class's forward, and may be touched."""
+        return self._excluded(self.module_of(node)) is None
+
+    def input_of(self, node: fx.Node) -> fx.Node | None:
+        """The tensor that the step at ``node`` reads."""
+        gate = self._gate(node)
+        return tensor_input(node) if gate is None else gate.input
+
+    def nodes_of(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The nodes that the step at ``node`` stands for."""
+        gate = self._gate(node)
+        return (node,) if gate is None else gate.nodes
+
+    def gates(self) -> Iterator[fx.Node]:
+        """The products of the squeeze-excitation gates that no region has taken, in order."""
+        return (node for node in self.nodes if isinstance(self.reading(node), SqueezeExcite))
+
+    def home(self, node: fx.Node) -> str:
+        """The path of the module whose code ``node`` stems from."""
+        if node.op == "call_module":
+            return node.target.rpartition(".")[0]
+        stack = node.meta.get("nn_module_stack")
+        return list(stack.values())[-1][0] if stack else ""
+
+    def is_free(self, node: fx.Node) -> bool:
+        """Whether no region has taken ``node``."""
+        return node not in self._taken
+
+    def in_order(self, nodes: set[fx.Node]) -> tuple[fx.Node, ...]:
+        return tuple(sorted(nodes, key=self._order.__getitem__))
 
     @property
     def convolutions(self) -> list[fx.Node]:
@@ -133,53 +201,60 @@ class View:
 
     # -- runs of steps ------------------------------------------------------------------------------------------------
 
-    def chain_into(self, node: fx.Node) -> Chain:
-        """The longest run that ends with ``node`` and is read by one node only."""
+    def chain_into(self, node: fx.Node, readers: frozenset[fx.Node] | None = None) -> Chain:
+        """The longest run that ends with ``node`` and whose values nothing outside reads.
+
+        Args:
+            readers: the nodes that may read ``node`` itself; by default any one.
+        """
         links = []
-        while len(node.users) == 1 and not isinstance(reading := self.reading(node), Stop):
-            links.append((node, reading))
-            node = tensor_input(node)
+        alone = len(node.users) == 1 if readers is None else node.users.keys() <= readers
+        while alone and not isinstance(reading := self.reading(node), Stop):
+            links.append(ChainLink(node, reading, self.nodes_of(node)))
+            node = self.input_of(node)
+            alone = node.users.keys() <= set(links[-1].nodes)
         return Chain(node, tuple(reversed(links)))
 
     def chain_from(self, start: fx.Node, through: Callable[[fx.Node, Step], bool]) -> Chain:
         """The run that begins with ``start`` and goes on for as long as ``through`` likes the next step."""
-        links, node = [(start, self.reading(start))], start
+        links, node = [ChainLink(start, self.reading(start), self.nodes_of(start))], start
         while (following := self.only_reader(node)) is not None:
             reading = self.reading(following)
             if isinstance(reading, Stop) or (reading is not PASS and not through(following, reading)):
                 break
-            links.append((following, reading))
+            links.append(ChainLink(following, reading, self.nodes_of(following)))
             node = following
-        while links[-1][1] is PASS:
+        while links[-1].step is PASS:
             links.pop()
-        return Chain(tensor_input(start), tuple(links))
+        return Chain(self.input_of(start), tuple(links))
 
     def activation_after(self, node: fx.Node) -> Chain:
         """The activation that alone reads ``node``, with the identities before it; an empty run where there is none."""
-        links = []
+        links, before = [], node
         while (following := self.only_reader(node)) is not None:
             reading = self.reading(following)
             if reading is not PASS and not isinstance(reading, Act):
                 break
-            links.append((following, reading))
+            links.append(ChainLink(following, reading, (following,)))
             if reading is not PASS:
-                return Chain(node, tuple(links))
+                return Chain(before, tuple(links))
             node = following
-        return Chain(node)
+        return Chain(before)
 
-    @staticmethod
-    def only_reader(node: fx.Node) -> fx.Node | None:
-        """The one node that reads ``node``, where there is exactly one and it reads nothing else."""
-        if len(node.users) != 1:
-            return None
-        reader = next(iter(node.users))
-        return reader if tensor_input(reader) is node and reader.op != "output" else None
+    def only_reader(self, node: fx.Node) -> fx.Node | None:
+        """The one step that reads ``node``, where there is exactly one and it reads nothing else."""
+        for reader in node.users:
+            step = set(self.nodes_of(reader)) if reader.op != "output" and self.input_of(reader) is node else set()
+            if node.users.keys() <= step:
+                return reader
+        return None
 
     # -- regions ------------------------------------------------------------------------------------------------------
 
     def problem(self, region: Region) -> str | None:
         """Why ``region`` may not become one call; ``None`` where it may."""
-        return self.unsupported(region.block) or self._write_problem(region)
+        problem = None if isinstance(region.block, GatedJoin) else self.unsupported(region.block)
+        return problem or self._write_problem(region)
 
     def take(self, region: Region) -> None:
         self._taken.update(region.nodes)
@@ -220,14 +295,14 @@ class View:
 
     def _is_fresh(self, node: fx.Node) -> bool:
         """Whether ``node`` surely made its tensor itself; a view, an in-place result and the unknown did not."""
-        if changes_in_place(node, self.module_of(node)):
-            return False
-        known = isinstance(self.module_of(node), (nn.Conv2d, _NormBase)) or addition(node) is not None
-        return known or isinstance(self._read(node), Act)
+        module = self.module_of(node)
+        return not changes_in_place(node, module) and (
+            makes_its_result(node, module) or isinstance(self._read(node), Act)
+        )
 
     def _write_problem(self, region: Region) -> str | None:
         """A call never changes its inputs, and reads them at its last node's turn; its nodes may do otherwise."""
-        inside, inputs = set(region.nodes), self._storage(region.entry) | self._storage(region.residual)
+        inside, inputs = set(region.nodes), set().union(*map(self._storage, region.inputs))
         first, last = min(map(self._order.__getitem__, inside)), self._order[region.nodes[-1]]
         for write, written in self._writes:
             # The target of an in-place sum is for the pattern to judge, which knows what became of both operands.

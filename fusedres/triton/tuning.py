@@ -214,14 +214,20 @@ def _suits(tiles: Tiles, rows: int, columns: int, depth: int) -> bool:
 
 
 def heuristic(problem: Problem) -> Tiles:
-    """Tiles that are safe everywhere and good in most places: no spills on any device that the kernels run on."""
-    rows, columns, depth = problem.gemm
+    """Tiles that are safe everywhere: 8 warps of 128 registers without a spill on any device that the kernels run on.
+
+    Two such programs share a multiprocessor, so that one computes while the other stores. A gradient's prologue reads
+    two tensors and four rows, and leaves room for half the tile of a forward.
+    """
+    _, columns, depth = problem.gemm
     deep = 32 if problem.dtype == torch.float32 or depth <= 32 else 64
     n = 128 if columns > 64 else 64 if columns > 32 else 32
+    stages = 2 if depth <= 2 * deep else 3
     if problem.kind == "wgrad":
-        return Tiles(128 if rows > 64 else 64, n, deep, 8, 3, 128)
-    # With 8 warps of 128 registers two programs share a multiprocessor: one computes while the other stores.
-    return Tiles(128, n, deep, 8, 2 if depth <= 2 * deep else 3, 128)
+        return Tiles(64, min(n, 64), deep, 8, 3, 128)
+    if problem.kind == "dgrad":
+        return Tiles(64, n, deep, 8, 2, 128)
+    return Tiles(128, n, deep, 8, stages, 128)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import platform
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from headers import FLAGS, compiled
 
-from fusedres import env
 from fusedres.ops.activations import ACTIVATIONS
-
-ROOT = Path(__file__).resolve().parents[2]
 
 SOURCE = """
 #include "common/activations.h"
@@ -54,32 +47,17 @@ extern "C" void run(int64_t code, float param, int64_t n, const float* z, const 
 extern "C" int64_t count() { return fusedres::kActivationCount; }
 """
 
-VALUE_TYPES = {
-    "float": ("scalar", ["-DTEST_FLOAT"]),
-    "scalar": ("scalar", []),
-    "avx2": ("avx2", ["-mavx2", "-mfma", "-mf16c"]),
-    "avx512": ("avx512", ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]),
-}
+VALUE_TYPES = {"float": ("scalar", ["-DTEST_FLOAT"]), **{isa: (isa, []) for isa in FLAGS}}
 SLOPE = 0.125
 COUNT = 4096
 KINKS = [float("nan"), 0.0, -0.0, 3.0, -3.0, 6.0, -6.0, 1e-40, -1e-40, 1e30, -1e30]
 PIECEWISE_LINEAR = ("identity", "relu", "relu6", "leaky_relu")
-CXX = shutil.which(os.environ.get("CXX", "g++"))
 
 
 @pytest.fixture(scope="module", params=VALUE_TYPES)
 def header(request, tmp_path_factory) -> ctypes.CDLL:
-    isa, flags = VALUE_TYPES[request.param]
-    if CXX is None or platform.machine() != "x86_64":
-        pytest.skip("needs a C++ compiler for x86-64")
-    if isa != "scalar" and (not env.load_library() or isa not in torch.ops.fusedres.cpu_isas()):
-        pytest.skip(f"this machine cannot run {isa}")
-    folder = tmp_path_factory.mktemp("header")
-    (folder / "run.cpp").write_text(SOURCE)
-    command = [CXX, "-std=c++17", "-O2", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", *flags]
-    command += [f"-DFUSEDRES_ISA={isa}", f"-DFUSEDRES_ISA_{isa.upper()}", "run.cpp", "-o", "run.so"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    return ctypes.CDLL(str(folder / "run.so"))
+    isa, defines = VALUE_TYPES[request.param]
+    return compiled(SOURCE, isa, tmp_path_factory.mktemp("header"), *defines)
 
 
 def run(header: ctypes.CDLL, code: int, z: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from fusedres import engine, select
+from fusedres import console, select
 from fusedres.cli import main
-from fusedres.demo import main as demo
 from fusedres.demo.data import digits, photographs
 from fusedres.demo.plot import save_figure
 from fusedres.demo.training import Training, deviation, train
+from fusedres.engine.training import BlockFunction
 
 
 def test_photographs():
@@ -53,7 +53,7 @@ def test_the_figure(tmp_path):
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "sklearn" else object())
+    monkeypatch.setattr(console, "find_spec", lambda name: None if name == "sklearn" else object())
     assert main(["demo", "--quick"]) == 2
     assert "the demo needs sklearn: pip install fusedres[demo]" in capsys.readouterr().out
 
@@ -62,8 +62,8 @@ def test_training_runs_the_fused_kernels_at_the_size_of_digits(monkeypatch):
     """A curve that lies on stock's because both are stock would show nothing."""
     monkeypatch.setitem(select.FEWEST_ELEMENTS, "training", 2**60)
     calls = []
-    apply = engine.BlockFunction.apply
-    monkeypatch.setattr(engine.BlockFunction, "apply", lambda *args: calls.append(1) or apply(*args))
+    apply = BlockFunction.apply
+    monkeypatch.setattr(BlockFunction, "apply", lambda *args: calls.append(1) or apply(*args))
     data = digits()
     few = dataclasses.replace(data, train_images=data.train_images[:64], train_classes=data.train_classes[:64])
     train(few, 1, fused=True)

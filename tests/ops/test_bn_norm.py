@@ -46,6 +46,29 @@ def test_against_float64(name, training):
     assert_within_budget(operands[3], stock[3], exact[3], "running_var")
 
 
+@pytest.mark.parametrize("name", ["bn_norm", "bn_norm_cpu"])
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+def test_statistics_of_samples_are_merged(name, mean):
+    """Against float64: nothing is lost to statistics of the whole batch, not even where the samples' means differ."""
+    x = channels_last((5, C, 7, 4)) + torch.arange(5.0).view(5, 1, 1, 1) / 2 + mean
+    operands, stock, exact = vectors(), vectors(), [t.double() for t in vectors()]
+    op = getattr(torch.ops.fusedres, name)
+    found = op(torch.ops.fusedres.bn_stats(x, True), 140.0, *operands, 0.1, 1e-5)
+    expected = F.batch_norm(x, stock[2], stock[3], stock[0], stock[1], True, 0.1, 1e-5)
+    reference = F.batch_norm(x.double(), exact[2], exact[3], exact[0], exact[1], True, 0.1, 1e-5)
+    scale = rms(found[2]) * rms(x)  # of the two numbers whose sum the result is
+    assert_within_budget(applied(x, found), expected, reference, scale=scale)
+    assert_within_budget(operands[2], stock[2], exact[2], "running_mean", scale=rms(x))
+    assert_within_budget(operands[3], stock[3], exact[3], "running_var")
+
+
+def test_one_sample_is_as_no_samples():
+    stats = torch.ops.fusedres.bn_stats(channels_last((1, C, 7, 4)))
+    stats[0, 3] = float("inf")
+    one, none = (torch.ops.fusedres.bn_norm_cpu(s, 28.0, *vectors(), 0.1, 1e-5) for s in (stats[:, None], stats))
+    torch.testing.assert_close(one, none, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_vectors_of_any_dtype(dtype):
     x = channels_last((3, C, 5, 4))
@@ -91,10 +114,21 @@ def test_wrong_length_raises():
     operands[0] = torch.ones(C + 1)
     with pytest.raises(RuntimeError, match="gamma"):
         rows(channels_last((3, C, 5, 4)), operands, False)
+    for stats in (
+        torch.ones(3, C),
+        torch.ones(2, 4, 4, C),
+        torch.ones(2, C, dtype=torch.float64),
+        torch.ones(C, 2).t(),
+    ):
+        with pytest.raises(RuntimeError, match="stats"):
+            torch.ops.fusedres.bn_norm_cpu(stats, 1.0, *vectors(), 0.1, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["bn_norm", "bn_norm_cpu"])
 @pytest.mark.parametrize("training", [True, False])
 def test_opcheck(name, training):
     stats = torch.ops.fusedres.bn_stats(channels_last((3, C, 5, 4))) if training else None
-    torch.library.opcheck(getattr(torch.ops.fusedres, name).default, (stats, 60.0, *vectors(), 0.1, 1e-5))
+    op = getattr(torch.ops.fusedres, name).default
+    torch.library.opcheck(op, (stats, 60.0, *vectors(), 0.1, 1e-5))
+    if training:
+        torch.library.opcheck(op, (stats[:, None].expand(2, 3, C).contiguous(), 60.0, *vectors(), 0.1, 1e-5))

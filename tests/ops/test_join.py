@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusedres.ops.activations import ACTIVATIONS, Activation
-from fusedres.testing import assert_within_budget, channels_last, contiguous
+from fusedres.ops.dropout import keep_scale
+from fusedres.testing import assert_within_budget, channels_last, contiguous, sliced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = {"channels_last": channels_last, "contiguous": contiguous}
+LAYOUTS = {"channels_last": channels_last, "contiguous": contiguous, "sliced": sliced}
 RESIDUALS = ("none", "plain", "affine")
 ACTS = [Activation(name, 0.125) for name in ACTIVATIONS]
 relaxed = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -37,8 +38,11 @@ def stock(
     residual: Tensor | None,
     side: tuple[Tensor, ...] | None,
     act: Activation,
+    gain: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """The join from stock PyTorch's ops, in the dtype of ``y``."""
+    """The join from stock PyTorch's ops, in the dtype of ``y``; the mask is ours."""
 
     def normalised(x: Tensor, norm: tuple[Tensor, ...] | None) -> Tensor:
         if norm is None:
@@ -47,7 +51,10 @@ def stock(
         return F.batch_norm(x, mean, var, gamma, beta, False, 0.0, 1e-5)
 
     z = normalised(y, norm)
-    return act(z if residual is None else z + normalised(residual, side))
+    if gain is not None:
+        z = z * gain[:, :, None, None].to(z.dtype)
+    out = act(z if residual is None else z + normalised(residual, side))
+    return out if seed is None else out * keep_scale(out.shape, dropout, seed, out.dtype, out.device)
 
 
 def operands(make, shape: tuple[int, ...], dtype: torch.dtype, residual: str, normed: bool = True) -> tuple:
@@ -56,9 +63,17 @@ def operands(make, shape: tuple[int, ...], dtype: torch.dtype, residual: str, no
     return make(shape, dtype, 3), norm, None if residual == "none" else make(shape, dtype, 4), side
 
 
-def kernel(y: Tensor, norm, residual: Tensor | None, side, act: Activation, name: str = "join_cpu") -> Tensor:
+def kernel(
+    y: Tensor, norm, residual: Tensor | None, side, act: Activation, *modifiers, name: str = "join_cpu"
+) -> Tensor:
     op = getattr(torch.ops.fusedres, name)
-    return op(y, rows_of(norm), residual, rows_of(side), act.code, act.param)
+    return op(y, rows_of(norm), residual, rows_of(side), act.code, act.param, *modifiers)
+
+
+def gain_of(y: Tensor) -> Tensor:
+    """A factor of every sample and channel that every dtype holds; zero for some, as stochastic depth has it."""
+    gain = torch.rand(y.shape[:2], generator=torch.Generator().manual_seed(9)).bfloat16().float()
+    return torch.where(gain < 0.2, 0.0, gain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,12 +85,34 @@ def test_against_float64(isa, layout, dtype, normed):
         ours = kernel(y, norm, r, side, act)
         expected = stock(y, norm, r, side, act)
         exact = stock(y.double(), norm, None if r is None else r.double(), side, act)
-        assert ours.stride() == y.stride()
+        assert ours.stride() == torch.empty_like(y).stride()
         assert_within_budget(ours, expected, exact, f"{residual} {act}")
 
 
-def close_to_reference(y: Tensor, norm, residual: Tensor | None, side, act: Activation) -> None:
-    args = y, norm, residual, side, act
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gain_and_dropout_against_float64(isa, layout, dtype, dropout):
+    for residual, act in itertools.product(RESIDUALS, ACTS):
+        y, norm, r, side = operands(LAYOUTS[layout], (3, 37, 6, 5), dtype, residual)
+        modifiers = gain_of(y), dropout, torch.tensor([1 << 40]) if dropout else None
+        ours = kernel(y, norm, r, side, act, *modifiers)
+        expected = stock(y, norm, r, side, act, *modifiers)
+        exact = stock(y.double(), norm, None if r is None else r.double(), side, act, *modifiers)
+        assert_within_budget(ours, expected, exact, f"{residual} {act}")
+
+
+def test_a_slice_is_as_good_as_a_copy_of_it(isa):
+    """To the bit, whichever of the operands it is."""
+    for residual, dtype in itertools.product(RESIDUALS, DTYPES):
+        y, norm, r, side = operands(sliced, (3, 37, 6, 5), dtype, residual)
+        copies = [None if t is None else t.contiguous(memory_format=torch.channels_last) for t in (y, r)]
+        expected = kernel(copies[0], norm, copies[1], side, Activation("relu"), gain_of(y))
+        for a, b in itertools.product((y, copies[0]), (r, copies[1])):
+            assert torch.equal(kernel(a, norm, b, side, Activation("relu"), gain_of(y)), expected)
+
+
+def close_to_reference(*args) -> None:
     torch.testing.assert_close(kernel(*args), kernel(*args, name="join"), rtol=1e-5, atol=1e-5)
 
 
@@ -94,9 +131,22 @@ def test_every_remainder_of_channels(isa, layout):
     layout=st.sampled_from(sorted(LAYOUTS)),
     residual=st.sampled_from(RESIDUALS),
     act=st.sampled_from(ACTS),
+    gained=st.booleans(),
+    dropout=st.sampled_from((0.0, 0.5)),
 )
-def test_any_shape(n, c, h, w, layout, residual, act):
-    close_to_reference(*operands(LAYOUTS[layout], (n, c, h, w), torch.float32, residual), act)
+def test_any_shape(n, c, h, w, layout, residual, act, gained, dropout):
+    args = operands(LAYOUTS[layout], (n, c, h, w), torch.float32, residual)
+    close_to_reference(*args, act, gain_of(args[0]) if gained else None, dropout, torch.tensor([n]))
+
+
+def test_gain_of_nothing_and_of_one(isa):
+    """Zero leaves the residual alone, one leaves everything as it is, and zero times infinity is NaN."""
+    y, norm, r, side = operands(channels_last, (2, 19, 3, 4), torch.float32, "affine")
+    args = y, norm, r, side, Activation("identity")
+    assert torch.equal(kernel(*args, torch.ones(2, 19)), kernel(*args))
+    assert torch.equal(kernel(*args, torch.zeros(2, 19)), kernel(torch.zeros_like(y), None, *args[2:]))
+    y[1, 3, 2, 2] = float("inf")
+    assert kernel(*args, torch.zeros(2, 19))[1, 3, 2, 2].isnan()
 
 
 @pytest.mark.parametrize("act", ACTS, ids=str)
@@ -119,6 +169,7 @@ def test_non_finite_values_travel_as_in_stock(isa, layout, dtype, act):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bitwise_the_same_for_any_number_of_threads(layout, threads):
     args = (*operands(LAYOUTS[layout], (3, 48, 33, 33), torch.bfloat16, "affine"), Activation("silu"))
+    args += gain_of(args[0]), 0.3, torch.tensor([5])
     assert torch.equal(threads(1, kernel, *args), threads(2, kernel, *args))
 
 
@@ -128,13 +179,21 @@ def test_wrong_input_raises():
         torch.ops.fusedres.join_cpu(y, None, y[:, :2].contiguous(), None, 0, 0.0)
     with pytest.raises(RuntimeError, match=r"\[4, 3\]"):
         torch.ops.fusedres.join_cpu(y, torch.zeros(4, 2), None, None, 0, 0.0)
-    with pytest.raises(RuntimeError, match="dense"):
+    with pytest.raises(RuntimeError, match="residual must have the layout"):
         torch.ops.fusedres.join_cpu(y, None, y.contiguous(memory_format=torch.channels_last), None, 0, 0.0)
+    with pytest.raises(RuntimeError, match="y must have the layout"):
+        torch.ops.fusedres.join_cpu(y.transpose(2, 3), None, None, None, 0, 0.0)
+    for gain in (torch.ones(2), torch.ones(3, 2), torch.ones(3, 2).t(), torch.ones(2, 3, dtype=torch.float64)):
+        with pytest.raises(RuntimeError, match=r"gain must be a contiguous float32 tensor of shape \[2, 3\]"):
+            torch.ops.fusedres.join_cpu(y, None, None, None, 0, 0.0, gain)
 
 
 @pytest.mark.parametrize("name", ["join", "join_cpu"])
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_opcheck(name, residual):
-    y, norm, r, side = operands(channels_last, (2, 5, 4, 3), torch.bfloat16, residual)
-    args = (y, rows_of(norm), r, rows_of(side), 1, 0.0)
-    torch.library.opcheck(getattr(torch.ops.fusedres, name).default, args)
+    op = getattr(torch.ops.fusedres, name).default
+    for make in (channels_last, sliced):
+        y, norm, r, side = operands(make, (2, 5, 4, 3), torch.bfloat16, residual)
+        args = (y, rows_of(norm), r, rows_of(side), 1, 0.0)
+        torch.library.opcheck(op, args)
+        torch.library.opcheck(op, (*args, gain_of(y), 0.5, torch.tensor([3])))

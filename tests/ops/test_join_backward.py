@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from slices import empty_slice
 from torch import Tensor
 
 from fusedres.ops.activations import ACTIVATIONS, Activation
-from fusedres.testing import assert_within_budget, channels_last, contiguous, expanded, rms
+from fusedres.ops.dropout import keep_scale
+from fusedres.testing import assert_within_budget, channels_last, contiguous, expanded, rms, sliced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = {"channels_last": channels_last, "contiguous": contiguous}
+DENSE = {"channels_last": channels_last, "contiguous": contiguous}
+LAYOUTS = {**DENSE, "sliced": sliced}
 RESIDUALS = ("none", "plain", "affine")
 ACTS = [Activation(name, 0.125) for name in ACTIVATIONS]
 KINKS = (-3.0, 0.0, 3.0, 6.0)
@@ -24,10 +28,22 @@ relaxed = settings(deadline=None, max_examples=20, suppress_health_check=[Health
 
 
 class Case:
-    """A join with its operands, and the gradients that three implementations give it."""
+    """A join with its operands, and the gradients that three implementations give it.
+
+    With ``gained`` there are a gain and a gradient that reaches the norm's result through the squeeze.
+    """
 
     def __init__(
-        self, make, shape, dtype, residual: str, act: Activation, training: bool = True, normed: bool = True
+        self,
+        make,
+        shape,
+        dtype,
+        residual: str,
+        act: Activation,
+        training: bool = True,
+        normed: bool = True,
+        gained: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         generator = torch.Generator().manual_seed(5)
         self.act, self.training = act, training
@@ -36,6 +52,11 @@ class Case:
         vectors = torch.randn(2, 2, shape[1], generator=generator)
         self.norm = (vectors[0, 0] + 1.5, vectors[0, 1]) if normed else None
         self.side = (vectors[1, 0] + 1.5, vectors[1, 1]) if residual == "affine" else None
+        self.gain = self.offset = None
+        if gained:  # of values that every dtype holds
+            self.gain = (torch.rand(shape[:2], generator=generator) + 0.5).bfloat16().float()
+            self.offset = torch.randn(shape[:2], generator=generator).bfloat16().float()
+        self.dropout, self.seed = dropout, torch.tensor([1 << 35]) if dropout else None
         self._leave_the_kinks()
 
     def _leave_the_kinks(self) -> None:
@@ -53,7 +74,13 @@ class Case:
                 self.norm[1][near.any(0).flatten(1).any(1)] += 0.11
         raise AssertionError("some values stay at the kinks")
 
-    def _argument(self, y: Tensor, residual: Tensor | None, leaves: list[Tensor] | None = None) -> Tensor:
+    def _argument(
+        self,
+        y: Tensor,
+        residual: Tensor | None,
+        leaves: list[Tensor] | None = None,
+        squeezed: list[Tensor] | None = None,
+    ) -> Tensor:
         def normalised(x: Tensor, norm: tuple[Tensor, Tensor] | None) -> Tensor:
             if norm is None:
                 return x
@@ -67,15 +94,30 @@ class Case:
             return F.batch_norm(x, *constants, gamma, beta, False, 0.0, EPS)
 
         z = normalised(y, self.norm)
-        return z if residual is None else z + normalised(residual, self.side)
+        if squeezed is not None:
+            squeezed.append(z)
+        side = None if residual is None else normalised(residual, self.side)
+        if self.gain is not None:
+            gain = self.gain.to(z.dtype).requires_grad_(leaves is not None)
+            if leaves is not None:
+                leaves.append(gain)
+            z = z * gain[:, :, None, None]
+        return z if side is None else z + side
 
     def autograd(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """``[dy, dresidual, dgamma, dbeta, ...]`` by stock PyTorch."""
+        """``[dy, dresidual, dgamma, dbeta, ..., dgain]`` by stock PyTorch."""
         leaves = [t.to(dtype or t.dtype).detach().requires_grad_() for t in (self.y, self.residual) if t is not None]
         vectors: list[Tensor] = []
-        z = self._argument(leaves[0], leaves[1] if len(leaves) > 1 else None, vectors)
+        squeezed: list[Tensor] = []
+        z = self._argument(leaves[0], leaves[1] if len(leaves) > 1 else None, vectors, squeezed)
         out = self.act(z)
-        return list(torch.autograd.grad(out, leaves + vectors, self.grad.to(out.dtype)))
+        if self.seed is not None:
+            out = out * keep_scale(out.shape, self.dropout, self.seed, out.dtype, out.device)
+        outputs, gradients = [out], [self.grad.to(out.dtype)]
+        if self.offset is not None:
+            outputs += squeezed
+            gradients.append(self.offset[:, :, None, None].to(out.dtype).expand_as(squeezed[0]))
+        return list(torch.autograd.grad(outputs, leaves + vectors, gradients))
 
     def rows(self, x: Tensor, norm: tuple[Tensor, Tensor] | None) -> Tensor | None:
         if norm is None:
@@ -90,19 +132,54 @@ class Case:
         side = None if self.residual is None else self.rows(self.residual, self.side)
         return (self.grad, self.y, self.rows(self.y, self.norm), self.residual, side, self.act.code, self.act.param)
 
-    def kernels(self, suffix: str = "_cpu") -> list[Tensor]:
-        """The same list from our two passes."""
+    @property
+    def modifiers(self) -> tuple:
+        return self.gain, self.dropout, self.seed
+
+    @property
+    def count(self) -> float:
+        return self.y.numel() / self.y.shape[1]
+
+    def totals(self, sums: Tensor) -> Tensor:
+        """What the second pass reads, of what the first has found: ``[4, C]`` where there is a gain."""
+        if self.gain is None:
+            return sums
+        n, c, h, w = self.y.shape
+        deviation = torch.zeros(n, c)  # the sum of the normalised values of every sample
+        rows = self.rows(self.y, self.norm)
+        if rows is not None:
+            deviation = h * w * (torch.ops.fusedres.bn_stats(self.y, True)[0] - rows[0]) * rows[1]
+        g, g_y, g_r = sums.unbind(0)
+        u = (self.gain * g + h * w * self.offset).sum(0)
+        return torch.stack((u, (self.gain * g_y + self.offset * deviation).sum(0), g_r.sum(0), g.sum(0)))
+
+    def training_flags(self) -> tuple[bool, bool]:
+        args = self.operands()
+        return args[2] is not None and self.training, args[4] is not None and self.training
+
+    def kernels(self, suffix: str = "_cpu", addend: Tensor | None = None, into: Tensor | None = None) -> list[Tensor]:
+        """The list of :meth:`autograd` from our two passes."""
         args = self.operands()
         main, side = args[2], args[4]
-        sums, _ = getattr(torch.ops.fusedres, f"join_backward_reduce{suffix}")(*args, False)
-        count = self.y.numel() / self.y.shape[1]
-        flags = main is not None and self.training, side is not None and self.training, True
-        dy, dresidual = getattr(torch.ops.fusedres, f"join_backward_apply{suffix}")(*args, sums, count, *flags)
+        each, _ = getattr(torch.ops.fusedres, f"join_backward_reduce{suffix}")(*args, False, *self.modifiers)
+        sums = self.totals(each)
+        apply = getattr(torch.ops.fusedres, f"join_backward_apply{suffix}")
+        flags = (*self.training_flags(), True)
+        dy, dresidual = apply(*args, sums, self.count, *flags, *self.modifiers, self.offset, addend, into)
         found = [dy] if self.residual is None else [dy, dresidual]
-        for rows, row in ((main, 1), (side, 2)):
+        for rows, row, total in ((main, 1, 0), (side, 2, 0 if self.gain is None else 3)):
             if rows is not None:
-                found += [sums[row], sums[0]]
+                found += [sums[row], sums[total]]
+        if self.gain is not None:
+            gamma, beta = self.norm
+            found.append(gamma * each[1] + beta * each[0])
         return found
+
+    def scale_of_sums(self, found: Tensor) -> float | None:
+        """A vector is a sum of numbers that cancel: one rounding of those is always allowed."""
+        if found.dim() == 4:
+            return None
+        return rms(self.grad) * (self.y.numel() / found.numel()) ** 0.5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -112,9 +189,20 @@ def test_against_float64(isa, layout, dtype, training):
     for residual, act in itertools.product(RESIDUALS, ACTS):
         case = Case(LAYOUTS[layout], (2, 37, 7, 5), dtype, residual, act, training)
         for i, tensors in enumerate(zip(case.kernels(), case.autograd(), case.autograd(torch.float64))):
-            # A vector is a sum of numbers that cancel: one rounding of those is always allowed.
-            scale = None if tensors[0].dim() == 4 else rms(case.grad) * (case.y.numel() / 37) ** 0.5
-            assert_within_budget(*tensors, f"{residual} {act} gradient {i}", scale=scale)
+            assert_within_budget(*tensors, f"{residual} {act} gradient {i}", scale=case.scale_of_sums(tensors[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False], ids=["batch statistics", "constants"])
+@pytest.mark.parametrize(("gained", "dropout"), [(True, 0.0), (False, 0.3), (True, 0.3)])
+def test_gain_and_dropout_against_float64(isa, layout, dtype, training, gained, dropout):
+    for residual, act in itertools.product(RESIDUALS, ACTS):
+        case = Case(LAYOUTS[layout], (3, 37, 7, 5), dtype, residual, act, training, gained=gained, dropout=dropout)
+        for i, (ours, *others) in enumerate(zip(case.kernels(), case.autograd(), case.autograd(torch.float64))):
+            # Vectors have the dtype that stock PyTorch keeps them in; a gain's would be the tensor's.
+            ours = ours.to(others[0].dtype)
+            assert_within_budget(ours, *others, f"{residual} {act} gradient {i}", scale=case.scale_of_sums(ours))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -122,41 +210,111 @@ def test_against_float64(isa, layout, dtype, training):
 def test_without_a_norm(isa, layout, residual):
     case = Case(LAYOUTS[layout], (2, 21, 4, 5), torch.float32, residual, Activation("relu"), normed=False)
     for tensors in zip(case.kernels(), case.autograd(), case.autograd(torch.float64)):
-        assert_within_budget(*tensors, scale=rms(case.grad) * 40**0.5 if tensors[0].dim() == 1 else None)
+        assert_within_budget(*tensors, scale=case.scale_of_sums(tensors[0]))
 
 
-def close_to_reference(case: Case) -> None:
-    for ours, reference in zip(case.kernels(), case.kernels("")):
+def targets(case: Case, layout: str) -> list[tuple[Tensor, Callable[[], None]]]:
+    """Where the gradient may be written to: a dense tensor, and a slice wherever there are any."""
+    dense = DENSE["contiguous" if layout == "contiguous" else "channels_last"](case.y.shape, case.y.dtype, 8)
+    found = [(dense, lambda: None)]
+    return found if layout == "contiguous" else [*found, empty_slice(case.y.shape, case.y.dtype)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gained", [True, False])
+def test_added_to_what_is_there_against_float64(isa, layout, dtype, gained):
+    for residual in RESIDUALS:
+        case = Case(LAYOUTS[layout], (3, 37, 7, 5), dtype, residual, Activation("relu"), gained=gained)
+        addend = LAYOUTS[layout](case.y.shape, dtype, 7)
+        stock, exact = case.autograd()[0] + addend, case.autograd(torch.float64)[0] + addend.double()
+        ours = case.kernels(addend=addend)
+        assert_within_budget(ours[0], stock, exact, residual)
+        for into, check_gaps in targets(case, layout):
+            found = case.kernels(addend=addend, into=into)
+            assert found[0].numel() == 0
+            assert torch.equal(into, ours[0])
+            for a, b in zip(found[1:], ours[1:]):
+                assert torch.equal(a, b)
+            check_gaps()
+            into.copy_(addend)  # and in place
+            case.kernels(addend=into, into=into)
+            assert torch.equal(into, ours[0])
+            check_gaps()
+            case.kernels(into=into)
+            assert torch.equal(into, case.kernels()[0])
+            check_gaps()
+
+
+def test_slices_are_as_good_as_copies_of_them(isa):
+    """To the bit, whichever of the operands it is."""
+    for residual, dtype in itertools.product(RESIDUALS, DTYPES):
+        case = Case(channels_last, (2, 37, 7, 5), dtype, residual, Activation("silu"), gained=True, dropout=0.5)
+        expected = case.kernels()
+        for name in ("y", "grad", "residual") if residual != "none" else ("y", "grad"):
+            dense = getattr(case, name)
+            setattr(case, name, sliced(dense.shape, dtype).copy_(dense))
+            for a, b in zip(case.kernels(), expected):
+                assert torch.equal(a, b), name
+                assert a.dim() < 4 or a.is_contiguous(memory_format=torch.channels_last), name
+            setattr(case, name, dense)
+
+
+def close_to_reference(case: Case, **where: Tensor) -> None:
+    for ours, reference in zip(case.kernels(**where), case.kernels("", **where)):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_remainder_of_channels(isa, layout):
+@pytest.mark.parametrize("gained", [True, False])
+def test_every_remainder_of_channels(isa, layout, gained):
     for channels in range(1, 68):
-        close_to_reference(Case(LAYOUTS[layout], (2, channels, 3, 3), torch.float32, "affine", Activation("silu")))
+        shape = (2, channels, 3, 3)
+        close_to_reference(Case(LAYOUTS[layout], shape, torch.float32, "affine", Activation("silu"), gained=gained))
 
 
 @relaxed
 @given(
     n=st.integers(1, 3),
     c=st.integers(1, 70),
-    h=st.integers(2, 17),
+    h=st.integers(1, 17),
     w=st.integers(1, 17),
     layout=st.sampled_from(sorted(LAYOUTS)),
     residual=st.sampled_from(RESIDUALS),
     act=st.sampled_from([act for act in ACTS if act.name in ("identity", "silu", "gelu")]),
+    gained=st.booleans(),
+    dropout=st.sampled_from((0.0, 0.5, 1.0)),
+    added=st.booleans(),
 )
-def test_any_shape(n, c, h, w, layout, residual, act):
-    close_to_reference(Case(LAYOUTS[layout], (n, c, h, w), torch.float32, residual, act))
+def test_any_shape(n, c, h, w, layout, residual, act, gained, dropout, added):
+    training = n * h * w > 8  # of fewer values, statistics may be anything at all
+    case = Case(LAYOUTS[layout], (n, c, h, w), torch.float32, residual, act, training, gained=gained, dropout=dropout)
+    close_to_reference(case, addend=LAYOUTS[layout](case.y.shape, torch.float32, 7) if added else None)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gained", [True, False])
+@pytest.mark.parametrize("shape", [(0, 5, 3, 3), (2, 5, 0, 3)])
+def test_empty_tensors(isa, layout, gained, shape):
+    y = LAYOUTS[layout](shape)
+    operands = (y, y, None, y, None, 1, 0.0)
+    gain = torch.ones(shape[:2]) if gained else None
+    sums, emitted = torch.ops.fusedres.join_backward_reduce_cpu(*operands, True, gain, 0.5, torch.tensor([1]))
+    assert torch.equal(sums, torch.zeros((3, *shape[:2]) if gained else (3, 5))) and emitted.shape == shape
+    found = torch.ops.fusedres.join_backward_apply_cpu(*operands, None, 1.0, False, False, True, gain, 0.0, None, gain)
+    assert [t.shape for t in found] == [shape, shape]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("residual", RESIDUALS)
-def test_emitted_value_is_the_forwards(isa, layout, dtype, residual):
-    args = Case(LAYOUTS[layout], (2, 21, 4, 5), dtype, residual, Activation("hardswish")).operands()
-    _, value = torch.ops.fusedres.join_backward_reduce_cpu(*args, True)
-    assert torch.equal(value, torch.ops.fusedres.join_cpu(*args[1:]))
+@pytest.mark.parametrize(("gained", "dropout"), [(False, 0.0), (True, 0.0), (True, 0.3)])
+def test_emitted_value_is_the_forwards(isa, layout, dtype, residual, gained, dropout):
+    act = Activation("hardswish")
+    case = Case(LAYOUTS[layout], (2, 21, 4, 5), dtype, residual, act, gained=gained, dropout=dropout)
+    args, modifiers = case.operands(), case.modifiers
+    _, value = torch.ops.fusedres.join_backward_reduce_cpu(*args, True, *modifiers)
+    assert torch.equal(value, torch.ops.fusedres.join_cpu(*args[1:], *modifiers))
 
 
 @pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu", "hardswish"])
@@ -178,28 +336,67 @@ def test_gradients_of_nan_values_are_those_of_stock(isa, act):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bitwise_the_same_for_any_number_of_threads(layout, threads):
-    case = Case(LAYOUTS[layout], (3, 48, 33, 33), torch.bfloat16, "affine", Activation("silu"))
+    shape, act = (3, 48, 33, 33), Activation("silu")
+    case = Case(LAYOUTS[layout], shape, torch.bfloat16, "affine", act, gained=True, dropout=0.3)
     for one, two in zip(threads(1, case.kernels), threads(2, case.kernels)):
         assert torch.equal(one, two)
 
 
 def test_wrong_input_raises():
-    case = Case(channels_last, (2, 5, 4, 3), torch.float32, "plain", Activation("relu"))
-    _, *rest = case.operands()
-    with pytest.raises(RuntimeError, match="grad"):
-        torch.ops.fusedres.join_backward_reduce_cpu(case.grad[:1], *rest, False)
-    with pytest.raises(RuntimeError, match="dense"):
-        torch.ops.fusedres.join_backward_reduce_cpu(expanded(case.y.shape), *rest, False)
+    case = Case(channels_last, (2, 5, 4, 3), torch.float32, "affine", Activation("relu"))
+    grad, *rest = case.operands()
+    reduce, apply = torch.ops.fusedres.join_backward_reduce_cpu, torch.ops.fusedres.join_backward_apply_cpu
+    with pytest.raises(RuntimeError, match="grad differs"):
+        reduce(grad[:1], *rest, False)
+    with pytest.raises(RuntimeError, match="grad must have the layout"):
+        reduce(expanded(case.y.shape), *rest, False)
+    with pytest.raises(RuntimeError, match="grad must have the layout"):
+        apply(grad.contiguous(), *rest, None, 1.0, False, False, True)
     with pytest.raises(RuntimeError, match="need the sums"):
-        torch.ops.fusedres.join_backward_apply_cpu(case.grad, *rest, None, 1.0, True, False, True)
+        apply(grad, *rest, None, 1.0, True, False, True)
+    for sums in (
+        torch.ones(3, 4),
+        torch.ones(2, 5),
+        torch.ones(3, 2, 5),
+        torch.ones(5, 3).t(),
+        torch.ones(3, 5).double(),
+    ):
+        with pytest.raises(
+            RuntimeError, match=r"sums must be a contiguous float32 tensor of shape \[3, 5\] or \[4, 5\]"
+        ):
+            apply(grad, *rest, sums, 1.0, True, False, True)
+    with pytest.raises(RuntimeError, match="sums must have a fourth row"):
+        apply(grad, *rest, torch.ones(3, 5), 1.0, True, True, True, torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("name", ["gain", "offset", "addend", "into"])
+def test_wrong_modifiers_raise(name):
+    case = Case(channels_last, (2, 5, 4, 3), torch.float32, "plain", Activation("relu"), training=False)
+    wrong = {
+        "per sample": (torch.ones(2, 4), torch.ones(5), torch.ones(2, 5).double(), torch.ones(5, 2).t()),
+        "whole": (case.y[:1], case.y.bfloat16(), case.y.contiguous(), case.y[:, :4], case.y[0]),
+    }
+    apply = torch.ops.fusedres.join_backward_apply_cpu
+    for value in wrong["per sample" if name in ("gain", "offset") else "whole"]:
+        with pytest.raises(RuntimeError, match=f"join_backward_apply_cpu: {name} "):
+            apply(*case.operands(), None, 1.0, False, False, True, **{name: value})
+    if name == "gain":
+        with pytest.raises(RuntimeError, match="join_backward_reduce_cpu: gain "):
+            torch.ops.fusedres.join_backward_reduce_cpu(*case.operands(), False, torch.ones(2, 4))
 
 
 @pytest.mark.parametrize("suffix", ["", "_cpu"])
 @pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("emit", [True, False])
-def test_opcheck(suffix, residual, emit):
-    args = Case(channels_last, (2, 5, 4, 3), torch.float32, residual, Activation("silu")).operands()
+@pytest.mark.parametrize("modified", [True, False])
+def test_opcheck(suffix, residual, emit, modified):
+    make, act = sliced if modified else channels_last, Activation("silu")
+    case = Case(make, (2, 5, 4, 3), torch.float32, residual, act, gained=modified, dropout=0.5 if modified else 0.0)
+    args, modifiers = case.operands(), case.modifiers
     reduce = getattr(torch.ops.fusedres, f"join_backward_reduce{suffix}").default
     apply = getattr(torch.ops.fusedres, f"join_backward_apply{suffix}").default
-    torch.library.opcheck(reduce, (*args, emit))
-    torch.library.opcheck(apply, (*args, reduce(*args, False)[0], 24.0, True, residual == "affine", emit))
+    torch.library.opcheck(reduce, (*args, emit, *modifiers))
+    sums = case.totals(reduce(*args, False, *modifiers)[0])
+    flags = True, residual == "affine", emit
+    addend, into = (make(case.y.shape), empty_slice(case.y.shape)[0]) if modified else (None, None)
+    torch.library.opcheck(apply, (*args, sums, 24.0, *flags, *modifiers, case.offset, addend, into))

@@ -1,4 +1,4 @@
-"""Networks as people write them, and the comparison of a patched model with its stock twin.
+"""Layers for forwards that a test writes, and the comparison of a patched model with its stock twin.
 
 The comparison runs in float64 on the reference backend: what is tested here is the rewriting, not the kernels.
 """
@@ -11,87 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from fusedres.patch import PatchReport, patch
-
-
-class ResidualBlock(nn.Module):
-    """The survey's basic block: ``out += residual``."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.bn2 = nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        residual = x
-        out = self.conv1(x)
-        out = self.bn1(out)
-        out = torch.relu(out)
-        out = self.conv2(out)
-        out = self.bn2(out)
-        out += residual
-        return torch.relu(out)
-
-
-class BottleneckBlock(nn.Module):
-    """The survey's bottleneck: an empty ``Sequential`` as the identity shortcut."""
-
-    expansion = 4
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
-        super().__init__()
-        mid = out_channels // self.expansion
-        self.conv1 = nn.Conv2d(in_channels, mid, 1)
-        self.bn1 = nn.BatchNorm2d(mid)
-        self.conv2 = nn.Conv2d(mid, mid, 3, stride=stride, padding=1)
-        self.bn2 = nn.BatchNorm2d(mid)
-        self.conv3 = nn.Conv2d(mid, out_channels, 1)
-        self.bn3 = nn.BatchNorm2d(out_channels)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride=stride), nn.BatchNorm2d(out_channels)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = torch.relu(self.bn1(self.conv1(x)))
-        out = torch.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        out += self.shortcut(x)
-        return torch.relu(out)
-
-
-class MyResNet(nn.Module):
-    """The survey's stack in a ``ModuleList``."""
-
-    def __init__(self, in_channels: int, hidden: int, num_blocks: int) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, hidden, 3, padding=1), nn.BatchNorm2d(hidden), nn.ReLU())
-        self.layers = nn.ModuleList([ResidualBlock(hidden) for _ in range(num_blocks)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class SurveyResNet(nn.Module):
-    """A stem with a pooling in its ``Sequential``, bottlenecks, a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 8, 7, stride=2, padding=3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)
-        )
-        self.layer1 = nn.Sequential(BottleneckBlock(8, 16, stride=2), BottleneckBlock(16, 16))
-        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer1(self.stem(x))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
 class Layers(nn.Module):

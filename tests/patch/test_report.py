@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from survey_blocks import MyResNet, ResidualBlock
 from torch import nn
 
 from fusedres.patch import Declined, Fused, PatchReport, patch
 
-from .blocks import Layers, MyResNet, ResidualBlock
+from .blocks import Layers
 
 
 def report(*paths: str, declined: tuple[Declined, ...] = ()) -> PatchReport:

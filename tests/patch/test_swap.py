@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from survey_blocks import MyResNet, ResidualBlock
 from torch import nn
 
 from fusedres.patch import explain, patch, unpatch
 
-from .blocks import Layers, MyResNet, ResidualBlock, assert_same, check_patched, images, settled
+from .blocks import Layers, assert_same, check_patched, images, settled
 
 
 def classes(model: nn.Module) -> dict[str, type]:

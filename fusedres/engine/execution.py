@@ -1,0 +1,74 @@
+"""Which of the ways a block is executed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.conv import output_size
+from ..select import backend_for, too_small
+from .dense import DenseFunction, DenseProgram, infer_dense
+from .inference import infer
+from .pending import compute_dtype
+from .program import Link, Operands, Program, is_constant, needs_gradient
+from .stock import execute_stock, stock_dense
+from .training import BlockFunction
+
+
+def execute(
+    program: Program, x: Tensor, residual: Tensor | None, tensors: Operands, folded: dict[int, Any] | None = None
+) -> Tensor:
+    """Runs a block.
+
+    Args:
+        x: the input, ``[N, C, H, W]``.
+        residual: what the shortcut reads where that is not ``x``.
+        tensors: the operands of the program's slots.
+        folded: where folded and packed weights are kept between inference calls.
+    """
+    inference = program.constant and not needs_gradient((x, residual, *tensors))
+    if is_for_stock(program, x, x.numel(), inference) or _broadcasts(program, x, residual, tensors):
+        return execute_stock(program, x, residual, tensors)
+    if inference:
+        return infer(program, x, residual, tensors, {} if folded is None else folded)
+    return BlockFunction.apply(program, x, residual, *tensors)
+
+
+def execute_dense(program: DenseProgram, x: Tensor, tensors: Operands, folded: dict[int, Any] | None = None) -> Tensor:
+    """Runs a dense block: ``[N, C, H, W]`` to ``[N, C + growth, H, W]``; arguments as in :func:`execute`."""
+    inference = is_constant(program.links) and not needs_gradient((x, *tensors))
+    n, channels, h, w = x.shape
+    if is_for_stock(program, x, n * program.bounds(channels, tensors)[-1] * h * w, inference):
+        return stock_dense(program.layers, x, tensors)
+    if inference:
+        return infer_dense(program, x, tensors, {} if folded is None else folded)
+    return DenseFunction.apply(program, x, *tensors)
+
+
+def is_for_stock(program: Program | DenseProgram, x: Tensor, elements: int, inference: bool) -> bool:
+    """Whether PyTorch's own ops run this; ``elements`` says how much there is to gain."""
+    if torch.compiler.is_compiling() or x.numel() == 0:
+        return True
+    if backend_for(x.device, compute_dtype(x), program.backend) == "stock":
+        return True
+    mode = "inference" if inference else "training"
+    return program.memory != "low" and too_small(elements, mode, program.backend)
+
+
+def _broadcasts(program: Program, x: Tensor, residual: Tensor | None, tensors: Operands) -> bool:
+    """Whether the join's two sides differ in shape."""
+    if program.shortcut is None:
+        return False
+    side = x if residual is None else residual
+    return _shape(program.branch, x.shape, tensors) != _shape(program.shortcut, side.shape, tensors)
+
+
+def _shape(chain: tuple[Link, ...], shape: tuple[int, ...], tensors: Operands) -> tuple[int, ...]:
+    """What a chain makes of an input of this shape."""
+    for link in chain:
+        if link.conv is not None:
+            weight = tensors[link.conv.first].shape
+            shape = (shape[0], weight[0], *output_size(shape[2:], weight[2:], link.conv.geometry))
+    return tuple(shape)

@@ -1,0 +1,138 @@
+"""A block bound to its operands: slots that say where in one flat list its parameters and buffers lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.activations import IDENTITY, Activation
+from ..ops.conv import ConvGeometry
+
+# What may end an excitation.
+GATES = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
+
+
+class ConvSlot(NamedTuple):
+    """A convolution whose weight and bias are ``tensors[first]`` and ``tensors[first + 1]``."""
+
+    first: int
+    geometry: ConvGeometry
+
+
+class NormSlot(NamedTuple):
+    """A batch norm whose gamma, beta, running_mean and running_var are the four tensors from ``tensors[first]`` on.
+
+    Attributes:
+        batch_statistics: whether it normalises with the statistics of the batch, or with the running ones.
+        momentum: the weight of the batch in the running statistics.
+    """
+
+    first: int
+    batch_statistics: bool
+    momentum: float
+    eps: float
+
+
+class ExciteSlot(NamedTuple):
+    """Two dense layers from squeeze to gate; weight and bias of each are the four tensors from ``tensors[first]`` on.
+
+    Attributes:
+        act: between the layers.
+        gate: behind them, a key of :data:`GATES`.
+    """
+
+    first: int
+    act: Activation
+    gate: str
+
+
+class GainSlot(NamedTuple):
+    """A multiplier per sample and channel.
+
+    Attributes:
+        excite: makes it from the mean over height and width, or ``None``.
+        drop_path: the probability with which a sample is dropped; what survives is scaled by ``1 / (1 - drop_path)``.
+    """
+
+    excite: ExciteSlot | None
+    drop_path: float
+
+
+class Link(NamedTuple):
+    """A pending value and its reader: ``conv(dropout(act(gain * norm(raw))))``.
+
+    The last link of a chain has no convolution. Nor has one before a gain of the next link's: there the value itself is
+    the next raw tensor, which is never kept but recomputed.
+    """
+
+    norm: NormSlot | None
+    act: Activation
+    conv: ConvSlot | None
+    gain: GainSlot | None = None
+    dropout: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether the raw tensor is the value itself."""
+        return self.norm is None and self.act == IDENTITY and self.gain is None and not self.dropout
+
+
+IDENTITY_SHORTCUT = (Link(None, IDENTITY, None),)
+
+Operands = Sequence[Tensor | None]
+
+
+class Program(NamedTuple):
+    """A block bound to the slots of its operands, which lie in one flat list beside it.
+
+    Attributes:
+        act: the activation behind the join.
+        shares: whether the shortcut reads the branch's first pending value, not the input.
+        in_place: whether the join keeps the branch's dtype, as ``+=`` does, or takes the common one.
+        memory: ``"low"`` drops the last raw tensor of a chain where a 1x1 convolution made it, and recomputes it.
+        backend: forced, or ``"auto"``.
+    """
+
+    branch: tuple[Link, ...]
+    shortcut: tuple[Link, ...] | None
+    act: Activation
+    in_place: bool = False
+    memory: str = "auto"
+    backend: str = "auto"
+    shares: bool = False
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        return self.branch if self.shortcut is None else self.branch + self.shortcut
+
+    @property
+    def constant(self) -> bool:
+        """Whether the result depends on nothing but the input and the parameters: no batch statistics, no chance."""
+        return is_constant(self.links)
+
+
+def is_constant(links: tuple[Link, ...]) -> bool:
+    """Whether nothing but the input and the parameters counts: no batch statistics, no chance."""
+    for norm, _, _, gain, dropout in links:
+        if (norm is not None and norm.batch_statistics) or dropout or (gain is not None and gain.drop_path):
+            return False
+    return True
+
+
+def needs_gradient(tensors: Operands) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def weight_indices(links: tuple[Link, ...]) -> list[int]:
+    """Where the weights and biases of convolutions and excitations lie."""
+    indices: list[int] = []
+    for link in links:
+        if link.conv is not None:
+            indices += (link.conv.first, link.conv.first + 1)
+        if link.gain is not None and link.gain.excite is not None:
+            indices += range(link.gain.excite.first, link.gain.excite.first + 4)
+    return indices

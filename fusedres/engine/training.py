@@ -1,0 +1,212 @@
+"""Training: one autograd node for a block, which keeps raw tensors and recomputes the rest."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.activations import IDENTITY
+from ..ops.conv import conv_backward
+from ..select import kernels
+from .gradients import Gradients, Side, sum_
+from .pending import Raw, aligned, applied, apply_pending, cast_weights, compute_dtype, dense, pend, run_chain
+from .program import IDENTITY_SHORTCUT, Link, Operands, Program, weight_indices
+
+
+class BlockFunction(torch.autograd.Function):
+    """A whole block as one node: ``(program, x, residual, *tensors) -> out``."""
+
+    @staticmethod
+    def forward(ctx: Any, program: Program, x: Tensor, residual: Tensor | None, *tensors: Tensor | None) -> Tensor:
+        dtype = compute_dtype(x)
+        k = kernels(x.device.type, dtype, program.backend)
+        operands = cast_weights(program.links, tensors, dtype)
+        x = dense(x)
+        out, branch, shortcut = forward_block(program, x, residual, operands, k)
+        if any(ctx.needs_input_grad):
+            _save(ctx, program, x, residual, operands, branch, shortcut)
+            ctx.kernels = k
+            ctx.parameter_dtypes = [None if t is None else t.dtype for t in tensors]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        refuse_second_derivatives()
+        return _Backward(ctx).run(grad)
+
+
+def refuse_second_derivatives() -> None:
+    """Raises inside a backward pass with ``create_graph=True``: a gradient that looks constant would be wrong."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a fused block is differentiable once; where second derivatives are wanted (create_graph=True), run it "
+            "under fusedres.use_backend('stock')"
+        )
+
+
+def forward_block(
+    program: Program, x: Tensor, residual: Tensor | None, tensors: Operands, k: SimpleNamespace
+) -> tuple[Tensor, list[Raw], list[Raw]]:
+    """The block's output, and the raw tensors of its two chains."""
+    first = pend(program.branch[0], x, tensors, k)
+    value = applied(program.branch[0], first, k) if program.shares else None
+    branch = run_chain(program.branch, first, value, tensors, k)
+    last, raw = program.branch[-1], branch[-1]
+    if program.shortcut is None:
+        return applied(last, raw, k), branch, []
+    side_input = value if program.shares else x if residual is None else dense(residual)
+    shortcut = run_chain(program.shortcut, pend(program.shortcut[0], side_input, tensors, k), None, tensors, k)
+    y, side = aligned(raw.tensor, shortcut[-1].tensor)
+    out = apply_pending(last, raw._replace(tensor=y), program.act, k, side, shortcut[-1].rows)
+    return out.to(raw.tensor.dtype) if program.in_place else out, branch, shortcut
+
+
+def _save(
+    ctx: Any,
+    program: Program,
+    x: Tensor,
+    residual: Tensor | None,
+    tensors: Operands,
+    branch: list[Raw],
+    shortcut: list[Raw],
+) -> None:
+    """Keeps the block's input, its raw tensors and what is pending on them.
+
+    A chain's first raw tensor is the input itself, or, where the shortcut shares it, the branch's first pending value.
+    """
+    if residual is not None:
+        residual = shortcut[0].tensor
+    # Nothing of a norm but its rows: a later forward may update the running statistics before this backward.
+    operands: list[Tensor | None] = [None] * len(tensors)
+    for i in weight_indices(program.links):
+        operands[i] = tensors[i]
+    kept: list[Tensor | None] = [x, residual, *operands]
+    for chain, raws in ((program.branch, branch), (program.shortcut, shortcut)):
+        if chain is None:
+            continue
+        inner = [None if recomputes(chain, i, program.memory, tensors) else raws[i].tensor for i in range(1, len(raws))]
+        if inner and only_adds(program):
+            inner[-1] = None
+        kept += inner
+        for raw in raws:
+            kept += raw[1:]
+    ctx.program = program
+    ctx.operand_count = len(tensors)
+    ctx.save_for_backward(*kept)
+
+
+def recomputes(chain: tuple[Link, ...], index: int, memory: str, tensors: Operands) -> bool:
+    """Whether raw tensor ``index`` is recomputed in backward.
+
+    Where no convolution made it, and, if memory is to be low, the last one where a 1x1 convolution did: the widest.
+    """
+    conv = chain[index - 1].conv
+    if conv is None or memory != "low" or index < len(chain) - 1:
+        return conv is None
+    return tuple(tensors[conv.first].shape[2:]) == (1, 1)
+
+
+def only_adds(program: Program) -> bool:
+    """Whether at most an addition follows the chains, so that backward reads nothing of what they made."""
+    chains = (program.branch,) if program.shortcut is None else (program.branch, program.shortcut)
+    return program.act == IDENTITY and all(chain[-1].plain for chain in chains)
+
+
+class _Backward(Gradients):
+    """One backward pass of a block: walks the chains from the join to the input and collects every gradient."""
+
+    def __init__(self, ctx: Any) -> None:
+        saved = list(ctx.saved_tensors)
+        self.program: Program = ctx.program
+        self.x, self.residual = saved[:2]
+        self._rest = saved[2 + ctx.operand_count :]
+        self.needs_x, self.needs_residual = ctx.needs_input_grad[1:3]
+        super().__init__(ctx.kernels, saved[2 : 2 + ctx.operand_count], ctx.needs_input_grad[3:], ctx.parameter_dtypes)
+
+    def run(self, grad: Tensor) -> tuple[Any, ...]:
+        program, has_shortcut = self.program, self.program.shortcut is not None
+        branch = self._raws(program.branch, self.x)
+        side_input = self.x if self.residual is None else self.residual
+        shortcut = self._raws(program.shortcut, side_input) if has_shortcut else []
+        needs_side_input = self.needs_x if self.residual is None else self.needs_residual
+        if program.shares:
+            needs_side_input = needs_side_input or self._norm_needed(program.branch[0])
+        needs_side = has_shortcut and (needs_side_input or self._any_needed(program.shortcut))
+
+        grad_y, grad_side = self._join(grad, branch[-1], shortcut[-1] if has_shortcut else None, needs_side)
+        if program.shares:
+            return (None, self._shared_input(branch, shortcut, grad_y, grad_side, needs_side_input), None, *self.grads)
+        if needs_side:
+            grad_side = self._chain(program.shortcut, shortcut, grad_side, needs_side_input)
+        if self.residual is not None:
+            return (None, self._chain(program.branch, branch, grad_y, self.needs_x), grad_side, *self.grads)
+        # Both chains read x: the branch adds its gradient to the shortcut's.
+        onto = grad_side if needs_side else None
+        return (None, self._chain(program.branch, branch, grad_y, self.needs_x, onto), None, *self.grads)
+
+    def _raws(self, chain: tuple[Link, ...], x: Tensor) -> list[Raw]:
+        """A chain's raw tensors as the forward had them, those recomputed that were dropped."""
+        inner = len(chain) - 1
+        tensors = [x, *self._rest[:inner]]
+        width = len(Raw._fields) - 1
+        pending = self._rest[inner : inner + width * len(chain)]
+        self._rest = self._rest[inner + width * len(chain) :]
+        raws = [Raw(t, *pending[i * width : (i + 1) * width]) for i, t in enumerate(tensors)]
+        return self._complete(chain, raws, len(raws) - only_adds(self.program))
+
+    def _any_needed(self, chain: tuple[Link, ...]) -> bool:
+        slots = [(link.conv, 2) for link in chain if link.conv] + [(link.norm, 2) for link in chain if link.norm]
+        return any(self.needs[slot.first + i] for slot, width in slots for i in range(width))
+
+    def _shared_input(
+        self,
+        branch: list[Raw],
+        shortcut: list[Raw],
+        grad: Tensor,
+        grad_side: Tensor | None,
+        needed: bool,
+    ) -> Tensor | None:
+        """Both chains from their last raw tensors to the pending value that both read, and from there to the input."""
+        first = self.program.branch[0]
+        readers = []
+        for chain, raws, g in ((self.program.branch, branch, grad), (self.program.shortcut, shortcut, grad_side)):
+            if len(chain) > 1 and g is not None:
+                readers.append((chain[0].conv, self._chain(chain, raws, g, needs_input=True, stop=1)))
+        grad_value = grad_side if len(self.program.shortcut) == 1 and needed else None
+        for conv, g in readers if needed else ():
+            weight = self.tensors[conv.first]
+            dgrad, _ = conv_backward(g.to(weight.dtype), branch[0].tensor, weight, conv.geometry, True, False)
+            grad_value = dgrad if grad_value is None else sum_(grad_value, dgrad)
+        readers = [(conv, g) for conv, g in readers if self.needs[conv.first]]
+        grad_x, value = None, None
+        if grad_value is not None:
+            raw = branch[0]
+            grad_x, _, value = self._pending(self.program.branch, 0, raw, grad_value, first.act, bool(readers))
+        elif readers:
+            value = applied(first, branch[0], self.k)
+        for conv, g in readers:
+            weight = self.tensors[conv.first]
+            _, self.grads[conv.first] = conv_backward(
+                g.to(weight.dtype), value.to(weight.dtype), weight, conv.geometry, False, True
+            )
+        return grad_x if self.needs_x else None
+
+    def _join(self, grad: Tensor, main: Raw, side: Raw | None, needs_side: bool) -> tuple[Tensor, Tensor | None]:
+        chain, shortcut = self.program.branch, self.program.shortcut
+        if only_adds(self.program):
+            return self._addition(dense(grad), needs_side)
+        act = chain[-1].act if shortcut is None else self.program.act
+        y, residual = aligned(main.tensor, None if side is None else side.tensor)
+        other = None if side is None else Side(shortcut, side._replace(tensor=residual), needs_side)
+        grad_y, grad_side, _ = self._pending(chain, len(chain) - 1, main._replace(tensor=y), grad, act, side=other)
+        return grad_y, grad_side
+
+    def _addition(self, grad: Tensor, needs_side: bool) -> tuple[Tensor, Tensor | None]:
+        for chain in (self.program.branch, self.program.shortcut or IDENTITY_SHORTCUT):
+            self._bias(chain, len(chain) - 1, None, None, grad)
+        # An identity shortcut's gradient is added to in place, but where a pass over the input reads it.
+        in_place = self.program.shares or self.program.branch[0].plain
+        return grad, (grad.clone() if in_place else grad) if needs_side else None
