@@ -217,17 +217,17 @@ def heuristic(problem: Problem) -> Tiles:
     """Tiles that are safe everywhere: 8 warps of 128 registers without a spill on any device that the kernels run on.
 
     Two such programs share a multiprocessor, so that one computes while the other stores. A gradient's prologue reads
-    two tensors and four rows, and leaves room for half the tile of a forward.
+    two tensors and four rows, a forward's epilogue may read a residual; 128 rows and 128 columns would not fit.
     """
     _, columns, depth = problem.gemm
     deep = 32 if problem.dtype == torch.float32 or depth <= 32 else 64
     n = 128 if columns > 64 else 64 if columns > 32 else 32
     stages = 2 if depth <= 2 * deep else 3
     if problem.kind == "wgrad":
-        return Tiles(64, min(n, 64), deep, 8, 3, 128)
+        return Tiles(64, min(n, 64), deep if problem.kernel_size == (1, 1) else 32, 8, 3, 128)
     if problem.kind == "dgrad":
         return Tiles(64, n, deep, 8, 2, 128)
-    return Tiles(128, n, deep, 8, stages, 128)
+    return Tiles(64 if n == 128 or problem.dtype == torch.float32 else 128, n, deep, 8, stages, 128)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

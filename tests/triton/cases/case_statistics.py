@@ -61,7 +61,8 @@ def test_statistics_of_other_shapes(device, shape):
     per_sample=st.booleans(),
 )
 def test_any_shape(device, shape, layout, per_sample):
-    check(LAYOUTS[layout](shape, torch.float32, 2).to(device), per_sample)
+    x = LAYOUTS[layout](shape, torch.float32, 2).to(device)
+    torch.testing.assert_close(kernel(x, per_sample), BN_STATS.reference(x, per_sample), rtol=1e-5, atol=1e-5)
 
 
 def test_many_pieces_are_merged_in_levels(device):
