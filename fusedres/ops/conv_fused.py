@@ -29,7 +29,7 @@ from .conv import ConvGeometry, output_size
 from .join import BY_CODE, JOIN, join_argument
 from .registry import declare
 
-__all__ = ["CONV_FUSED_FPROP", "CONV_FUSED_JOIN", "pending_value"]
+__all__ = ["CONV_FUSED_FPROP", "CONV_FUSED_JOIN", "conv_fused_refuses", "pending_value"]
 
 _INPUT = "Tensor x, Tensor? norm, int act, float act_param, Tensor weight, Tensor? bias"
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation"
@@ -179,3 +179,64 @@ CONV_FUSED_JOIN = declare(
     kernels=("triton",),
 )
 """``out``, channels_last, or empty where it is written to ``into``. ``residual`` has the shape and dtype of ``out``."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether to call them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def conv_fused_refuses(
+    kind: str, backend: str, x: Tensor, weight: Tensor, g: ConvGeometry, *, prologue: bool, pending_addend: bool = False
+) -> str | None:
+    """``None`` where ``backend`` runs this pass fused and is expected to beat the vendor's convolution, else why not.
+
+    What was measured for this shape or one near it (:func:`fusedres.tune`) decides; without a measurement, 1x1
+    convolutions, which are matrix products, are fused, and larger kernels are left to the vendor.
+
+    Args:
+        kind: ``"fprop"`` (both forward ops), ``"dgrad"`` or ``"wgrad"``.
+        x: the convolution's input.
+        prologue: whether an operand is pending: the input of ``fprop``, the output's gradient of the others.
+        pending_addend: for ``dgrad``, whether an addend meets a pending ``x``.
+
+    Raises:
+        ValueError: for another ``kind``.
+    """
+    if kind not in ("fprop", "dgrad", "wgrad"):
+        raise ValueError(f"kind must be 'fprop', 'dgrad' or 'wgrad', got {kind!r}")
+    reason = _cannot(kind, backend, x, weight, g, pending_addend)
+    if reason is not None:
+        return reason
+    from ..triton.tuning import Problem, vendor_is_faster
+
+    kernel = (weight.shape[2], weight.shape[3])
+    problem = Problem(kind, x.dtype, tuple(x.shape), weight.shape[0], kernel, g, prologue)
+    measured = vendor_is_faster(problem, x.device)
+    if measured:
+        return f"the vendor's {kind} was measured faster for this shape"
+    if measured is None and kernel != (1, 1):
+        return f"no measurement says that {kernel[0]}x{kernel[1]} {kind} beats the vendor's: see fusedres.tune"
+    return None
+
+
+def _cannot(kind: str, backend: str, x: Tensor, weight: Tensor, g: ConvGeometry, pending_addend: bool) -> str | None:
+    if backend not in CONV_FUSED_FPROP.kernels:
+        return f"backend {backend!r} has no fused convolutions"
+    if g.groups != 1:
+        return f"a fused convolution has no groups, this one has {g.groups}"
+    if x.dtype != weight.dtype:
+        return f"x is {x.dtype}, the weight {weight.dtype}"
+    if not x.is_contiguous(memory_format=torch.channels_last) and x.stride(1) != 1:
+        return "x is not channels_last"
+    if x.shape[1] % 8 or weight.shape[0] % 8:
+        return f"{x.shape[1]} and {weight.shape[0]} channels do not divide into loads of 16 bytes"
+    pointwise = tuple(weight.shape[2:]) == (1, 1)
+    if kind == "dgrad" and pointwise and any(g.padding):
+        return "dgrad takes no padding around a 1x1 kernel"
+    if kind == "dgrad" and g.stride != (1, 1):
+        if not pointwise:
+            return f"dgrad with stride {g.stride} needs a 1x1 kernel"
+        if pending_addend:
+            return f"dgrad with stride {g.stride} takes no addend where its input is pending"
+    return None

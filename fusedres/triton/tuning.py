@@ -163,6 +163,7 @@ def bytes_and_flops(problem: Problem) -> tuple[int, int]:
 # The space, and what is taken of it without a measurement
 # ---------------------------------------------------------------------------------------------------------------------
 
+_MULTIPROCESSORS = 132  # an H100's
 _ACCUMULATORS = 128  # registers of a thread: with more, two tiles of operands beside them spill
 _SHARED = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
 
@@ -189,7 +190,16 @@ def space(problem: Problem, capability: int = 9) -> list[Tiles]:
                         tiles = Tiles(m, n, k, warps, stages, 128 if warps == 8 else 0)
                         if _fits(problem, tiles, capability) and _suits(tiles, rows, columns, depth):
                             found.append(tiles)
-    return found
+    return sorted(found, key=lambda tiles: _cost(tiles, rows, columns))
+
+
+def _cost(tiles: Tiles, rows: int, columns: int) -> float:
+    """Relative: operands read per result, times what padding and a last wave that is not full add to the work."""
+    blocks = math.ceil(rows / tiles.rows) * math.ceil(columns / tiles.columns)
+    resident = _MULTIPROCESSORS * max(1, 65536 // ((tiles.registers or 255) * 32 * tiles.warps))
+    waves = blocks / resident
+    padded = blocks * tiles.rows * tiles.columns / (rows * columns)
+    return (1 / tiles.rows + 1 / tiles.columns) * padded * math.ceil(waves) / waves
 
 
 def _fits(problem: Problem, tiles: Tiles, capability: int) -> bool:
