@@ -91,7 +91,9 @@ def _check(model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"capture: example[{i}] must be a tensor, got {type(x).__name__}")
         if x.device.type != "cuda":
-            raise ValueError(f"capture: example[{i}] of shape {tuple(x.shape)} is on {x.device}, CUDA graphs need a GPU")
+            raise ValueError(
+                f"capture: example[{i}] of shape {tuple(x.shape)} is on {x.device}, CUDA graphs need a GPU"
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cuda":
             raise ValueError(f"capture: {name} is on {tensor.device}, CUDA graphs need a GPU")

@@ -8,7 +8,6 @@ time. See :mod:`fusedres.triton.tuning` for the tables.
 from __future__ import annotations
 
 import copy
-from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ class TuneReport(NamedTuple):
 
     def __str__(self) -> str:
         lines = [
-            f"{key}: {entry.milliseconds:.4f} ms with {tuple(entry.tiles)}, the vendor's {entry.vendor_milliseconds:.4f} ms"
+            f"{key}: {entry.milliseconds:.4f} ms with {tuple(entry.tiles)}, vendor {entry.vendor_milliseconds:.4f} ms"
             for key, entry in self.entries.items()
         ]
         return "\n".join([*lines, f"kept in {self.path}"])
@@ -213,9 +212,7 @@ def _contestants(problem: Any, device: torch.device) -> tuple[Callable[[Any], Te
 
     def ours_wgrad(tiles: Any) -> Tensor:
         out = torch.empty_like(weight)
-        conv_fused_backward.conv_fused_wgrad(
-            grad, y, grad_rows, x, norm, 1, 0.0, *geometry, out, tiles=tiles
-        )
+        conv_fused_backward.conv_fused_wgrad(grad, y, grad_rows, x, norm, 1, 0.0, *geometry, out, tiles=tiles)
         return out
 
     return ours_wgrad, wgrad

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from .activations import IDENTITY
 from .conv_fused import pending_value
-from .join_backward import JOIN_BACKWARD_REDUCE
 from .join import BY_CODE, join_argument
+from .join_backward import JOIN_BACKWARD_REDUCE
 from .registry import declare
 
 __all__ = ["BN_GRAD_ROWS", "CONV_FUSED_DGRAD", "CONV_FUSED_WGRAD"]

@@ -1,7 +1,7 @@
 """The Triton backend: kernels for NVIDIA GPUs, written in Triton, under the names ``fusedres::<op>_triton``.
 
-Importing this package never needs Triton: :func:`missing` says in words why the kernels are not there. They are imported
-and registered once, on first use (:func:`load`), since importing Triton takes longer than importing fusedres.
+Importing this package never needs Triton: :func:`missing` says in words why the kernels are not there. They are
+imported and registered once, on first use (:func:`load`), since importing Triton takes longer than importing fusedres.
 """
 
 from __future__ import annotations

@@ -52,11 +52,14 @@ def bn_stats_kernel(
     count = tl.minimum(rows - start, piece)
     columns = tl.program_id(1) * BC + tl.arange(0, BC)
     first = group.to(tl.int64) * rows + start
-    # Deviations from the group's first pixel: a large mean then costs no sum any of its digits.
-    at = pointers(x, group.to(tl.int64) * rows, 1, columns, x_pitch, C, HW, NHWC)
-    pivot = tl.load(at, mask=(columns < C)[None, :], other=0.0).to(tl.float32)
+    # Deviations from the mean of the group's first pixels: then no sum loses digits to a mean that is large, and a mean
+    # that is small loses none to a pivot that is large.
+    few = tl.minimum(rows, BM)
+    at = pointers(x, group.to(tl.int64) * rows, BM, columns, x_pitch, C, HW, NHWC)
+    inside = (tl.arange(0, BM) < few)[:, None] & (columns < C)[None, :]
+    pivot = tl.sum(tl.load(at, mask=inside, other=0.0).to(tl.float32), 0) / few.to(tl.float32)
     if start == 0:
-        tl.store(pivots + group * C + columns[None, :], pivot, mask=(columns < C)[None, :])
+        tl.store(pivots + group * C + columns, pivot, mask=columns < C)
     mean = tl.zeros((BM, BC), tl.float32)
     m2 = tl.zeros((BM, BC), tl.float32)
     seen = 0.0
@@ -66,7 +69,7 @@ def bn_stats_kernel(
         raw = tl.load(pointers(x, row, BM, columns, x_pitch, C, HW, NHWC), mask=inside, other=0.0)
         if into is not None:
             tl.store(pointers(into, row, BM, columns, into_pitch, C, HW, NHWC), raw, mask=inside)
-        value = raw.to(tl.float32) - pivot
+        value = raw.to(tl.float32) - pivot[None, :]
         # A position that is inside now has been inside in every step before.
         delta = tl.where(inside, value - mean, 0.0)
         seen += 1.0
@@ -180,7 +183,16 @@ def bn_stats(x: Tensor, per_sample: bool = False, into: Tensor | None = None) ->
     splits, piece = splits_of(rows, block, tiles * groups, _PROGRAMS * multiprocessors(x))
     partials = x.new_empty((groups, splits, 2, channels), dtype=torch.float32)
     pivots = x.new_empty((groups, channels), dtype=torch.float32)
-    args = {"x": x, "into": into, "partials": partials, "pivots": pivots, "rows": rows, "piece": piece, "C": channels, "HW": h * w}
+    args = {
+        "x": x,
+        "into": into,
+        "partials": partials,
+        "pivots": pivots,
+        "rows": rows,
+        "piece": piece,
+        "C": channels,
+        "HW": h * w,
+    }
     args |= {"x_pitch": layout.pitch, "into_pitch": layouts["into"].pitch if into is not None else None}
     meta = {"NHWC": layout.channels_last, "BM": block, "BC": columns, "STAGES": 3}
     launch(bn_stats_kernel, (groups * splits, tiles), args, meta, warps=8)

@@ -100,7 +100,7 @@ def conv_fprop_kernel(
         left = (m % Q) * STRIDE_W - PAD_W
         pixel = ((m // (P * Q) - image) * H + top) * W + left
     accumulator = tl.zeros((BM, BN), tl.float32)
-    for step in range(0, R * S * tl.cdiv(C, BK)):
+    for step in range(R * S * tl.cdiv(C, BK)):
         tap = step % (R * S)
         k = (step // (R * S)) * BK + tl.arange(0, BK)
         down = (tap // S) * DILATION_H
@@ -203,7 +203,9 @@ def _run(
     rows = n * size[0] * size[1]
     residual = epilogue.get("residual")
     if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
-        raise ValueError(f"{op}: residual of shape {tuple(residual.shape)}, {residual.dtype} is added to {shape}, {x.dtype}")
+        raise ValueError(
+            f"{op}: residual of shape {tuple(residual.shape)}, {residual.dtype} is added to {shape}, {x.dtype}"
+        )
     pitches = {
         "x_pitch": channels_last_of(op, "x", x).pitch,
         "y_pitch": channels_last_of(op, "into", y).pitch,

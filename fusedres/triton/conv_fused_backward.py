@@ -142,7 +142,7 @@ def conv_dgrad_kernel(
         target_base = image.to(tl.int64) * H * W
         target = ((m // (P * Q) - image) * H + ((m // Q) % P) * STRIDE_H) * W + (m % Q) * STRIDE_W
     accumulator = tl.zeros((BM, BN), tl.float32)
-    for step in range(0, R * S * tl.cdiv(K, BK)):
+    for step in range(R * S * tl.cdiv(K, BK)):
         tap = step % (R * S)
         k = (step // (R * S)) * BK + tl.arange(0, BK)
         up = (tap // S) * DILATION_H
@@ -313,10 +313,7 @@ def conv_wgrad_kernel(
     if grad_rows is not None:
         y_base = y + first.to(tl.int64) * y_pitch
     image = first // (P * Q)
-    if DENSE:
-        x_base = x + first.to(tl.int64) * x_pitch
-    else:
-        x_base = x + image.to(tl.int64) * H * W * x_pitch
+    x_base = x + (first.to(tl.int64) if DENSE else image.to(tl.int64) * H * W) * x_pitch
     accumulator = tl.zeros((BM, BN), tl.float32)
     for start in range(first, end, BK):
         m = start + tl.arange(0, BK)
@@ -392,7 +389,9 @@ def conv_fused_wgrad(
     count = cdiv(filters, tiles.rows) * r * s * cdiv(channels, tiles.columns)
     widest = max(pitch or 0 for pitch in pitches.values())
     reach = rows * widest * cdiv(h * w, p * q) + 2 * h * w * widest  # elements that the offsets of one piece span
-    splits, piece = splits_of(rows, tiles.depth, 1, max(cdiv(_PROGRAMS * multiprocessors(x), count), cdiv(reach, 2**30)))
+    splits, piece = splits_of(
+        rows, tiles.depth, 1, max(cdiv(_PROGRAMS * multiprocessors(x), count), cdiv(reach, 2**30))
+    )
     partials = torch.empty((splits, filters, r, s, channels), dtype=torch.float32, device=x.device)
     args = {**operands, "grad_rows": grad_rows, "norm": norm, "partials": partials, "act_param": float(act_param)}
     args |= {"M": rows, "piece": piece, "K": filters, "C": channels, "H": h, "W": w, "P": p, "Q": q, **pitches}

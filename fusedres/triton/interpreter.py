@@ -18,7 +18,7 @@ def enable() -> None:
     """Switches the interpreter on for this process.
 
     Raises:
-        RuntimeError: where kernels were compiled for a GPU already; a kernel is one or the other from its definition on.
+        RuntimeError: where kernels were defined for a GPU already; each is one or the other from then on.
     """
     import sys
 

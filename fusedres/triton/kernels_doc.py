@@ -24,11 +24,11 @@ _STAGES = ((56, 64, 3), (28, 128, 4), (14, 256, 6), (7, 512, 3))  # size, narrow
 
 _HEAD = """# Kernels: what ResNet-50 must move
 
-Written by `python -m fusedres.triton.kernels_doc`; counted, not measured. Batch {batch}, bfloat16, every operand read once
-and every result written once; `fprop` and `wgrad` read a pending input, gradients also read the raw output from which the
-norm's gradient is made, and `dgrad` the raw input whose mask and sums it takes. The bound is the longer of bytes over
-{bandwidth:.2f} TB/s and FLOPs over {peak:.0f} TFLOP/s (an H100 SXM's); *by* says which. `n` is how often the convolution occurs.
-Tiles (rows, columns, depth, warps, stages, registers) are those taken without a measurement.
+Written by `python -m fusedres.triton.kernels_doc`; counted, not measured. Batch {batch}, bfloat16, every operand read
+once and every result written once; `fprop` and `wgrad` read a pending input, gradients also read the raw output from
+which the norm's gradient is made, and `dgrad` the raw input whose mask and sums it takes. The bound is the longer of
+bytes over {bandwidth:.2f} TB/s and FLOPs over {peak:.0f} TFLOP/s (an H100 SXM's); *by* says which. `n` is how often the
+convolution occurs. Tiles (rows, columns, depth, warps, stages, registers) are those taken without a measurement.
 
 | convolution | n | pass | MB | GFLOP | bound, us | by | tiles |
 |---|---|---|---|---|---|---|---|
@@ -58,7 +58,9 @@ def table() -> str:
     total = 0.0
     for (size, channels, filters, kernel, stride), count in merged.items():
         g = ConvGeometry((stride, stride), (kernel // 2, kernel // 2), (1, 1), 1)
-        name = f"{kernel}x{kernel}, {channels} to {filters}, {size}x{size}" + (f", stride {stride}" if stride > 1 else "")
+        name = f"{kernel}x{kernel}, {channels} to {filters}, {size}x{size}" + (
+            f", stride {stride}" if stride > 1 else ""
+        )
         for kind in ("fprop", "dgrad", "wgrad"):
             problem = Problem(kind, torch.bfloat16, (_BATCH, channels, size, size), filters, (kernel, kernel), g, True)
             moved, flops = bytes_and_flops(problem)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..ops.registry import OPS, implement
 
-__all__ = ["Launch", "Layout", "cdiv", "common_layout", "interpreted", "layout_of", "launch", "multiprocessors"]
+__all__ = ["Launch", "Layout", "cdiv", "common_layout", "interpreted", "launch", "layout_of", "multiprocessors"]
 __all__ += ["next_power_of_2", "recorded", "register", "seed_argument", "splits_of", "tile_of"]
 
 cdiv = triton.cdiv
@@ -119,7 +119,7 @@ def layout_of(op: str, name: str, x: Tensor) -> Layout:
     Raises:
         ValueError: where it is neither dense nor a slice of the channels of a channels_last tensor.
     """
-    n, c, h, w = x.shape
+    _, c, h, w = x.shape
     if x.is_contiguous(memory_format=torch.channels_last):
         return Layout(True, c)
     if x.is_contiguous():
@@ -155,10 +155,7 @@ def common_layout(op: str, tensors: dict[str, Tensor | None]) -> dict[str, Layou
 
 def tile_of(elements: int, channels: int, channels_last: bool, widest: int = 256) -> tuple[int, int]:
     """Pixels and channels of a tile with this many elements: long along what is dense in memory."""
-    if channels_last:
-        columns = min(next_power_of_2(max(channels, 8)), widest)
-    else:
-        columns = min(next_power_of_2(channels), 8)
+    columns = min(next_power_of_2(max(channels, 8)), widest if channels_last else 8)
     return elements // columns, columns
 
 

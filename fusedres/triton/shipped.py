@@ -135,5 +135,5 @@ def measured(names: Sequence[str] | None = None) -> dict[str, dict[str, list[Any
 
 if __name__ == "__main__":
     lines = [f'  "{name}": {json.dumps(row)}' for name, row in measured().items()]
-    text = '{\n "triton": "%s",\n "kernels": {\n%s\n }\n}\n' % (triton.__version__, ",\n".join(lines))
-    Path(sys.argv[1]).write_text(text)
+    table = ",\n".join(lines)
+    Path(sys.argv[1]).write_text(f'{{\n "triton": "{triton.__version__}",\n "kernels": {{\n{table}\n }}\n}}\n')

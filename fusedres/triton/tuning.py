@@ -112,9 +112,7 @@ class Problem(NamedTuple):
         """The problem in one word, for tables."""
         n, c, h, w = self.shape
         g = self.geometry
-        pairs = "".join(
-            f"_{name}{a}x{b}" for name, (a, b) in (("s", g.stride), ("p", g.padding), ("d", g.dilation))
-        )
+        pairs = "".join(f"_{name}{a}x{b}" for name, (a, b) in (("s", g.stride), ("p", g.padding), ("d", g.dilation)))
         kernel = f"{self.kernel_size[0]}x{self.kernel_size[1]}"
         end = "_pending" if self.prologue else ""
         return f"{self.kind}_{_NAMES[self.dtype]}_n{n}_c{c}_{h}x{w}_k{self.filters}_{kernel}{pairs}{end}"

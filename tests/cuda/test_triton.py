@@ -25,6 +25,8 @@ pytestmark = [
 def test_on_the_gpu(path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment | {"PYTHONPATH": str(ROOT)}, cwd=ROOT)
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment | {"PYTHONPATH": str(ROOT)}, cwd=ROOT
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout and " failed" not in result.stdout, result.stdout

@@ -32,7 +32,9 @@ def test_fprop(into):
     x, norm, weight, bias, _ = operands()
     expected = stock(x, norm, weight, bias)
     buffer = channels_last((2, 9, *expected.shape[2:]), torch.float64, 3)
-    y, stats = CONV_FUSED_FPROP.reference(x, norm, 4, 0.0, weight, bias, *GEOMETRY, True, buffer[:, 2:7] if into else None)
+    y, stats = CONV_FUSED_FPROP.reference(
+        x, norm, 4, 0.0, weight, bias, *GEOMETRY, True, buffer[:, 2:7] if into else None
+    )
     torch.testing.assert_close(buffer[:, 2:7] if into else y, expected, rtol=1e-12, atol=1e-12)
     assert y.numel() == (0 if into else expected.numel())
     torch.testing.assert_close(stats[0], expected.mean((0, 2, 3)))

@@ -21,7 +21,9 @@ CPU = torch.device("cpu")
 ENTRY = Entry(Tiles(64, 32, 32, 4, 2), 1.0, 2.0)
 
 
-def problem(kind="fprop", shape=(8, 64, 56, 56), filters=256, kernel=(1, 1), g=ONE, dtype=torch.bfloat16, prologue=True):
+def problem(
+    kind="fprop", shape=(8, 64, 56, 56), filters=256, kernel=(1, 1), g=ONE, dtype=torch.bfloat16, prologue=True
+):
     return Problem(kind, dtype, shape, filters, kernel, g, prologue)
 
 

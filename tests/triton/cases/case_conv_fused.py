@@ -139,7 +139,7 @@ def test_wrong_operands_are_named(device):
         case.run(CONV_FUSED_FPROP.overload("triton"), True)
     case = Case(device, (2, 8, 4, 4), 16, "1x1", torch.float32)
     case.x = case.x.contiguous()
-    with pytest.raises(ValueError, match="x of shape .* must be channels_last"):
+    with pytest.raises(ValueError, match=r"x of shape .* must be channels_last"):
         case.run(CONV_FUSED_FPROP.overload("triton"), True)
     case = Case(device, (2, 8, 4, 4), 16, "1x1", torch.float32)
     side = channels_last((2, 15, 4, 4)).to(device)

@@ -127,7 +127,9 @@ def test_wgrad(device, dtype, geometry):
     assert_within_budget(*case.every(case.wgrad, CONV_FUSED_WGRAD))
 
 
-@pytest.mark.parametrize("normed,behind,act", [(False, False, 0), (False, True, 0), (True, False, 4), (False, False, 2)])
+@pytest.mark.parametrize(
+    "normed,behind,act", [(False, False, 0), (False, True, 0), (True, False, 4), (False, False, 2)]
+)
 def test_wgrad_with_fewer_prologues(device, normed, behind, act):
     case = Case(device, (2, 16, 6, 5), 24, "3x3", torch.float32, act, normed, behind)
     assert_within_budget(*case.every(case.wgrad, CONV_FUSED_WGRAD))
@@ -200,7 +202,9 @@ def test_a_chain_is_differentiated_as_by_stock(device, dtype):
     """conv, norm, SiLU, conv, norm: forward and backward by the fused ops alone, from one raw tensor to the next."""
     x, top = channels_last((2, 16, 8, 7), dtype, 1).to(device), channels_last((2, 24, 8, 7), dtype, 2).to(device)
     generator = torch.Generator().manual_seed(3)
-    weights = [torch.randn(s, generator=generator).mul(0.2).to(dtype).to(device) for s in ((20, 16, 3, 3), (24, 20, 1, 1))]
+    weights = [
+        torch.randn(s, generator=generator).mul(0.2).to(dtype).to(device) for s in ((20, 16, 3, 3), (24, 20, 1, 1))
+    ]
     affines = [torch.randn(2, c, generator=generator).add(1.2).to(device) for c in (20, 24)]
     paddings = ([1, 1], [0, 0])
 

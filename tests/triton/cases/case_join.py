@@ -166,8 +166,8 @@ def test_slices(device):
 def test_addend_and_into(device, in_place):
     case = Case(device, channels_last, (2, 16, 5, 7), torch.bfloat16)
     results = []
-    for op, cast in ((JOIN_BACKWARD_APPLY.overload("triton"), lambda t: t), (JOIN_BACKWARD_APPLY.reference, lambda t: t),
-                     (JOIN_BACKWARD_APPLY.reference, double)):  # fmt: skip
+    ours, reference = JOIN_BACKWARD_APPLY.overload("triton"), JOIN_BACKWARD_APPLY.reference
+    for op, cast in ((ours, lambda t: t), (reference, lambda t: t), (reference, double)):
         buffer = cast(channels_last((2, 24, 5, 7), torch.bfloat16, 9).to(device))
         into = buffer[:, 4:20]
         addend = into if in_place else cast(sliced((2, 16, 5, 7), torch.bfloat16, 8).to(device))
@@ -202,7 +202,7 @@ def test_non_finite_values_travel_as_in_the_reference(device, act):
 
 def test_wrong_operands_are_named(device):
     y = channels_last((2, 8, 4, 4)).to(device)
-    with pytest.raises(ValueError, match="residual and y.*differ in layout"):
+    with pytest.raises(ValueError, match=r"residual and y.*differ in layout"):
         JOIN.overload("triton")(y, None, contiguous((2, 8, 4, 4)).to(device), None, 1, 0.0)
     with pytest.raises(ValueError, match=r"residual of shape \(2, 7, 4, 4\)"):
         JOIN.overload("triton")(y, None, channels_last((2, 7, 4, 4)).to(device), None, 1, 0.0)

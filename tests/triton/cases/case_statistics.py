@@ -71,7 +71,9 @@ def test_many_pieces_are_merged_in_levels(device):
     values = torch.randn(2, 12345, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device) + 3
     piece = 8
     parts = [values[:, i : i + piece] for i in range(0, 12345, piece)]
-    partials = torch.stack([torch.stack((p.mean(1), (p - p.mean(1, keepdim=True)).square().sum(1)), 1) for p in parts], 1)
+    partials = torch.stack(
+        [torch.stack((p.mean(1), (p - p.mean(1, keepdim=True)).square().sum(1)), 1) for p in parts], 1
+    )
     merged = merge_statistics(partials.float().contiguous(), 12345, piece)
     mean = values.mean(1)
     torch.testing.assert_close(merged[0].double(), mean, rtol=1e-6, atol=0)

@@ -1,4 +1,4 @@
-"""The cases run on a GPU, or else in Triton's interpreter, which needs a process of its own: see test_interpreter.py."""
+"""The cases run on a GPU, or in Triton's interpreter, which needs a process of its own: see test_interpreter.py."""
 
 from __future__ import annotations
 
