@@ -21,6 +21,7 @@ KERNEL_MODULES = (
     "join_backward",
     "conv_fused",
     "conv_fused_backward",
+    "gated_join",
 )
 """The modules of this package that hold kernels, by the stem of their op."""
 

@@ -45,6 +45,7 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     from .bn_stats import bn_stats
     from .conv_fused import conv_fused_fprop, conv_fused_join
     from .conv_fused_backward import bn_grad_rows, conv_fused_dgrad, conv_fused_wgrad
+    from .gated_join import gated_join, gated_join_backward
     from .join import join
     from .join_backward import join_backward_apply, join_backward_reduce
 
@@ -68,6 +69,8 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         "join_backward_reduce": lambda: join_backward_reduce(wide, *both, False),
         "join_backward_reduce emit": lambda: join_backward_reduce(wide, *plain, True, gain, 0.3, seed),
         "join_backward_apply": lambda: join_backward_apply(wide, *both, rows, 802816.0, True, True, True),
+        "gated_join": lambda: gated_join(wide, wide, wide, None),
+        "gated_join_backward": lambda: gated_join_backward(wide, wide, wide, wide, 0.5, True, True),
         "bn_grad_rows": lambda: bn_grad_rows(rows, rows, 802816.0),
         "fprop 1x1": lambda: conv_fused_fprop(wide, rows, _RELU, 0.0, shrink, None, *one, True),
         "fprop 1x1 plain": lambda: conv_fused_fprop(narrow, *nothing, expand, None, *one, True),
