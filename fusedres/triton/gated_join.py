@@ -14,7 +14,7 @@ from .launch import cdiv, launch, register
 
 __all__ = ["gated_join", "gated_join_backward"]
 
-_ELEMENTS = 4096
+_ELEMENTS = 2048  # two loads of 16 bytes per thread and operand
 
 
 @triton.jit
