@@ -406,8 +406,10 @@ def _module(root: nn.Module, names: Sequence[str]) -> nn.Module:
 
 
 def _check_unhooked(module: nn.Module) -> None:
-    """Raises :class:`_NotOurs` where calling ``module`` does more than its forward."""
+    """Raises :class:`_NotOurs` where calling ``module`` does more than its class's forward."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise _NotOurs
+    if "forward" in module.__dict__:
         raise _NotOurs
 
 

@@ -38,7 +38,7 @@ def check(op: Op, backend: str, arguments: Sequence[Any]) -> None:
 
 def _results(op: Op, backend: str, arguments: Sequence[Any]) -> list[Tensor]:
     """What the op returns, then what it writes to."""
-    fresh = [argument.clone() if isinstance(argument, Tensor) else argument for argument in arguments]
+    fresh = [_copy(argument) for argument in arguments]
     overload = op.overload(backend)
     returned = overload(*fresh)
     written = [
@@ -50,8 +50,16 @@ def _results(op: Op, backend: str, arguments: Sequence[Any]) -> list[Tensor]:
     return [*returned, *written]
 
 
+def _copy(argument: Any) -> Any:
+    """A tensor in the same strides, so that a slice is still one."""
+    if not isinstance(argument, Tensor):
+        return argument
+    room = torch.zeros(1 + sum((n - 1) * s for n, s in zip(argument.shape, argument.stride())), dtype=argument.dtype)
+    return room.as_strided(argument.shape, argument.stride()).copy_(argument)
+
+
 def _wide(argument: Any) -> Any:
-    return argument.double() if isinstance(argument, Tensor) else argument
+    return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
 
 
 def nbytes(*tensors: Any) -> int:

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.ops.contestants import BACKENDS, nbytes, require
-from bench.shapes import ACTIVATIONS, name_of
+from fusedres.benchmarking.shapes import ACTIVATIONS, MODIFIED, name_of
 from fusedres.ops.registry import OPS
-from fusedres.testing import assert_within_budget, channels_last, rms
+from fusedres.testing import assert_within_budget, channels_last, rms, sliced
 
 OP = OPS["bn_stats"]
 
@@ -32,6 +32,35 @@ def test_bn_stats(race, shape, dtype, contestant):
             return OP.overload(contestant)(x)
 
     race(f"bn_stats {name_of(shape)} {dtype}", call, dtype=dtype, touched=nbytes(x))
+
+
+@pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
+@pytest.mark.parametrize("form", ["slice", "per sample", "copied"])
+@pytest.mark.parametrize("shape", MODIFIED, ids=name_of, indirect=True)
+def test_modified_bn_stats(race, shape, dtype, form, contestant):
+    """Of a slice of the channels, of every sample, with a copy into a slice in the same pass."""
+    x = (sliced if form == "slice" else channels_last)(shape, dtype)
+    into = sliced(shape, dtype, 1) if form == "copied" else None
+    if contestant == "eager":
+
+        def call():
+            if into is not None:
+                into.copy_(x)
+            return torch.var_mean(x, (2, 3) if form == "per sample" else (0, 2, 3))
+
+    else:
+        require(contestant, dtype)
+        for i in range(shape[0]) if form == "per sample" else ():
+            check(contestant, x[i : i + 1])
+        check(contestant, x)
+
+        def call():
+            return OP.overload(contestant)(x, form == "per sample", into)
+
+    call()
+    assert into is None or torch.equal(into, x)
+    touched = nbytes(x) if into is None else nbytes(x, into)
+    race(f"bn_stats, {form}, {name_of(shape)} {dtype}", call, dtype=dtype, touched=touched)
 
 
 def check(backend: str, x: Tensor) -> None:

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from bench.ops.contestants import BACKENDS, affine_rows, check, nbytes, require
-from bench.shapes import ACTIVATIONS, name_of
+from fusedres.benchmarking.shapes import ACTIVATIONS, MODIFIED, name_of
 from fusedres.ops.activations import RELU
 from fusedres.ops.registry import OPS
-from fusedres.testing import channels_last
+from fusedres.testing import channels_last, sliced
 
 OP = OPS["join"]
+DROPOUT = 0.3
 
 
 @pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
@@ -50,3 +51,37 @@ def eager(y, norm, side, side_norm):
         return torch.relu(z)
 
     return call
+
+
+@pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
+@pytest.mark.parametrize("form", ["slice", "gain", "dropout"])
+@pytest.mark.parametrize("shape", MODIFIED, ids=name_of, indirect=True)
+def test_modified_join(race, shape, dtype, form, contestant):
+    """Of a slice of the channels, with excitation's factors, with dropout's mask."""
+    y = (sliced if form == "slice" else channels_last)(shape, dtype)
+    norm = affine_rows(shape[1])
+    gain = torch.rand(shape[:2]) if form == "gain" else None
+    dropout, seed = (DROPOUT, torch.tensor([1])) if form == "dropout" else (0.0, None)
+    if contestant == "eager":
+        plain = eager(y, norm, None, None) if gain is None else eager_excited(y, norm, gain)
+
+        def call():
+            return F.dropout(plain(), dropout, training=True) if dropout else plain()
+
+    else:
+        require(contestant, dtype)
+        arguments = [y, norm, None, None, RELU.code, RELU.param, gain, dropout, seed]
+        check(OP, contestant, arguments)
+
+        def call():
+            return OP.overload(contestant)(*arguments)
+
+    race(f"join, {form}, {name_of(shape)} {dtype}", call, dtype=dtype, touched=nbytes(y, y))
+
+
+def eager_excited(y, norm, gain):
+    """Stock PyTorch: the excitation is a pass of its own."""
+    factors = gain[:, :, None, None].to(y.dtype)
+    mean, rstd, scale, shift = norm
+    statistics = mean, rstd.reciprocal().square(), scale / rstd, shift + mean * scale
+    return lambda: torch.relu(F.batch_norm(y, *statistics, False, 0.0, 0.0) * factors)

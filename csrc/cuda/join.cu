@@ -8,22 +8,26 @@ namespace fusedres {
 namespace {
 
 constexpr int kUnroll = 2;  // rows whose loads a thread has in flight
-constexpr int kBlocksPerProcessor = 8;
+constexpr int kBlocksPerProcessor = 3;
 
 struct JoinArgs : JoinOperands {
   Output out;
 };
 
 template <class T, int kWidth, bool kDropout>
-__global__ void __launch_bounds__(kThreads) join_fwd_kernel(const JoinArgs a) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) join_fwd_kernel(const JoinArgs a) {
   using Elements = Pack<T, kWidth>;
+  __shared__ typename Numbers<kWidth, kForwardNumbers>::Storage storage;
+  Numbers<kWidth, kForwardNumbers> numbers(storage, a.walk);
+  const auto compute = [&](int64_t c, int64_t sample_channel, float* out) {
+    affine_numbers(a, c, sample_channel, out);
+  };
   const Place place = Place::mine<kWidth>();
-  if (place.column >= a.walk.row_length) return;
+  const bool inside = place.column < a.walk.row_length;
   for (int64_t group = blockIdx.z; group < a.walk.groups; group += gridDim.z) {
     const int64_t before = group * a.walk.rows;
-    Argument<kWidth> argument;
-    if (!a.walk.contiguous) argument.load(a, Lanes(a.walk, group, 0, place.column));
-    for (int64_t first = place.row; first < a.walk.rows; first += place.step * kUnroll) {
+    numbers.load_group(a.walk, group, compute);
+    for (int64_t first = place.row; inside && first < a.walk.rows; first += place.step * kUnroll) {
       Elements y[kUnroll], residual[kUnroll];
 #pragma unroll
       for (int k = 0; k < kUnroll; ++k) {
@@ -36,9 +40,9 @@ __global__ void __launch_bounds__(kThreads) join_fwd_kernel(const JoinArgs a) {
       for (int k = 0; k < kUnroll; ++k) {
         const int64_t row = first + k * place.step;
         if (row >= a.walk.rows) break;
-        if (a.walk.contiguous) argument.load(a, Lanes(a.walk, group, row, place.column));
+        numbers.load_row(a.walk, row, compute);
         float z[kWidth], scales[kWidth];
-        argument(a, y[k], residual[k], z);
+        argument(a, numbers, y[k], residual[k], z);
         scales_of<kDropout>(a, group, row, place.column, scales);
         a.out.store(before + row, place.column, activated<T, kDropout>(a, z, scales));
       }
@@ -62,7 +66,7 @@ Tensor join_cuda(const Tensor& y, std::optional<Tensor> norm, std::optional<Tens
   args.out = output_of(device, spans, out);
   dispatch_vector(kOp, y, args.walk, {args.y, args.residual, as_input(args.out)}, [&](auto vector) {
     using V = decltype(vector);
-    const Shape shape = shape_of(args.walk, V::width, kUnroll, kBlocksPerProcessor);
+    const Shape shape = shape_of(args.walk, V::width, kUnroll, kBlocksPerProcessor, kMostColumns);
     if (args.dropout.active)
       join_fwd_kernel<typename V::Element, V::width, true><<<shape.grid, shape.block, 0, device.stream()>>>(args);
     else

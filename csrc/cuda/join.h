@@ -32,55 +32,91 @@ struct JoinOperands {
   Dropout dropout;
 };
 
-// Whose numbers lane i of a thread needs: in channels_last those of its own channel, in the contiguous layout all lanes
-// those of the row's channel.
-struct Lanes {
-  int64_t channel;
-  int64_t sample_channel;  // the index into [samples, channels]
-  int step;
+// The numbers of a channel that a pass needs. The forward needs the first four.
+enum Number { kScale, kShift, kResScale, kResShift, kMean, kResMean, kSlope, kOffset, kResSlope, kResOffset };
+constexpr int kForwardNumbers = kResShift + 1;
+constexpr int kReduceNumbers = kResMean + 1;
+constexpr int kApplyNumbers = kResOffset + 1;
 
-  __device__ __forceinline__ Lanes(const Walk& walk, int64_t group, int64_t row, int64_t column)
-      : channel(walk.contiguous ? walk.channel_of(row) : column),
-        sample_channel(walk.contiguous ? row : group * walk.channels + column),
-        step(walk.contiguous ? 0 : 1) {}
-};
+// A block has at most so many columns in channels_last, whose numbers it keeps in shared memory: in registers they
+// would leave room for few threads, and each would have to load them. In the contiguous layout they come with the row.
+constexpr int kMostColumns = 64;
 
-template <int kWidth>
-struct Affine {
-  float scale[kWidth], shift[kWidth];
+template <int kWidth, int kNumbers>
+struct Numbers {
+  struct alignas(16) Storage {
+    float of[kNumbers][kMostColumns * kWidth];
+  };
+  Storage& storage;
+  bool contiguous;
+  float of_row[kNumbers];
 
-  // With the gain in it.
-  __device__ __forceinline__ void load(const Norm& norm, const float* gain, const Walk& walk, const Lanes& lanes) {
+  __device__ __forceinline__ Numbers(Storage& storage, const Walk& walk)
+      : storage(storage), contiguous(walk.contiguous), of_row{} {}
+
+  // compute(channel, index into [samples, channels], numbers). All threads of the block take part.
+  template <class Compute>
+  __device__ __forceinline__ void load_group(const Walk& walk, int64_t group, const Compute& compute) {
+    if (contiguous) return;
+    __syncthreads();  // those of the group before are no longer read
+    const int64_t first = int64_t{blockIdx.x} * blockDim.x * kWidth;
+    const int threads = blockDim.x * blockDim.y, size = blockDim.x * kWidth;
+    for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < size && first + i < walk.channels; i += threads) {
+      float numbers[kNumbers];
+      compute(first + i, group * walk.channels + first + i, numbers);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      const int64_t c = lanes.channel + i * lanes.step;
-      const float factor = gain == nullptr ? 1.f : gain[lanes.sample_channel + i * lanes.step];
-      scale[i] = factor * norm.scale(walk.channels, c);
-      shift[i] = factor * norm.shift(walk.channels, c);
+      for (int n = 0; n < kNumbers; ++n) storage.of[n][i] = numbers[n];
+    }
+    __syncthreads();
+  }
+
+  template <class Compute>
+  __device__ __forceinline__ void load_row(const Walk& walk, int64_t row, const Compute& compute) {
+    if (contiguous) compute(walk.channel_of(row), row, of_row);
+  }
+
+  // Number n of each of the thread's lanes.
+  __device__ __forceinline__ void get(Number n, float (&lanes)[kWidth]) const {
+    if (contiguous) {
+#pragma unroll
+      for (float& lane : lanes) lane = of_row[n];
+      return;
+    }
+    constexpr int kStep = kWidth % 4 == 0 ? 4 : 1;
+#pragma unroll
+    for (int i = 0; i < kWidth; i += kStep) {
+      const auto some = Pack<float, kStep>::load(&storage.of[n][threadIdx.x * kWidth + i]);
+#pragma unroll
+      for (int k = 0; k < kStep; ++k) lanes[i + k] = some.lane[k];
     }
   }
-  __device__ __forceinline__ float operator()(float x, int i) const { return fmaf(scale[i], x, shift[i]); }
 };
+
+__device__ __forceinline__ void affine_numbers(const JoinOperands& a, int64_t c, int64_t sample_channel,
+                                               float* numbers) {
+  const float factor = a.gain == nullptr ? 1.f : a.gain[sample_channel];
+  numbers[kScale] = factor * a.norm.scale(a.walk.channels, c);
+  numbers[kShift] = factor * a.norm.shift(a.walk.channels, c);
+  numbers[kResScale] = a.res_norm.scale(a.walk.channels, c);
+  numbers[kResShift] = a.res_norm.shift(a.walk.channels, c);
+}
 
 // z = gain (scale y + shift) + r, lane by lane.
-template <int kWidth>
-struct Argument {
-  Affine<kWidth> main, side;
-
-  __device__ __forceinline__ void load(const JoinOperands& a, const Lanes& lanes) {
-    main.load(a.norm, a.gain, a.walk, lanes);
-    side.load(a.res_norm, nullptr, a.walk, lanes);
-  }
-  template <class T>
-  __device__ __forceinline__ void operator()(const JoinOperands& a, const Pack<T, kWidth>& y,
-                                             const Pack<T, kWidth>& residual, float (&z)[kWidth]) const {
+template <class T, int kWidth, int kNumbers>
+__device__ __forceinline__ void argument(const JoinOperands& a, const Numbers<kWidth, kNumbers>& numbers,
+                                         const Pack<T, kWidth>& y, const Pack<T, kWidth>& residual,
+                                         float (&z)[kWidth]) {
+  float scale[kWidth], shift[kWidth];
+  numbers.get(kScale, scale);
+  numbers.get(kShift, shift);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      z[i] = main(to_float(y.lane[i]), i);
-      if (a.residual.data != nullptr) z[i] += side(to_float(residual.lane[i]), i);
-    }
-  }
-};
+  for (int i = 0; i < kWidth; ++i) z[i] = fmaf(scale[i], to_float(y.lane[i]), shift[i]);
+  if (a.residual.data == nullptr) return;
+  numbers.get(kResScale, scale);
+  numbers.get(kResShift, shift);
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) z[i] += fmaf(scale[i], to_float(residual.lane[i]), shift[i]);
+}
 
 // The dropout's scale of the elements of a pack.
 template <bool kDropout, int kWidth>

@@ -12,6 +12,7 @@ namespace {
 constexpr auto kFloat = torch::headeronly::ScalarType::Float;
 constexpr int kSums = 3;    // of g, g yhat and g rhat
 constexpr int kUnroll = 2;  // rows whose loads a thread has in flight
+constexpr int kBlocksPerProcessor = 2;
 
 template <class T, int kWidth>
 struct Loaded {
@@ -50,33 +51,31 @@ struct ReduceArgs : JoinOperands {
   float* sums;      // [kSums, groups, channels]
 };
 
-template <int kWidth>
-struct Means {
-  float main[kWidth], side[kWidth];
-
-  __device__ __forceinline__ void load(const JoinOperands& a, const Lanes& lanes) {
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      main[i] = a.norm.mean(a.walk.channels, lanes.channel + i * lanes.step);
-      side[i] = a.res_norm.mean(a.walk.channels, lanes.channel + i * lanes.step);
-    }
-  }
-};
+__device__ __forceinline__ void reduce_numbers(const JoinOperands& a, int64_t c, int64_t sample_channel, float* out) {
+  affine_numbers(a, c, sample_channel, out);
+  out[kMean] = a.norm.mean(a.walk.channels, c);
+  out[kResMean] = a.res_norm.mean(a.walk.channels, c);
+}
 
 // Adds one row's terms, and emits.
 template <class T, int kWidth, bool kDropout>
 __device__ __forceinline__ void reduce_row(const ReduceArgs& a, const Loaded<T, kWidth>& in,
-                                           const Argument<kWidth>& argument, const Means<kWidth>& means, int64_t group,
-                                           int64_t row, int64_t column, float (&sums)[kSums][kWidth]) {
-  float z[kWidth], scales[kWidth], g[kWidth];
-  argument(a, in.y, in.residual, z);
+                                           const Numbers<kWidth, kReduceNumbers>& numbers, int64_t group, int64_t row,
+                                           int64_t column, float (&sums)[kSums][kWidth]) {
+  float z[kWidth], scales[kWidth], g[kWidth], mean[kWidth];
+  argument(a, numbers, in.y, in.residual, z);
   scales_of<kDropout>(a, group, row, column, scales);
   gradient<T, kDropout>(a, in.grad, z, scales, g);
+  numbers.get(kMean, mean);
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
     sums[0][i] += g[i];
-    sums[1][i] = fmaf(g[i], to_float(in.y.lane[i]) - means.main[i], sums[1][i]);
-    if (a.res_norm.rows != nullptr) sums[2][i] = fmaf(g[i], to_float(in.residual.lane[i]) - means.side[i], sums[2][i]);
+    sums[1][i] = fmaf(g[i], to_float(in.y.lane[i]) - mean[i], sums[1][i]);
+  }
+  if (a.res_norm.rows != nullptr) {
+    numbers.get(kResMean, mean);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sums[2][i] = fmaf(g[i], to_float(in.residual.lane[i]) - mean[i], sums[2][i]);
   }
   if (a.emitted.data != nullptr)
     a.emitted.store(group * a.walk.rows + row, column, activated<T, kDropout>(a, z, scales));
@@ -84,18 +83,17 @@ __device__ __forceinline__ void reduce_row(const ReduceArgs& a, const Loaded<T, 
 
 // channels_last: a thread keeps its channels.
 template <class T, int kWidth, bool kDropout>
-__global__ void __launch_bounds__(kThreads) join_reduce_rows_kernel(const ReduceArgs a) {
+__global__ void __launch_bounds__(kThreads, kReduceBlocksPerProcessor) join_reduce_rows_kernel(const ReduceArgs a) {
   __shared__ float shared[kSums][kThreads * kWidth];
+  __shared__ typename Numbers<kWidth, kReduceNumbers>::Storage storage;
+  Numbers<kWidth, kReduceNumbers> numbers(storage, a.walk);
+  const auto compute = [&](int64_t c, int64_t sample_channel, float* out) {
+    reduce_numbers(a, c, sample_channel, out);
+  };
   const Place place = Place::mine<kWidth>();
   const bool inside = place.column < a.walk.row_length;
   for (int64_t group = blockIdx.z; group < a.walk.groups; group += gridDim.z) {
-    Argument<kWidth> argument = {};
-    Means<kWidth> means = {};
-    if (inside) {
-      const Lanes lanes(a.walk, group, 0, place.column);
-      argument.load(a, lanes);
-      means.load(a, lanes);
-    }
+    numbers.load_group(a.walk, group, compute);
     float sums[kSums][kWidth] = {};
     for (int64_t first = place.row; inside && first < a.walk.rows; first += place.step * kUnroll) {
       Loaded<T, kWidth> in[kUnroll];
@@ -106,7 +104,7 @@ __global__ void __launch_bounds__(kThreads) join_reduce_rows_kernel(const Reduce
 #pragma unroll
       for (int k = 0; k < kUnroll; ++k)
         if (first + k * place.step < a.walk.rows)
-          reduce_row<T, kWidth, kDropout>(a, in[k], argument, means, group, first + k * place.step, place.column, sums);
+          reduce_row<T, kWidth, kDropout>(a, in[k], numbers, group, first + k * place.step, place.column, sums);
     }
     const auto slot = [&](int sum, unsigned y) { return &shared[sum][(y * blockDim.x + threadIdx.x) * kWidth]; };
 #pragma unroll
@@ -132,19 +130,20 @@ __global__ void __launch_bounds__(kThreads) join_reduce_rows_kernel(const Reduce
 
 // The contiguous layout: a warp keeps its plane.
 template <class T, int kWidth, bool kDropout>
-__global__ void __launch_bounds__(kThreads) join_reduce_planes_kernel(const ReduceArgs a) {
+__global__ void __launch_bounds__(kThreads, kReduceBlocksPerProcessor) join_reduce_planes_kernel(const ReduceArgs a) {
+  __shared__ typename Numbers<kWidth, kReduceNumbers>::Storage unused;
+  Numbers<kWidth, kReduceNumbers> numbers(unused, a.walk);
+  const auto compute = [&](int64_t c, int64_t sample_channel, float* out) {
+    reduce_numbers(a, c, sample_channel, out);
+  };
   const int64_t step = int64_t{gridDim.x} * blockDim.y;
   for (int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y; row < a.walk.rows; row += step) {
-    const Lanes lanes(a.walk, 0, row, 0);
-    Argument<kWidth> argument;
-    Means<kWidth> means;
-    argument.load(a, lanes);
-    means.load(a, lanes);
+    numbers.load_row(a.walk, row, compute);
     float sums[kSums][kWidth] = {};
     for (int64_t column = threadIdx.x * kWidth; column < a.walk.row_length; column += kWarpSize * kWidth) {
       Loaded<T, kWidth> in;
       in.load(a, a.grad, row, column);
-      reduce_row<T, kWidth, kDropout>(a, in, argument, means, 0, row, column, sums);
+      reduce_row<T, kWidth, kDropout>(a, in, numbers, 0, row, column, sums);
     }
     const int64_t sample = a.walk.sample_of(row), channel = a.walk.channel_of(row);
 #pragma unroll
@@ -157,7 +156,7 @@ __global__ void __launch_bounds__(kThreads) join_reduce_planes_kernel(const Redu
   }
 }
 
-__global__ void __launch_bounds__(kWarpSize* kMergeSlices) join_reduce_merge_kernel(const ReduceArgs a) {
+__global__ void __launch_bounds__(kWarpSize* kMergeSlices, 1) join_reduce_merge_kernel(const ReduceArgs a) {
   const int64_t channels = a.walk.channels, c = int64_t{blockIdx.x} * kWarpSize + threadIdx.x;
   for (int64_t group = blockIdx.y; group < a.parts.groups; group += gridDim.y) {
     double sums[kSums] = {};
@@ -179,8 +178,9 @@ __global__ void __launch_bounds__(kWarpSize* kMergeSlices) join_reduce_merge_ker
 template <class V, bool kDropout>
 void launch_reduce(const Device& device, const Tensor& y, ReduceArgs& args, bool by_sample) {
   using T = typename V::Element;
-  const Shape shape =
-      args.walk.contiguous ? warps_shape(args.walk) : shape_of(args.walk, V::width, kUnroll, kReduceBlocksPerProcessor);
+  const Shape shape = args.walk.contiguous
+                          ? warps_shape(args.walk)
+                          : shape_of(args.walk, V::width, kUnroll, kReduceBlocksPerProcessor, kMostColumns);
   args.parts = parts_of(args.walk, shape, by_sample);
   Tensor partials =
       torch::stable::new_empty(y, {args.parts.groups * args.parts.parts, kSums, args.walk.channels}, kFloat);
@@ -241,44 +241,50 @@ struct ApplyArgs : JoinOperands {
   float share;          // 1 / count
 };
 
-// A gradient through a norm: scale g + slope (x - mean) + offset.
-template <int kWidth>
-struct StatsTerms {
-  float mean[kWidth], slope[kWidth], offset[kWidth];
+// slope and offset of the gradient through a norm, scale g + slope (x - mean) + offset.
+__device__ __forceinline__ void stats_numbers(const ApplyArgs& a, const Norm& norm, bool training, const float* dbeta,
+                                              const float* dgamma, int64_t c, float& slope, float& offset) {
+  const float scale = norm.scale(a.walk.channels, c);
+  slope = training ? -scale * norm.rstd(a.walk.channels, c) * (dgamma[c] * a.share) : 0.f;
+  offset = training ? -scale * (dbeta[c] * a.share) : 0.f;
+}
 
-  __device__ __forceinline__ void load(const ApplyArgs& a, const Norm& norm, bool training, const float* dbeta,
-                                       const float* dgamma, const float* own, const Lanes& lanes) {
+__device__ __forceinline__ void apply_numbers(const ApplyArgs& a, int64_t c, int64_t sample_channel, float* out) {
+  reduce_numbers(a, c, sample_channel, out);
+  stats_numbers(a, a.norm, a.training, a.dbeta, a.dgamma, c, out[kSlope], out[kOffset]);
+  stats_numbers(a, a.res_norm, a.res_training, a.res_dbeta, a.res_dgamma, c, out[kResSlope], out[kResOffset]);
+  if (a.offset != nullptr)
+    out[kOffset] = fmaf(a.norm.scale(a.walk.channels, c), a.offset[sample_channel], out[kOffset]);
+}
+
+// scale g + slope (x - mean) + offset; constant statistics have no term in x, which may be infinite.
+template <class T, int kWidth>
+__device__ __forceinline__ void through_norm(const Numbers<kWidth, kApplyNumbers>& numbers, Number scale_of,
+                                             Number mean_of, Number slope_of, Number offset_of, bool training,
+                                             const float (&g)[kWidth], const Pack<T, kWidth>& x,
+                                             float (&result)[kWidth]) {
+  float scale[kWidth], offset[kWidth];
+  numbers.get(scale_of, scale);
+  numbers.get(offset_of, offset);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      const int64_t c = lanes.channel + i * lanes.step;
-      const float scale = norm.scale(a.walk.channels, c);
-      mean[i] = norm.mean(a.walk.channels, c);
-      slope[i] = training ? -scale * norm.rstd(a.walk.channels, c) * (dgamma[c] * a.share) : 0.f;
-      offset[i] = training ? -scale * (dbeta[c] * a.share) : 0.f;
-      if (own != nullptr) offset[i] = fmaf(scale, own[lanes.sample_channel + i * lanes.step], offset[i]);
-    }
-  }
-  // Constant statistics have no term in x, which may be infinite.
-  __device__ __forceinline__ float operator()(float scaled, float x, bool training, int i) const {
-    return training ? fmaf(slope[i], x - mean[i], scaled + offset[i]) : scaled + offset[i];
-  }
-};
+  for (int i = 0; i < kWidth; ++i) result[i] = fmaf(scale[i], g[i], offset[i]);
+  if (!training) return;
+  numbers.get(mean_of, scale);
+  numbers.get(slope_of, offset);
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) result[i] = fmaf(offset[i], to_float(x.lane[i]) - scale[i], result[i]);
+}
 
 template <class T, int kWidth, bool kDropout>
-__global__ void __launch_bounds__(kThreads) join_apply_kernel(const ApplyArgs a) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) join_apply_kernel(const ApplyArgs a) {
+  __shared__ typename Numbers<kWidth, kApplyNumbers>::Storage storage;
+  Numbers<kWidth, kApplyNumbers> numbers(storage, a.walk);
+  const auto compute = [&](int64_t c, int64_t sample_channel, float* out) { apply_numbers(a, c, sample_channel, out); };
   const Place place = Place::mine<kWidth>();
-  if (place.column >= a.walk.row_length) return;
+  const bool inside = place.column < a.walk.row_length;
   for (int64_t group = blockIdx.z; group < a.walk.groups; group += gridDim.z) {
-    Argument<kWidth> argument;
-    StatsTerms<kWidth> main, side;
-    const auto load = [&](int64_t row) {
-      const Lanes lanes(a.walk, group, row, place.column);
-      argument.load(a, lanes);
-      main.load(a, a.norm, a.training, a.dbeta, a.dgamma, a.offset, lanes);
-      side.load(a, a.res_norm, a.res_training, a.res_dbeta, a.res_dgamma, nullptr, lanes);
-    };
-    if (!a.walk.contiguous) load(0);
-    for (int64_t first = place.row; first < a.walk.rows; first += place.step * kUnroll) {
+    numbers.load_group(a.walk, group, compute);
+    for (int64_t first = place.row; inside && first < a.walk.rows; first += place.step * kUnroll) {
       Loaded<T, kWidth> in[kUnroll];
       Pack<T, kWidth> addend[kUnroll];
 #pragma unroll
@@ -292,22 +298,24 @@ __global__ void __launch_bounds__(kThreads) join_apply_kernel(const ApplyArgs a)
       for (int k = 0; k < kUnroll; ++k) {
         const int64_t row = first + k * place.step;
         if (row >= a.walk.rows) break;
-        if (a.walk.contiguous) load(row);
-        float z[kWidth], scales[kWidth], g[kWidth];
-        argument(a, in[k].y, in[k].residual, z);
+        numbers.load_row(a.walk, row, compute);
+        float z[kWidth], scales[kWidth], g[kWidth], result[kWidth];
+        argument(a, numbers, in[k].y, in[k].residual, z);
         scales_of<kDropout>(a, group, row, place.column, scales);
         gradient<T, kDropout>(a, in[k].grad, z, scales, g);
-        Pack<T, kWidth> dy, dresidual;
+        Pack<T, kWidth> out;
+        through_norm(numbers, kScale, kMean, kSlope, kOffset, a.training, g, in[k].y, result);
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-          float value = main(argument.main.scale[i] * g[i], to_float(in[k].y.lane[i]), a.training, i);
-          if (a.addend.data != nullptr) value += to_float(addend[k].lane[i]);
-          dy.lane[i] = from_float<T>(value);
-          dresidual.lane[i] =
-              from_float<T>(side(argument.side.scale[i] * g[i], to_float(in[k].residual.lane[i]), a.res_training, i));
+          if (a.addend.data != nullptr) result[i] += to_float(addend[k].lane[i]);
+          out.lane[i] = from_float<T>(result[i]);
         }
-        a.grad_y.store(group * a.walk.rows + row, place.column, dy);
-        if (a.grad_residual.data != nullptr) a.grad_residual.store(group * a.walk.rows + row, place.column, dresidual);
+        a.grad_y.store(group * a.walk.rows + row, place.column, out);
+        if (a.grad_residual.data == nullptr) continue;
+        through_norm(numbers, kResScale, kResMean, kResSlope, kResOffset, a.res_training, g, in[k].residual, result);
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) out.lane[i] = from_float<T>(result[i]);
+        a.grad_residual.store(group * a.walk.rows + row, place.column, out);
       }
     }
   }
@@ -329,7 +337,6 @@ std::tuple<Tensor, Tensor> join_backward_apply_cuda(const Tensor& grad, const Te
                                                     std::optional<Tensor> seed, std::optional<Tensor> offset,
                                                     std::optional<Tensor> addend, std::optional<Tensor> into) {
   constexpr const char* kOp = "join_backward_apply_cuda";
-  constexpr int kBlocksPerProcessor = 4;
   const JoinGiven given{y, norm, residual, res_norm, act, act_param, gain, dropout, seed};
   given.check(kOp);
   check_matches(kOp, "grad", grad, y);
@@ -377,7 +384,7 @@ std::tuple<Tensor, Tensor> join_backward_apply_cuda(const Tensor& grad, const Te
       args.y, args.grad, args.residual, args.addend, as_input(args.grad_y), as_input(args.grad_residual)};
   dispatch_vector(kOp, y, args.walk, tensors, [&](auto vector) {
     using V = decltype(vector);
-    const Shape shape = shape_of(args.walk, V::width, kUnroll, kBlocksPerProcessor);
+    const Shape shape = shape_of(args.walk, V::width, kUnroll, kBlocksPerProcessor, kMostColumns);
     if (args.dropout.active)
       join_apply_kernel<typename V::Element, V::width, true><<<shape.grid, shape.block, 0, device.stream()>>>(args);
     else

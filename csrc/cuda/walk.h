@@ -94,11 +94,11 @@ struct Shape {
 
 // Threads along a row up to a block's worth, the rest of the block along the rows; as many blocks as run at once, so
 // that each loads what belongs to its channels once. A thread gets `unroll` rows at a time.
-inline Shape shape_of(const Walk& walk, int width, int unroll, int blocks_per_processor) {
+inline Shape shape_of(const Walk& walk, int width, int unroll, int blocks_per_processor, int64_t most_columns) {
   const int64_t columns = walk.row_length / width;
-  const int64_t tiles = ceil_div(columns, kThreads);
+  const int64_t tiles = ceil_div(columns, walk.contiguous ? kThreads : most_columns);
   const int64_t tile = ceil_div(columns, tiles);
-  const int64_t height = std::min<int64_t>(kThreads / tile, ceil_div(walk.rows, 1));
+  const int64_t height = std::min<int64_t>(kThreads / tile, walk.rows);
   const int64_t groups = std::min<int64_t>(walk.groups, 65535);
   const int64_t wanted = ceil_div(walk.rows, height * unroll);
   const int64_t resident = processors() * blocks_per_processor / (tiles * groups);
@@ -108,7 +108,8 @@ inline Shape shape_of(const Walk& walk, int width, int unroll, int blocks_per_pr
 
 template <int kWidth>
 bool fits_vectors(const Walk& walk, size_t element_size, const void* data, int64_t pitch) {
-  return data == nullptr || (is_aligned<kWidth>(data, element_size) && (pitch % kWidth == 0 || walk.rows == 1));
+  return data == nullptr ||
+         (is_aligned<kWidth>(data, element_size) && (pitch % kWidth == 0 || walk.groups * walk.rows == 1));
 }
 
 template <class T, int kWidth>

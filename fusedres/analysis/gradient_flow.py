@@ -55,7 +55,7 @@ def gradient_flow(
     *,
     blocks: tuple[type[nn.Module], ...] | None = None,
 ) -> GradientFlow:
-    """The 2-norm of the loss's gradient at every block's output, by full backward hooks.
+    """The 2-norm of the loss's gradient at every block's output, by full backward (pre-)hooks.
 
     The hooks are on the blocks alone, so that fused and patched ones run as they do in training. The model is left as
     it was: gradients, running statistics and mode.
@@ -72,7 +72,7 @@ def gradient_flow(
     squares: dict[str, float] = {}
 
     def watch(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, grad_input: Any, grad_output: tuple[Tensor | None, ...]) -> None:
+        def hook(module: nn.Module, grad_output: tuple[Tensor | None, ...]) -> None:
             # A block that is called several times has several outputs.
             total = sum(float(g.double().square().sum()) for g in grad_output if g is not None)
             squares[path] = squares.get(path, 0.0) + total
@@ -80,7 +80,7 @@ def gradient_flow(
         return hook
 
     found = blocks_of(model, blocks)
-    handles = [module.register_full_backward_hook(watch(path)) for path, module in found.items()]
+    handles = [module.register_full_backward_pre_hook(watch(path)) for path, module in found.items()]
     try:
         with preserved(model), torch.enable_grad():
             output = model(x)

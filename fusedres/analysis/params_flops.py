@@ -132,7 +132,8 @@ def block_types(channels: int = 256, size: int = 56) -> tuple[BlockType, ...]:
     """The survey's comparison of block types for an identity block with ``channels`` channels on ``size x size``.
 
     Its table has columns for parameters and for computation; both are empty for the basic block and the bottleneck, and
-    say "as above" for pre-activation, by which they mean the basic block. They follow from the structure, and are counted here on the blocks themselves::
+    say "as above" for pre-activation, by which they mean the basic block. They follow from the structure, and are
+    counted here on the blocks themselves::
 
         basic         3 * 3 * C * C * 2                        = 18 C^2
         bottleneck    C * C/4 + 3 * 3 * C/4 * C/4 + C/4 * C    = 17/16 C^2 = 1.0625 C^2

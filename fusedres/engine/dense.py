@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.layout import dense
 from ..select import kernels
 from .gradients import Chain, Gradients
 from .inference import infer_chain, swallows
-from .pending import Raw, applied, cast_weights, compute_dtype, dense, norm_rows, pend, run_chain
+from .pending import Raw, applied, cast_weights, compute_dtype, norm_rows, pend, run_chain
 from .program import Operands, weight_indices
 from .training import refuse_second_derivatives
 

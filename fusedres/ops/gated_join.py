@@ -25,7 +25,8 @@ from torch import Tensor
 
 from ..select import backend_for, kernels
 from .bn_stats import statistics_dtype
-from .operands import check_alike, dense, kernels_pay, like, needs_gradient
+from .layout import dense, like
+from .operands import check_alike, kernels_pay, needs_gradient
 from .registry import declare
 
 __all__ = ["GATED_JOIN", "GATED_JOIN_BACKWARD", "gated_join"]

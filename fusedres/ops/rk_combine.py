@@ -28,7 +28,8 @@ from torch import Tensor
 
 from ..select import kernels
 from .bn_stats import statistics_dtype
-from .operands import check_alike, dense, kernels_pay, kernels_run, like, needs_gradient
+from .layout import dense, like
+from .operands import check_alike, kernels_pay, kernels_run, needs_gradient
 from .registry import declare
 
 __all__ = ["RK_COMBINE", "RK_COMBINE_BACKWARD", "RK_ERROR", "combine", "error_norm", "rk_combine"]

@@ -20,6 +20,7 @@ from .report import Declined, Fused, PatchReport
 from .selection import Selection
 from .steps import paths as paths_of
 from .swap import Template, swap, template_of, unswap
+from .watch import changed
 
 __all__ = ["Declined", "Fused", "PatchReport", "explain", "patch", "unpatch"]
 
@@ -60,6 +61,8 @@ def patch(
         raise ValueError(f"memory must be 'auto' or 'low', got {memory!r}")
     if backend != "auto" and backend not in select.BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, select.BACKENDS))}, got {backend!r}")
+    if not dry_run:
+        _restore_changed(model)
     options = {k: v for k, v in (("backend", backend), ("memory", memory)) if v != "auto"}
     plan = make_plan(model, Selection(model, only, skip), options)
     # The report comes first: it raises where the backend cannot run the model, which then stays as it is.
@@ -68,6 +71,14 @@ def patch(
         for site in plan.sites:
             swap(site)
     return report
+
+
+def _restore_changed(model: nn.Module) -> None:
+    """Unpatches the modules whose fused forward no longer holds, so that they are looked at again."""
+    for module in model.modules():
+        template = template_of(module)
+        if template is not None and changed(module, template.watched):
+            unswap(module)
 
 
 def explain(model: nn.Module) -> PatchReport:
@@ -103,13 +114,13 @@ _NEVER_CALLED = "the forward of the module that holds it does not call it"
 def _entries(module: nn.Module, paths: dict[nn.Module, str], template: Template, already: bool) -> list[Fused]:
     """The report's entries for one module: one for each call of the engine."""
     entries = []
-    for pattern, block in template.blocks:
+    for (pattern, block), remark in zip(template.blocks, template.remarks):
         inner = [module.get_submodule(path) for path in _inner(block)]
         convs = [m for m in inner if isinstance(m, nn.Conv2d)]
         weight = next(m.weight for m in (*inner, *module.modules()) if isinstance(m, (nn.Conv2d, nn.Linear)))
         forced = dict(template.options).get("backend", "auto")
         backend = select.backend_for(weight.device, weight.dtype, forced)
-        entries.append(Fused(paths[module], pattern, backend, tuple(paths[c] for c in convs), already))
+        entries.append(Fused(paths[module], pattern, backend, tuple(paths[c] for c in convs), already, remark))
     return entries
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from ..block import Block, Dense
 from .codegen import compile_forward
 from .gated_join import GatedJoin
+from .watch import Watched
 
 __all__ = ["Site", "Template", "fused_class", "swap", "template_of", "unswap"]
 
@@ -32,7 +33,9 @@ class Template:
         stock: the class that the module had.
         source: of the generated forward.
         blocks: each call's pattern name and block.
+        remarks: for each of them, why it is not more, or nothing.
         inlined: the paths of the submodules that the forward no longer calls, since it holds their code.
+        watched: what must still be as it was for the forward to hold.
         declined: the convolutions that the forward calls as they are, each with the reason.
         options: the ``backend`` and ``memory`` that the calls name.
     """
@@ -40,7 +43,9 @@ class Template:
     stock: type
     source: str
     blocks: tuple[tuple[str, Block | Dense | GatedJoin], ...]
+    remarks: tuple[str, ...]
     inlined: tuple[str, ...]
+    watched: tuple[Watched, ...]
     declined: tuple[tuple[str, str], ...]
     options: tuple[tuple[str, str], ...]
 

@@ -17,7 +17,7 @@ from fusedres.analysis.networks import KINDS
 def test_the_blocks_of_a_network(name, count, fused):
     found = blocks_of(getattr(models, name)(fused=fused))
     assert len(found) == count
-    assert list(found)[0] == "layer1.0"
+    assert next(iter(found)) == "layer1.0"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -69,6 +69,7 @@ class Checker {
   void finish_copy(const void* to, size_t bytes);
 
   std::string report() const;
+  void clear_traffic() { traffic_.clear(); }
   bool counting = false;
 
   Clocks& clocks(unsigned block) { return blocks_[block].clocks; }
@@ -83,7 +84,8 @@ class Checker {
   };
   struct Range {
     size_t bytes;
-    std::vector<bool> initialised;
+    std::vector<bool> initialised;  // by byte; empty: all of it
+    bool has(size_t i) const { return initialised.empty() || initialised[i]; }
   };
 
   uint16_t site_index(void* site);

@@ -176,6 +176,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 // What a test sets and asks
 // ---------------------------------------------------------------------------------------------------------------------
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 void emu_seed(uint64_t seed) { emu::machine().random.seed(seed); }
@@ -187,6 +188,7 @@ void emu_declare(const void* p, size_t bytes, int initialised) {
   if (emu::kChecks) emu::machine().checker.declare(p, bytes, initialised != 0);
 }
 void emu_forget_all() { emu::machine().checker.forget_all(); }
+void emu_clear_traffic() { emu::machine().checker.clear_traffic(); }
 const char* emu_traffic() {
   static std::string text;
   text = emu::machine().checker.report();
@@ -204,3 +206,4 @@ __attribute__((constructor)) static void read_environment() {
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

@@ -1,10 +1,9 @@
-"""Writes ``torchvision.json`` and ``timm.json`` beside this file, from the installed packages.
+"""The keys and shapes of networks that torchvision and timm have too, in ``models/data/<package>.json``.
 
-Each holds, for the networks that ``fusedres.models`` has too, the lines ``key shape`` of the ``state_dict``: a digest of
-them for every network, and the lines themselves for some, so that a difference can be read. To run after a new version
-of a package::
+Each file holds, for the lines ``key shape`` of a ``state_dict``, a digest for every network, and for some the lines
+themselves, so that a difference can be read. To write them again, after a new version of a package::
 
-    PYTHONPATH=tests python tests/models/data/make.py
+    PYTHONPATH=tests python tests/network_keys.py
 """
 
 from __future__ import annotations
@@ -16,6 +15,10 @@ from pathlib import Path
 import torch
 from torch import nn
 from torchvision_shim import timm_models, torchvision_models
+
+__all__ = ["DATA", "NETWORKS", "digest_of", "lines_of"]
+
+DATA = Path(__file__).parent / "models" / "data"
 
 NETWORKS = {
     "torchvision": {
@@ -58,7 +61,7 @@ def main() -> None:
             "digests": {name: digest_of(model) for name, model in built.items()},
             "keys": {name: lines_of(model) for name, model in built.items() if name in WRITTEN_OUT},
         }
-        (Path(__file__).parent / f"{package}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (DATA / f"{package}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
