@@ -77,4 +77,4 @@ def _fake(
     return torch.empty_like(y)
 
 
-JOIN = declare("join", _SCHEMA, reference=_reference, fake=_fake, kernels=("cpu", "cuda"))
+JOIN = declare("join", _SCHEMA, reference=_reference, fake=_fake, kernels=("cpu", "cuda", "triton"))
