@@ -1,13 +1,15 @@
 """Writes the table of results into README.md, from the files committed under bench/results/.
 
-``python bench/update_readme.py`` after a ``python -m fusedres bench --json`` on a quiet machine.
+``python bench/update_readme.py`` after ``python -m fusedres bench --json``, with and without ``--architectures``, on a
+quiet machine.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from fusedres.benchmarking.results import HEAD, Results
+from fusedres.benchmarking import architectures
+from fusedres.benchmarking.results import HEAD, Results, Row
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results: written by bench/update_readme.py -->", "<!-- end of results -->"
@@ -15,17 +17,20 @@ NOTHING = "No results are committed yet; `make bench-quick` prints this table fo
 
 
 def result_files() -> list[Path]:
-    """For each machine its full run, or the quick one where there is no other."""
-    folders = sorted(path for path in (ROOT / "bench" / "results").glob("*") if path.is_dir())
-    candidates = ([folder / "full.json", folder / "quick.json"] for folder in folders)
-    return [next(path for path in pair if path.exists()) for pair in candidates if any(map(Path.exists, pair))]
+    """For each machine its full run, or the quick one where there is no other, and that of the architectures."""
+    files = []
+    for folder in sorted(path for path in (ROOT / "bench" / "results").glob("*") if path.is_dir()):
+        files += [path for path in (folder / "full.json", folder / "quick.json") if path.exists()][:1]
+        files += [path for path in (folder / "architectures.json",) if path.exists()]
+    return files
 
 
 def section(path: Path) -> str:
     """One machine's table, with the machine and the file named."""
     results = Results.load(path)
     source = path.relative_to(ROOT).as_posix()
-    lines = [HEAD, tuple("---" for _ in HEAD), *(row.cells() for row in results.rows)]
+    head, cells = (architectures.HEAD, architectures.cells) if path.stem == "architectures" else (HEAD, Row.cells)
+    lines = [head, tuple("---" for _ in head), *map(cells, results.rows)]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     return f"{results.machine} ([{source}]({source}))\n\n{table}"
 

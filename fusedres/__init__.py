@@ -1,5 +1,7 @@
 """fusedres: fused kernels that make convolutional residual networks train and infer faster in less memory."""
 
+from importlib import import_module
+
 from .env import env_report, load_library
 
 load_library()
@@ -10,5 +12,11 @@ from . import models, nn  # noqa: E402
 from .patch import PatchReport, explain, patch, unpatch  # noqa: E402
 from .select import use_backend  # noqa: E402
 
-__all__ = ["PatchReport", "env_report", "explain", "models", "nn", "ops", "patch", "unpatch", "use_backend"]
+__all__ = ["PatchReport", "analysis", "env_report", "explain", "models", "nn", "ops", "patch", "unpatch", "use_backend"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name == "analysis":  # studies, which training and serving need not load
+        return import_module(".analysis", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

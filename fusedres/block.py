@@ -6,6 +6,7 @@ code; :func:`run` binds it to a module's parameters as they are at that moment a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -300,11 +301,11 @@ def run(
     An input that the engine does not take runs as stock PyTorch, and raises what stock PyTorch raises. A module that
     has been replaced, hooked or reparametrized since the block was described is called, as stock PyTorch would.
     """
-    plan = link_plans(block)
     if not (_engine_takes(x) and (residual is None or _engine_takes(residual))):
         return _call_modules(block, root, x, residual)
+    plan = link_plans(block)
     mode = "training" if torch.is_grad_enabled() else "inference"
-    if memory != "low" and too_small(x, mode, backend):  # asked here too, before the work of binding
+    if memory != "low" and too_small(x.numel(), mode, backend):  # asked here too, before the work of binding
         return _call_modules(block, root, x, residual)
     binder = _Binder(root)
     try:
@@ -324,13 +325,14 @@ def run(
 
 def run_dense(dense: Dense, root: nn.Module, x: Tensor, *, backend: str = "auto", memory: str = "auto") -> Tensor:
     """Runs a dense block; as :func:`run`, with a result of ``x``'s channels and all layers'."""
-    plans = dense_plans(dense)
+    if not _engine_takes(x):
+        return _call_layers(dense, root, x)
     binder = _Binder(root)
     try:
-        layers = tuple(map(binder.chain, plans)) if _engine_takes(x) else ()
+        layers = tuple(map(binder.chain, dense_plans(dense)))
     except _NotOurs:
-        layers = ()
-    if not layers or not binder.suits(x):
+        return _call_layers(dense, root, x)
+    if not binder.suits(x):
         return _call_layers(dense, root, x)
     binder.count_batch()
     program = DenseProgram(layers, memory, backend)
@@ -346,6 +348,8 @@ def _folded(root: nn.Module, block: Block | Dense, constant: bool) -> dict[int, 
 
 
 def _engine_takes(x: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # the compiler fuses what it traces, and that is modules
+        return False
     plain = type(x) is Tensor and x.dim() == 4 and x.is_floating_point()
     return plain and not torch._C._are_functorch_transforms_active()
 
@@ -383,8 +387,8 @@ def _call_step(step: Step, root: nn.Module, value: Tensor) -> Tensor:
     if isinstance(step, Act):
         return step.activation(value)
     if not isinstance(step, SqueezeExcite):
-        return _module(root, _names(step.path))(value)
-    fc1, fc2 = (_module(root, _names(path)) for path in (step.fc1, step.fc2))
+        return _module(root, step.path.split("."))(value)  # no cache: compilers trace this
+    fc1, fc2 = (_module(root, path.split(".")) for path in (step.fc1, step.fc2))
     squeezed = value.mean((2, 3), keepdim=isinstance(fc1, nn.Conv2d))
     gate = GATES[step.gate](fc2(step.act(fc1(squeezed))))
     return value * gate.view(*gate.shape[:2], 1, 1)
@@ -395,15 +399,17 @@ def _names(path: str) -> tuple[str, ...]:
     return tuple(path.split("."))
 
 
-def _module(root: nn.Module, names: tuple[str, ...]) -> nn.Module:
+def _module(root: nn.Module, names: Sequence[str]) -> nn.Module:
     for name in names:
         root = root._modules[name]
     return root
 
 
 def _check_unhooked(module: nn.Module) -> None:
-    """Raises :class:`_NotOurs` where calling ``module`` does more than its forward."""
+    """Raises :class:`_NotOurs` where calling ``module`` does more than its class's forward."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise _NotOurs
+    if "forward" in module.__dict__:
         raise _NotOurs
 
 

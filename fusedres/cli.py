@@ -24,9 +24,17 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "bench": Command("fusedres.benchmarking.cli", "time ResNet-50 and a grid of blocks beside eager and torch.compile"),
+    "degradation": Command("fusedres.analysis.degradation", "training error by depth, with the skip and without"),
     "demo": Command("fusedres.demo", "real images, stock beside fused: report, agreement, speed, memory, training"),
+    "depth": Command("fusedres.analysis.depth", "some real steps of networks of a thousand layers, in little memory"),
     "env": Command("fusedres.env", "versions, backends and why one is absent, hardware"),
     "explain": Command("fusedres.explain_cli", "what would be fused in a model, and what not, and why"),
+    "gradient-flow": Command("fusedres.analysis.gradient_flow", "the gradient at every block's output, by depth"),
+    "jacobian-identity": Command("fusedres.analysis.jacobian_identity", "how far blocks are from the identity"),
+    "memory": Command("fusedres.analysis.memory", "what a training step keeps and peaks at, by how the model is run"),
+    "params-flops": Command("fusedres.analysis.params_flops", "parameters and multiply-adds per block"),
+    "residual-as-ode": Command("fusedres.analysis.residual_as_ode", "a residual stack against its ODE's solution"),
+    "traffic": Command("fusedres.analysis.traffic", "bytes that a training step moves, and the time they must take"),
 }
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-__all__ = ["console", "make_table", "stages"]
+__all__ = ["console", "lacks", "make_table", "stages"]
 
 _PLAIN_WIDTH = 150
 
@@ -54,3 +55,11 @@ def make_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], c
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def lacks(command: str, *packages: str) -> bool:
+    """Whether one of ``packages`` is missing; says so, and how to get it."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        console.print(f"{command} needs {', '.join(missing)}: pip install fusedres\\[demo]")
+    return bool(missing)

@@ -77,12 +77,12 @@ _AUTOMATIC_ELSEWHERE = ("stock",)
 FEWEST_ELEMENTS = {"training": 2**19, "inference": 2**14}
 
 
-def too_small(x: torch.Tensor, mode: str, forced: str = "auto") -> bool:
-    """Whether a block with this input is faster as stock in ``mode``, ``"training"`` or ``"inference"``.
+def too_small(elements: int, mode: str, forced: str = "auto") -> bool:
+    """Whether a block with an input of so many elements is faster as stock; ``mode`` is a key of the table above.
 
     A forced backend is never second-guessed.
     """
-    return x.numel() < FEWEST_ELEMENTS[mode] and forced == "auto" and forced_backend() == "auto"
+    return elements < FEWEST_ELEMENTS[mode] and forced == "auto" and forced_backend() == "auto"
 
 
 def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:

@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
 #include <cstdint>
 
@@ -11,12 +12,27 @@ namespace {
 
 constexpr int kVectorBytes = 16;  // the widest access that one thread can make
 
+template <class T>
+constexpr int kVectorWidth = kVectorBytes / static_cast<int>(sizeof(T));
+
 template <class T, int kWidth>
 struct alignas(kWidth * sizeof(T)) Pack {
   T lane[kWidth];
 
-  static __device__ __forceinline__ Pack load(const T* p) { return *reinterpret_cast<const Pack*>(p); }
-  __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<Pack*>(p) = *this; }
+  static __device__ __forceinline__ Pack load(const T* p) {
+    if constexpr (sizeof(Pack) == sizeof(uint4)) {  // as one value, which no optimisation takes apart
+      const uint4 words = *reinterpret_cast<const uint4*>(p);
+      return *reinterpret_cast<const Pack*>(&words);
+    } else {
+      return *reinterpret_cast<const Pack*>(p);
+    }
+  }
+  __device__ __forceinline__ void store(T* p) const {
+    if constexpr (sizeof(Pack) == sizeof(uint4))
+      *reinterpret_cast<uint4*>(p) = *reinterpret_cast<const uint4*>(this);
+    else
+      *reinterpret_cast<Pack*>(p) = *this;
+  }
 };
 
 __device__ __forceinline__ float to_float(float v) { return v; }

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..console import console, make_table, stages
+from ..console import console, lacks, make_table, stages
 from ..demo.data import Digits, digits
 from ..demo.training import fit
 from .networks import KINDS, depth_network
-from .output import KIND_STYLES, add_output_arguments, lacks, new_figure, save_figure, write
+from .output import KIND_STYLES, add_output_arguments, new_figure, save_figure, write
 
 __all__ = ["DepthRun", "add_arguments", "degradation", "run", "save_plot", "small_digits"]
 

@@ -44,10 +44,11 @@ def _gpu(name: str, bandwidth: float, half: float, tf32: float) -> Device:
 
 # Peaks as published, dense (where a data sheet gives the figure "with sparsity", half of it), float32 accumulation.
 DEVICES: dict[str, Device] = {
-    # NVIDIA H100 Tensor Core GPU data sheet, SXM column: 3.35 TB/s, 1,979 and 989 TFLOPS with sparsity.
-    "H100": _gpu("H100 SXM", 3.35e12, 989.5e12, 494.5e12),
+    # NVIDIA H100 Tensor Core GPU data sheet, SXM column: 3.35 TB/s; H100 architecture white paper, table of SXM5 peaks:
+    # 989.4 and 494.7 TFLOPS dense.
+    "H100": _gpu("H100 SXM", 3.35e12, 989.4e12, 494.7e12),
     # NVIDIA H200 Tensor Core GPU data sheet, SXM column: 4.8 TB/s, arithmetic as H100.
-    "H200": _gpu("H200 SXM", 4.8e12, 989.5e12, 494.5e12),
+    "H200": _gpu("H200 SXM", 4.8e12, 989.4e12, 494.7e12),
     # NVIDIA A100 Tensor Core GPU data sheet, 80GB SXM column: 2,039 GB/s, 312 and 156 TFLOPS dense.
     "A100": _gpu("A100 SXM 80GB", 2.039e12, 312e12, 156e12),
     # NVIDIA Ada GPU architecture white paper, appendix A: 1,008 GB/s, 165.2 (FP32 accumulate) and 82.6 TFLOPS dense.

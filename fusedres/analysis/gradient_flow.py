@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..console import console, make_table, stages
+from ..console import console, lacks, make_table, stages
 from ..demo.data import digits
 from .blocks import blocks_of
 from .networks import KINDS, depth_network
-from .output import KIND_STYLES, add_output_arguments, lacks, new_figure, save_figure, write
+from .output import KIND_STYLES, add_output_arguments, new_figure, save_figure, write
 from .state import preserved
 
 __all__ = ["GradientFlow", "add_arguments", "gradient_flow", "run", "save_plot"]
@@ -55,7 +55,7 @@ def gradient_flow(
     *,
     blocks: tuple[type[nn.Module], ...] | None = None,
 ) -> GradientFlow:
-    """The 2-norm of the loss's gradient at every block's output, by full backward hooks.
+    """The 2-norm of the loss's gradient at every block's output, by full backward (pre-)hooks.
 
     The hooks are on the blocks alone, so that fused and patched ones run as they do in training. The model is left as
     it was: gradients, running statistics and mode.
@@ -72,7 +72,7 @@ def gradient_flow(
     squares: dict[str, float] = {}
 
     def watch(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, grad_input: Any, grad_output: tuple[Tensor | None, ...]) -> None:
+        def hook(module: nn.Module, grad_output: tuple[Tensor | None, ...]) -> None:
             # A block that is called several times has several outputs.
             total = sum(float(g.double().square().sum()) for g in grad_output if g is not None)
             squares[path] = squares.get(path, 0.0) + total
@@ -80,7 +80,7 @@ def gradient_flow(
         return hook
 
     found = blocks_of(model, blocks)
-    handles = [module.register_full_backward_hook(watch(path)) for path, module in found.items()]
+    handles = [module.register_full_backward_pre_hook(watch(path)) for path, module in found.items()]
     try:
         with preserved(model), torch.enable_grad():
             output = model(x)

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..console import console, make_table, stages
+from ..console import console, lacks, make_table, stages
 from ..demo.data import digits
 from ..select import use_backend
 from .blocks import blocks_of
 from .networks import KINDS, DepthNetwork, depth_network
-from .output import KIND_STYLES, add_output_arguments, lacks, new_figure, save_figure, write
+from .output import KIND_STYLES, add_output_arguments, new_figure, save_figure, write
 from .state import preserved
 
 __all__ = ["JacobianIdentity", "add_arguments", "jacobian_identity", "run", "save_plot"]
@@ -62,9 +62,9 @@ def jacobian_identity(
         \\lVert J - I \\rVert_F^2 = \\mathrm{E}_r \\lVert (J-I)^T r \\rVert^2, \\; r_i = \\pm 1
 
     The first is power iteration, the second Hutchinson's estimator (1990, "A Stochastic Estimator of the Trace of the
-    Influence Matrix for Laplacian Smoothing Splines"), whose relative error falls as ``1 / sqrt(probes)``. Products with
-    the transpose are the block's own backward. Products with ``J`` are forward-mode derivatives, which fused blocks do
-    not have: they run as stock for those. The block is left as it was: gradients, running statistics and mode.
+    Influence Matrix for Laplacian Smoothing Splines"), whose relative error falls as ``1 / sqrt(probes)``. Products
+    with the transpose are the block's own backward. Products with ``J`` are forward-mode derivatives, which fused
+    blocks do not have: they run as stock for those. The block is left as it was: gradients, running statistics, mode.
 
     Args:
         block: whose output has its input's shape; in training mode with batch norm, samples depend on each other, and

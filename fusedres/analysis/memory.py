@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ..benchmarking.memory import saved_bytes
-from ..console import console, make_table, stages
+from ..console import console, lacks, make_table, stages
 from ..explain_cli import load_model
 from ..patch import patch, unpatch
 from .blocks import blocks_of
-from .output import COLOURS, add_output_arguments, lacks, new_figure, save_figure, shape_argument, write
+from .output import COLOURS, add_output_arguments, new_figure, save_figure, shape_argument, write
 from .peak import in_child, resident
 from .state import preserved
 

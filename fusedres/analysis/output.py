@@ -5,22 +5,12 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..console import console
 
-__all__ = [
-    "COLOURS",
-    "KIND_STYLES",
-    "add_output_arguments",
-    "lacks",
-    "new_figure",
-    "save_figure",
-    "shape_argument",
-    "write",
-]
+__all__ = ["COLOURS", "KIND_STYLES", "add_output_arguments", "new_figure", "save_figure", "shape_argument", "write"]
 
 COLOURS = {"stock": "#8a8a8a", "inductor": "#d08a2e", "fused": "#2a6fb0", "fused_low": "#7fb2dd", "other": "#5b8c5a"}
 """One colour per contestant in every figure."""
@@ -43,14 +33,6 @@ def add_output_arguments(parser: ArgumentParser, name: str) -> None:
         default=Path(f"fusedres-{name}.png"),
         help="the figure (default %(default)s)",
     )
-
-
-def lacks(command: str, *packages: str) -> bool:
-    """Whether one of ``packages`` is missing; says so, and how to get it."""
-    missing = [package for package in packages if find_spec(package) is None]
-    if missing:
-        console.print(f"{command} needs {', '.join(missing)}: pip install fusedres\\[demo]")
-    return bool(missing)
 
 
 def write(args: Namespace, results: Any, draw: Callable[[Path], None]) -> None:

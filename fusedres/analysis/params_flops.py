@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from .. import nn as blocks
-from ..console import console, make_table, stages
+from ..console import console, lacks, make_table, stages
 from ..explain_cli import load_model
 from ..patch import unpatch
 from ..select import use_backend
 from .blocks import blocks_of
-from .output import COLOURS, add_output_arguments, lacks, new_figure, save_figure, shape_argument, write
+from .output import COLOURS, add_output_arguments, new_figure, save_figure, shape_argument, write
 from .phantom import Recorder, phantom_input, phantom_model
 
 __all__ = ["BlockType", "Count", "ParamsFlops", "add_arguments", "block_types", "params_flops", "run", "save_plot"]
@@ -131,8 +131,9 @@ class BlockType:
 def block_types(channels: int = 256, size: int = 56) -> tuple[BlockType, ...]:
     """The survey's comparison of block types for an identity block with ``channels`` channels on ``size x size``.
 
-    Its table has columns for parameters and for computation; both are empty for the basic block and the bottleneck
-    ("as above" for pre-activation). They follow from the structure, and are counted here on the blocks themselves::
+    Its table has columns for parameters and for computation; both are empty for the basic block and the bottleneck, and
+    say "as above" for pre-activation, by which they mean the basic block. They follow from the structure, and are
+    counted here on the blocks themselves::
 
         basic         3 * 3 * C * C * 2                        = 18 C^2
         bottleneck    C * C/4 + 3 * 3 * C/4 * C/4 + C/4 * C    = 17/16 C^2 = 1.0625 C^2
@@ -153,6 +154,13 @@ def block_types(channels: int = 256, size: int = 56) -> tuple[BlockType, ...]:
             "C^2 / 4 + 9 C^2 / 16 + C^2 / 4",
             blocks.BottleneckBlock(channels, channels, bias=False),
             "large models",
+        ),
+        (
+            "Pre-activation",
+            "BN-ReLU-Conv x 2",
+            "2 * 9 C^2",
+            blocks.PreActResidualBlock(channels, bias=False),
+            "very deep networks",
         ),
     )
     rows = []

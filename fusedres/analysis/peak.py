@@ -29,7 +29,7 @@ class Measured(Generic[T]):
 
 
 def in_child(function: Callable[..., T], *args: Any, **kwargs: Any) -> Measured[T]:
-    """Calls ``function`` in a fresh process, to which it and its arguments are pickled, as is its result on the way back.
+    """Calls ``function`` in a fresh process, to and from which everything is pickled.
 
     Raises:
         RuntimeError: with the child's message, where the call raises or the process dies.

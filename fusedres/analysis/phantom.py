@@ -73,7 +73,7 @@ class Call(NamedTuple):
         op: its name with the namespace, ``"aten.relu_"``.
         block: the path of the block that it belongs to, ``None`` outside of all blocks.
         backward: whether the backward pass called it.
-        reads, writes: the distinct tensors; what is updated in place is in both.
+        reads, writes: the distinct tensors, results before what is updated in place, which is in both.
         again: bytes that its kernels read once more than one touch per tensor: batch norm in training passes over its
             operands twice, once for the sums; a convolution's dgrad and wgrad both read the gradient.
         flops: two per multiply-add of its matrix products, else 0.
@@ -152,7 +152,8 @@ class Recorder(TorchDispatchMode):
                 if not func.is_view:
                     self._new_value(t)
             return out
-        self._record(func, args, kwargs, out)
+        if _tensors((args, kwargs, out)):
+            self._record(func, args, kwargs, out)
         return out
 
     def _record(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
@@ -160,10 +161,10 @@ class Recorder(TorchDispatchMode):
         fresh = [t for t in _tensors(out) if not any(t is w for w in written)]
         reads = self._touches(read)
         again = sum(nbytes for t, nbytes in _again(func, args))
-        for t in (*written, *fresh):
+        for t in (*fresh, *written):
             self._new_value(t)
         block, backward = self._where()
-        writes = self._touches([*written, *fresh])
+        writes = self._touches([*fresh, *written])
         self.calls.append(Call(_name(func), block, backward, reads, writes, again, _flops(func, args, kwargs, out)))
 
     def _touches(self, tensors: list[Tensor]) -> tuple[Touch, ...]:
@@ -228,6 +229,8 @@ def _operands(func: Any, args: tuple, kwargs: dict) -> tuple[list[Tensor], list[
             written += tensors
             if argument.name in _ONLY_WRITTEN or func in _OVERWRITES:
                 continue
+        if func is _aten.native_batch_norm.default and args[5] and argument.name in ("running_mean", "running_var"):
+            written += tensors  # its schema does not say so
         if not _only_its_shape(func, args, i):
             read += tensors
     return read, written
@@ -297,6 +300,8 @@ def _pretend(func: Any, args: tuple, kwargs: dict) -> Any:
         out = func(*shapes, **options)
         if func in _CONVOLUTIONS:
             out = _in_layout_of(args, out)
+        if func is _aten.native_batch_norm_backward.default:  # its meta kernel makes what nobody asked for, too
+            out = tuple(gradient if wanted else None for gradient, wanted in zip(out, args[9]))
         made = tree_map_only(Tensor, _from_meta, (out,) if len(returns) == 1 else out)
         returns = [m if r is None else r for m, r in zip(made, returns)]
     return None if not returns else returns[0] if len(returns) == 1 else tuple(returns)

@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..console import console, make_table, stages
+from ..console import console, lacks, make_table, stages
 from ..demo.data import digits
-from .output import COLOURS, add_output_arguments, lacks, new_figure, save_figure, write
+from ..nn import ODEBlock
+from .output import COLOURS, add_output_arguments, new_figure, save_figure, write
 
 __all__ = ["ResidualAsODE", "add_arguments", "residual_as_ode", "run", "save_plot"]
 
@@ -58,7 +59,8 @@ def residual_as_ode(
 ) -> ResidualAsODE:
     """Compares residual stacks that share ``odefunc`` with the solution of ``dx/dt = odefunc(t, x)``.
 
-    The solution is that of the classical Runge-Kutta method with four times as many steps as the deepest stack has.
+    The solution is :class:`fusedres.nn.ODEBlock`'s, by Kutta's fourth-order method with eight times as many steps as
+    the deepest stack has blocks.
 
     Args:
         odefunc: ``(t, x) -> tensor of x's shape``, ``t`` a tensor without dimensions. A norm in it must use its
@@ -77,30 +79,28 @@ def residual_as_ode(
         if slope.shape != x.shape:
             raise ValueError(f"odefunc must return x's shape {tuple(x.shape)}, got {tuple(slope.shape)}")
         fine = 4 * steps[-1]
-        solution, finer = (_integrate(_runge_kutta_step, odefunc, x, n, t) for n in (fine, 2 * fine))
-        errors = [_relative(_integrate(_euler_step, odefunc, x, n, t), finer) for n in steps]
+        solution, finer = (_solution(odefunc, x, n, t) for n in (fine, 2 * fine))
+        errors = [_relative(_stack(odefunc, x, n, t)[-1], finer) for n in steps]
         return ResidualAsODE(tuple(steps), tuple(errors), _relative(solution, finer))
 
 
-def _integrate(step: Callable[..., Tensor], f: Function, x: Tensor, steps: int, t: tuple[float, float]) -> Tensor:
-    h = (t[1] - t[0]) / steps
-    for k in range(steps):
-        x = step(f, t[0] + k * h, x, h)
-    return x
+def _stack(f: Function, x: Tensor, blocks: int, t: tuple[float, float]) -> list[Tensor]:
+    """The state before and after every block of a residual stack."""
+    h = (t[1] - t[0]) / blocks
+    states = [x]
+    for k in range(blocks):
+        states.append(_block(f, t[0] + k * h, states[-1], h))
+    return states
 
 
-def _euler_step(f: Function, t: float, x: Tensor, h: float) -> Tensor:
+def _block(f: Function, t: float, x: Tensor, h: float) -> Tensor:
     """A residual block: ``x + h f(x)``."""
     return x + h * f(x.new_tensor(t), x)
 
 
-def _runge_kutta_step(f: Function, t: float, x: Tensor, h: float) -> Tensor:
-    start, middle, end = (x.new_tensor(t + c * h) for c in (0.0, 0.5, 1.0))
-    k1 = f(start, x)
-    k2 = f(middle, x + h / 2 * k1)
-    k3 = f(middle, x + h / 2 * k2)
-    k4 = f(end, x + h * k3)
-    return x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+def _solution(f: Function, x: Tensor, steps: int, t: tuple[float, float]) -> Tensor:
+    """By a fourth-order Runge-Kutta method with ``steps`` equal steps."""
+    return ODEBlock(f, method="rk4", t=torch.linspace(*t, steps + 1, dtype=torch.float64))(x)
 
 
 def _relative(x: Tensor, reference: Tensor) -> float:
@@ -140,9 +140,7 @@ def run(args: Namespace) -> int:
             begin("errors")
             found = residual_as_ode(f, x, args.steps, (0.0, args.time))
             begin("paths")
-            pixel = _pixel_that_moves(f, x, args.time)
-            paths = {n: _path(_euler_step, f, x, n, args.time, pixel) for n in args.steps[:4]}
-            solution = _path(_runge_kutta_step, f, x, _DRAWN, args.time, pixel)
+            paths, solution = _paths(f, x, args.steps[:4], args.time)
     except ValueError as error:
         console.print(f"fusedres residual-as-ode: {error}")
         return 2
@@ -158,23 +156,22 @@ def run(args: Namespace) -> int:
     return 0
 
 
-_DRAWN = 64
+_DRAWN = 32
 """Points of the solution in the figure."""
 
 
-def _pixel_that_moves(f: nn.Module, x: Tensor, time: float) -> int:
+def _paths(f: nn.Module, x: Tensor, stacks: Sequence[int], time: float) -> tuple[dict[int, list[float]], list[float]]:
+    """One pixel, the one that moves most, after every block of some stacks, and along the solution."""
+    times = [k * time / _DRAWN for k in range(1, _DRAWN + 1)]
     with torch.no_grad():
-        return int((_integrate(_runge_kutta_step, f, x, _DRAWN, (0.0, time)) - x)[0].abs().argmax())
+        solution = [x, *(_solution(f, x, _DRAWN, (0.0, t)) for t in times)]
+        states = {n: _stack(f, x, n, (0.0, time)) for n in stacks}
+    pixel = int((solution[-1] - x)[0].abs().argmax())
 
+    def value(state: Tensor) -> float:
+        return float(state[0].flatten()[pixel])
 
-def _path(step: Callable[..., Tensor], f: nn.Module, x: Tensor, steps: int, time: float, pixel: int) -> list[float]:
-    """One pixel of the first image, at the start and after every step."""
-    values = [float(x[0].flatten()[pixel])]
-    with torch.no_grad():
-        for k in range(steps):
-            x = step(f, k * time / steps, x, time / steps)
-            values.append(float(x[0].flatten()[pixel]))
-    return values
+    return {n: [value(s) for s in each] for n, each in states.items()}, [value(s) for s in solution]
 
 
 def save_plot(

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..console import console, make_table, stages
+from ..console import console, lacks, make_table, stages
 from ..explain_cli import load_model
 from ..patch import patch, unpatch
 from ..select import use_backend, why_not
 from .blocks import blocks_of
 from .devices import DEVICES, Device, device_named
-from .output import COLOURS, add_output_arguments, lacks, new_figure, save_figure, shape_argument, write
+from .output import COLOURS, add_output_arguments, new_figure, save_figure, shape_argument, write
 from .phantom import Call, Recorder, phantom_input, phantom_model
 from .schedules import Kernel, eager, inductor_like
 

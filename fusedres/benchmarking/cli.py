@@ -19,12 +19,12 @@ from torch import nn
 from .. import models
 from ..console import console, make_table, stages
 from ..patch import patch
-from . import grid
+from . import architectures, grid
 from .agreement import verdict
 from .compiled import CompileBudget
 from .contest import contest
 from .memory import saved_bytes
-from .results import HEAD, Goal, Results, Row, this_machine
+from .results import HEAD, Goal, Machine, Results, Row, this_machine
 from .workloads import INFERENCE_BF16, INFERENCE_FP32, TRAIN_BF16, TRAIN_FP32, Batch, Workload, settle
 
 __all__ = ["add_arguments", "run"]
@@ -36,6 +36,7 @@ _GOALS = {
     INFERENCE_FP32: Goal(1.6, 2.0),
 }
 _BATCH = (8, 224)
+_OF_COMPILE = "; torch.compile with freezing in inference; its first step in parentheses"
 _QUICK_SECONDS = 115.0
 _AFTER_COMPILING = 35.0
 """Seconds of a quick run that are not spent on compiling, about."""
@@ -59,6 +60,9 @@ _FULL = _Settings(11, 25, 15, (None, torch.bfloat16))
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--architectures", action="store_true", help="a network of each kind instead of ResNet-50, eager beside us"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer turns; under two minutes on two cores")
     parser.add_argument(
         "--compile",
@@ -71,7 +75,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="FILE",
-        help="write the results; without FILE to bench/results/<this machine>/{quick,full}.json",
+        help="write the results; without FILE to bench/results/<this machine>/{quick,full,architectures}.json",
     )
 
 
@@ -80,22 +84,43 @@ def run(args: Namespace) -> int:
     machine = this_machine()
     console.print(str(machine))
     settings = _QUICK if args.quick else _FULL
+    if args.architectures:
+        return _run_architectures(args, machine, settings)
     rows, cells = _measure(settings, _compile_budget(args))
-    console.print(make_table("", HEAD, [row.cells() for row in rows], _caption(settings)))
+    console.print(make_table("", HEAD, [row.cells() for row in rows], _caption(settings) + _OF_COMPILE))
     _print_slow(cells)
+    size, resolution = _BATCH
+    measured = {"quick": args.quick, "network": "ResNet-50", "batch": size, "resolution": resolution}
+    results = Results(machine, measured, rows, [cell.to_dict() for cell in cells])
+    return _finish(args, results, "quick" if args.quick else "full")
+
+
+def _run_architectures(args: Namespace, machine: Machine, settings: _Settings) -> int:
+    rows: list[Row] = []
+    with stages(len(architectures.ARCHITECTURES), "bench") as begin:
+        for architecture in architectures.ARCHITECTURES:
+            begin(f"{architecture.name}: agreement with float64, then time")
+            rows += architectures.measure(architecture, settings.train_turns, settings.inference_turns)
+    rows.append(architectures.ode_row())
+    cells = [architectures.cells(row) for row in rows]
+    console.print(make_table("", architectures.HEAD, cells, _caption(settings)))
+    measured = {"quick": args.quick, "batch": architectures.BATCH}
+    return _finish(args, Results(machine, measured, tuple(rows), []), "architectures")
+
+
+def _finish(args: Namespace, results: Results, name: str) -> int:
+    """Saves the results if that was asked for; exit status 1 where a check is red."""
     if args.json is not None:
-        path = Path(args.json or f"bench/results/{machine.slug}/{'quick' if args.quick else 'full'}.json")
-        size, resolution = _BATCH
-        measured = {"quick": args.quick, "network": "ResNet-50", "batch": size, "resolution": resolution}
-        Results(machine, measured, rows, [cell.to_dict() for cell in cells]).save(path)
+        path = Path(args.json or f"bench/results/{results.machine.slug}/{name}.json")
+        results.save(path)
         console.print(f"written to {path}")
-    return 0 if all(row.check in ("", "ok") for row in rows) else 1
+    return 0 if all(row.check in ("", "ok") for row in results.rows) else 1
 
 
 def _caption(settings: _Settings) -> str:
     return (
         f"Medians of {settings.train_turns} (train) and {settings.inference_turns} (inference) turns, interleaved; "
-        "channels_last; torch.compile with freezing in inference; its first step in parentheses"
+        "channels_last"
     )
 
 

@@ -15,7 +15,7 @@ import fusedres
 
 from ..env import env_report
 
-__all__ = ["HEAD", "Goal", "Machine", "Results", "Row", "this_machine"]
+__all__ = ["HEAD", "Goal", "Machine", "Results", "Row", "quantity", "this_machine", "times"]
 
 HEAD = (
     "ResNet-50, batch 8, 224 x 224",
@@ -65,6 +65,7 @@ class Row:
         check: ``"ok"``, or what disagrees; empty where there is nothing to check.
         spread: quartiles of each contestant.
         goal_of: whether the goal is for the ``ratio`` or for what ``fusedres`` itself took.
+        shares: of our time, by kind of work.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Row:
     check: str = ""
     spread: dict[str, Any] = field(default_factory=dict)
     goal_of: str = "ratio"
+    shares: dict[str, float] = field(default_factory=dict)
 
     @property
     def reached(self) -> str:
@@ -88,28 +90,30 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """The row as text, one string for each of :data:`HEAD`."""
-        compiled = " ".join(part for part in (_quantity(self.compiled, self.unit), self.compile_note) if part)
+        compiled = " ".join(part for part in (quantity(self.compiled, self.unit), self.compile_note) if part)
         return (
             self.name,
-            _quantity(self.eager, self.unit),
+            quantity(self.eager, self.unit),
             compiled,
-            _quantity(self.ours, self.unit),
+            quantity(self.ours, self.unit),
             "" if self.images_per_second is None else f"{self.images_per_second:.1f}",
-            _times(self.ratio),
-            _times(self.compile_ratio),
+            times(self.ratio),
+            times(self.compile_ratio),
             str(self.goal),
             self.reached,
             self.check,
         )
 
 
-def _quantity(value: float | None, unit: str) -> str:
+def quantity(value: float | None, unit: str) -> str:
+    """A number with its unit, three digits of it; empty for ``None``."""
     if value is None:
         return ""
     return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
 
 
-def _times(value: float | None) -> str:
+def times(value: float | None) -> str:
+    """A ratio; empty for ``None``."""
     return "" if value is None else f"{value:.2f}x"
 
 

@@ -6,7 +6,6 @@ import copy
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 
@@ -20,7 +19,7 @@ from ..benchmarking.contest import Contest, contest
 from ..benchmarking.memory import saved_bytes
 from ..benchmarking.results import this_machine
 from ..benchmarking.workloads import INFERENCE_BF16, INFERENCE_FP32, TRAIN_BF16, TRAIN_FP32, Batch, Workload, settle
-from ..console import console, make_table, stages
+from ..console import console, lacks, make_table, stages
 from ..patch import patch
 from ..testing import Comparison
 from .data import digits, photographs
@@ -61,9 +60,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Exit status 1 where a result is outside its error budget, 2 where a package is missing."""
-    missing = [package for package in ("sklearn", "matplotlib", "PIL") if find_spec(package) is None]
-    if missing:
-        console.print(f"the demo needs {', '.join(missing)}: pip install fusedres\\[demo]")
+    if lacks("the demo", "sklearn", "matplotlib", "PIL"):
         return 2
     settings = _QUICK if args.quick else _FULL
     machine = str(this_machine())

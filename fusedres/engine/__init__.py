@@ -12,8 +12,8 @@ squeeze-excitation's gate or stochastic depth's mask, between the norm and the a
 activation. Every op here comes from :func:`fusedres.select.kernels`.
 """
 
-from .dense import DenseProgram, execute_dense
-from .execution import execute
+from .dense import DenseProgram
+from .execution import execute, execute_dense
 from .program import GATES, IDENTITY_SHORTCUT, ConvSlot, ExciteSlot, GainSlot, Link, NormSlot, Program, is_constant
 from .stock import execute_stock
 

@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..select import backend_for, kernels, too_small
+from ..ops.layout import dense
+from ..select import kernels
 from .gradients import Chain, Gradients
 from .inference import infer_chain, swallows
-from .pending import Raw, applied, cast_weights, compute_dtype, dense, norm_rows, pend, run_chain
-from .program import Operands, is_constant, needs_gradient, weight_indices
-from .stock import stock_chain
+from .pending import Raw, applied, cast_weights, compute_dtype, norm_rows, pend, run_chain
+from .program import Operands, weight_indices
 from .training import refuse_second_derivatives
 
-__all__ = ["DenseProgram", "execute_dense"]
+__all__ = ["DenseFunction", "DenseProgram", "infer_dense"]
 
 
 class DenseProgram(NamedTuple):
@@ -48,25 +48,6 @@ class DenseProgram(NamedTuple):
         """Channels that are there before the first layer, before the second, ..., and in the end."""
         grown = [tensors[layer[-2].conv.first].shape[0] for layer in self.layers]
         return list(accumulate(grown, initial=channels))
-
-
-def execute_dense(program: DenseProgram, x: Tensor, tensors: Operands, folded: dict[int, Any] | None = None) -> Tensor:
-    """Runs a dense block: ``[N, C, H, W]`` to ``[N, C + growth, H, W]``; arguments as in ``execute``."""
-    inference = is_constant(program.links) and not needs_gradient((x, *tensors))
-    stock = backend_for(x.device, compute_dtype(x), program.backend) == "stock"
-    small = program.memory != "low" and too_small(x, "inference" if inference else "training", program.backend)
-    if stock or small or x.numel() == 0 or torch.compiler.is_compiling():
-        return _stock(program, x, tensors)
-    if inference:
-        return _infer(program, x, tensors, {} if folded is None else folded)
-    return DenseFunction.apply(program, x, *tensors)
-
-
-def _stock(program: DenseProgram, x: Tensor, tensors: Operands) -> Tensor:
-    features = [x]
-    for layer in program.layers:
-        features.append(stock_chain(layer, torch.cat(features, 1), tensors))
-    return torch.cat(features, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,7 +109,8 @@ def _in_layout_of(x: Tensor, buffer: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _infer(program: DenseProgram, x: Tensor, tensors: Operands, folded: dict[int, Any]) -> Tensor:
+def infer_dense(program: DenseProgram, x: Tensor, tensors: Operands, folded: dict[int, Any]) -> Tensor:
+    """The dense block with constant norms; ``folded`` as in ``infer``."""
     dtype = compute_dtype(x)
     k = kernels(x.device.type, dtype, program.backend)
     x = dense(x)

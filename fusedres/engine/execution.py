@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..ops.conv import output_size
 from ..select import backend_for, too_small
+from .dense import DenseFunction, DenseProgram, infer_dense
 from .inference import infer
 from .pending import compute_dtype
-from .program import Link, Operands, Program, needs_gradient
-from .stock import execute_stock
+from .program import Link, Operands, Program, is_constant, needs_gradient
+from .stock import execute_stock, stock_dense
 from .training import BlockFunction
 
 
@@ -27,14 +28,33 @@ def execute(
         tensors: the operands of the program's slots.
         folded: where folded and packed weights are kept between inference calls.
     """
-    stock = backend_for(x.device, compute_dtype(x), program.backend) == "stock"
     inference = program.constant and not needs_gradient((x, residual, *tensors))
-    small = program.memory != "low" and too_small(x, "inference" if inference else "training", program.backend)
-    if stock or small or x.numel() == 0 or torch.compiler.is_compiling() or _broadcasts(program, x, residual, tensors):
+    if is_for_stock(program, x, x.numel(), inference) or _broadcasts(program, x, residual, tensors):
         return execute_stock(program, x, residual, tensors)
     if inference:
         return infer(program, x, residual, tensors, {} if folded is None else folded)
     return BlockFunction.apply(program, x, residual, *tensors)
+
+
+def execute_dense(program: DenseProgram, x: Tensor, tensors: Operands, folded: dict[int, Any] | None = None) -> Tensor:
+    """Runs a dense block: ``[N, C, H, W]`` to ``[N, C + growth, H, W]``; arguments as in :func:`execute`."""
+    inference = is_constant(program.links) and not needs_gradient((x, *tensors))
+    n, channels, h, w = x.shape
+    if is_for_stock(program, x, n * program.bounds(channels, tensors)[-1] * h * w, inference):
+        return stock_dense(program.layers, x, tensors)
+    if inference:
+        return infer_dense(program, x, tensors, {} if folded is None else folded)
+    return DenseFunction.apply(program, x, *tensors)
+
+
+def is_for_stock(program: Program | DenseProgram, x: Tensor, elements: int, inference: bool) -> bool:
+    """Whether PyTorch's own ops run this; ``elements`` says how much there is to gain."""
+    if torch.compiler.is_compiling() or x.numel() == 0:
+        return True
+    if backend_for(x.device, compute_dtype(x), program.backend) == "stock":
+        return True
+    mode = "inference" if inference else "training"
+    return program.memory != "low" and too_small(elements, mode, program.backend)
 
 
 def _broadcasts(program: Program, x: Tensor, residual: Tensor | None, tensors: Operands) -> bool:

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..ops.activations import Activation
 from ..ops.conv import adds_pointwise_dgrad, conv_backward, pointwise_dgrad_add_
 from ..ops.conv_wgrad import fuses_wgrad
-from .pending import Raw, applied, excitation, like, next_raw, squeezed
+from ..ops.layout import like
+from .pending import Raw, applied, excitation, next_raw, squeezed
 from .program import ExciteSlot, Link, NormSlot, Operands
 
 Chain = tuple[Link, ...]

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..ops.activations import IDENTITY, Activation
 from ..ops.conv import onednn_refuses
 from ..ops.conv_affine_act import FoldedConv, fold
+from ..ops.layout import dense
 from ..select import kernels
-from .pending import aligned, applied, apply_pending, compute_dtype, dense, pend
+from .pending import aligned, applied, apply_pending, compute_dtype, pend
 from .program import ConvSlot, Link, NormSlot, Operands, Program
 from .training import forward_block
 

@@ -13,6 +13,7 @@ from ..ops.activations import Activation
 from ..ops.bn_stats import statistics_dtype
 from ..ops.conv import conv_fprop
 from ..ops.dropout import draw_seed
+from ..ops.layout import like
 from .program import GATES, ExciteSlot, Link, NormSlot, Operands, weight_indices
 
 
@@ -52,25 +53,6 @@ def cast_weights(links: tuple[Link, ...], tensors: Operands, dtype: torch.dtype)
         t = result[i]
         result[i] = None if t is None else t.to(dtype)
     return result
-
-
-def dense(x: Tensor) -> Tensor:
-    """``x``, or a copy where its layout is neither channels_last nor contiguous."""
-    if x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous():
-        return x
-    # A channel stride of one says channels_last even where rows are padded or sliced.
-    last = x.stride(1) == 1 and x.shape[1] > 1
-    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
-def like(x: Tensor, y: Tensor) -> Tensor:
-    """``x``, dense, in the dtype and layout of ``y``, which has the same shape and may be a slice of a buffer."""
-    if x.dtype != y.dtype:
-        x = x.to(y.dtype)
-    if x.stride() == y.stride():
-        return x
-    last = not y.is_contiguous() or y.is_contiguous(memory_format=torch.channels_last)
-    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def aligned(y: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:

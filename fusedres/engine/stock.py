@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,6 +23,14 @@ def execute_stock(program: Program, x: Tensor, residual: Tensor | None, tensors:
         return out
     side = stock_chain(program.shortcut, x if residual is None else residual, tensors)
     return program.act((out + side).to(out.dtype) if program.in_place else out + side)
+
+
+def stock_dense(layers: tuple[tuple[Link, ...], ...], x: Tensor, tensors: Operands) -> Tensor:
+    """A dense block by concatenation."""
+    features = [x]
+    for layer in layers:
+        features.append(stock_chain(layer, torch.cat(features, 1), tensors))
+    return torch.cat(features, 1)
 
 
 def stock_chain(chain: tuple[Link, ...], x: Tensor, tensors: Operands) -> Tensor:

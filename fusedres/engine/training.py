@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..ops.activations import IDENTITY
 from ..ops.conv import conv_backward
+from ..ops.layout import dense
 from ..select import kernels
 from .gradients import Gradients, Side, sum_
-from .pending import Raw, aligned, applied, apply_pending, cast_weights, compute_dtype, dense, pend, run_chain
+from .pending import Raw, aligned, applied, apply_pending, cast_weights, compute_dtype, pend, run_chain
 from .program import IDENTITY_SHORTCUT, Link, Operands, Program, weight_indices
 
 

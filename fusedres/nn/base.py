@@ -27,9 +27,7 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1, bias: bool = T
 def middle_channels(out_channels: int, expansion: int) -> int:
     """The channels in the middle of a bottleneck."""
     if out_channels < expansion:
-        raise ValueError(
-            f"out_channels must be at least {expansion}, so that the middle has channels; got {out_channels}"
-        )
+        raise ValueError(f"out_channels must be at least {expansion}, the expansion, got {out_channels}")
     return out_channels // expansion
 
 

@@ -13,7 +13,7 @@ from ..ode.function import Function, derivative
 from ..ode.settings import Times, check_positive, settings, times_of
 from ..ode.solver import Dynamics, last_state
 from ..ops.checks import check_floating
-from ..ops.operands import dense
+from ..ops.layout import dense
 
 __all__ = ["Evaluations", "ODEBlock"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import check_floating
-from ..ops.operands import dense
+from ..ops.layout import dense
 from .function import Function, derivative
 from .settings import settings, times_of
 from .solver import Dynamics, integrate

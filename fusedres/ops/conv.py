@@ -91,7 +91,7 @@ def conv_backward(
     if not (need_x or need_weight):
         return None, None
     if x.dtype != weight.dtype:  # dgrad reads nothing of x but its shape
-        x = torch.empty_like(x, dtype=weight.dtype)
+        x = x.to(weight.dtype) if need_weight else torch.empty_like(x, dtype=weight.dtype)
     dx, dweight, _ = _backward(
         grad, x, weight, None, g.stride, g.padding, g.dilation, False, (0, 0), g.groups, (need_x, need_weight, False)
     )

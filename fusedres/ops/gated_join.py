@@ -25,7 +25,8 @@ from torch import Tensor
 
 from ..select import backend_for, kernels
 from .bn_stats import statistics_dtype
-from .operands import check_alike, dense, kernels_pay, like, needs_gradient
+from .layout import dense, like
+from .operands import check_alike, kernels_pay, needs_gradient
 from .registry import declare
 
 __all__ = ["GATED_JOIN", "GATED_JOIN_BACKWARD", "gated_join"]
@@ -191,7 +192,9 @@ def gated_join(
     if straight_through and threshold is None:
         raise ValueError("gated_join: straight_through=True needs a threshold, got threshold=None")
     threshold = None if threshold is None else float(threshold)
-    if not kernels_pay(f, logits, x) or backend_for(f.device, f.dtype) == "stock":
+    # The reference takes more passes than stock: it runs where it was chosen, not where a backend lacks this op.
+    offering = ("reference", *GATED_JOIN.kernels)
+    if not kernels_pay(f, logits, x) or backend_for(f.device, f.dtype) not in offering:
         return _stock(f, logits, x, threshold, straight_through)
     if not needs_gradient(f, logits, x):
         return _run(f, logits, x, threshold)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..select import FEWEST_ELEMENTS, too_small
 from .checks import Checked, check_floating
 
-__all__ = ["check_alike", "dense", "kernels_pay", "kernels_run", "like", "needs_gradient"]
+__all__ = ["check_alike", "kernels_pay", "kernels_run", "needs_gradient"]
 
 # Below this, what the passes save is less than what one more call from Python costs.
 FEWEST_ELEMENTS["elementwise"] = 2**14
@@ -42,30 +42,8 @@ def kernels_run(*tensors: Tensor) -> bool:
 
 def kernels_pay(*tensors: Tensor) -> bool:
     """Whether kernels may be called on these tensors, and are worth the call; otherwise stock PyTorch runs them."""
-    return kernels_run(*tensors) and not too_small(tensors[0], "elementwise")
+    return kernels_run(*tensors) and not too_small(tensors[0].numel(), "elementwise")
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def dense(x: Tensor) -> Tensor:
-    """``x``, or a copy of it where it is neither contiguous nor channels_last."""
-    if x.is_contiguous() or _channels_last(x):
-        return x
-    # A channel stride of one says channels_last even where rows are padded or sliced.
-    last = x.dim() == 4 and x.stride(1) == 1 and x.shape[1] > 1
-    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
-def like(x: Tensor, y: Tensor) -> Tensor:
-    """``x`` in the dtype and layout of ``y``, which is dense and of the same shape."""
-    if x.dtype != y.dtype:
-        x = x.to(y.dtype)
-    if x.stride() == y.stride():
-        return x
-    return x.contiguous(memory_format=torch.channels_last if _channels_last(y) else torch.contiguous_format)
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from ..select import kernels
 from .bn_stats import statistics_dtype
-from .operands import check_alike, dense, kernels_pay, kernels_run, like, needs_gradient
+from .layout import dense, like
+from .operands import check_alike, kernels_pay, kernels_run, needs_gradient
 from .registry import declare
 
 __all__ = ["RK_COMBINE", "RK_COMBINE_BACKWARD", "RK_ERROR", "combine", "error_norm", "rk_combine"]
@@ -154,7 +155,7 @@ def error_norm(
 def rk_combine(y: Tensor, stages: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """A Runge-Kutta update: ``y + sum(w * k for w, k in zip(weights, stages))``, in one pass, as its backward.
 
-    Stock PyTorch takes two passes per stage, and keeps nothing either; what is saved is the traffic.
+    Stock PyTorch takes a pass per stage, which reads and writes the sum so far.
 
     Args:
         y: the state, of any shape, float32, bfloat16, float16 or float64.

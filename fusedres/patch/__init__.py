@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 from .. import select
-from ..block import Dense
+from ..block import Block, Dense
+from .gated_join import GatedJoin
 from .plan import Plan, make_plan
 from .report import Declined, Fused, PatchReport
 from .selection import Selection
 from .steps import paths as paths_of
 from .swap import Template, swap, template_of, unswap
+from .watch import changed
 
 __all__ = ["Declined", "Fused", "PatchReport", "explain", "patch", "unpatch"]
 
@@ -59,6 +61,8 @@ def patch(
         raise ValueError(f"memory must be 'auto' or 'low', got {memory!r}")
     if backend != "auto" and backend not in select.BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, select.BACKENDS))}, got {backend!r}")
+    if not dry_run:
+        _restore_changed(model)
     options = {k: v for k, v in (("backend", backend), ("memory", memory)) if v != "auto"}
     plan = make_plan(model, Selection(model, only, skip), options)
     # The report comes first: it raises where the backend cannot run the model, which then stays as it is.
@@ -67,6 +71,14 @@ def patch(
         for site in plan.sites:
             swap(site)
     return report
+
+
+def _restore_changed(model: nn.Module) -> None:
+    """Unpatches the modules whose fused forward no longer holds, so that they are looked at again."""
+    for module in model.modules():
+        template = template_of(module)
+        if template is not None and changed(module, template.watched):
+            unswap(module)
 
 
 def explain(model: nn.Module) -> PatchReport:
@@ -103,14 +115,21 @@ def _entries(module: nn.Module, paths: dict[nn.Module, str], template: Template,
     """The report's entries for one module: one for each call of the engine."""
     entries = []
     for pattern, block in template.blocks:
-        chains = block.layers if isinstance(block, Dense) else (block.branch, block.shortcut or ())
-        inner = [module.get_submodule(path) for steps in chains for step in steps for path in paths_of(step)]
+        inner = [module.get_submodule(path) for path in _inner(block)]
         convs = [m for m in inner if isinstance(m, nn.Conv2d)]
-        weight = next(m.weight for m in inner if isinstance(m, (nn.Conv2d, nn.Linear)))
+        weight = next(m.weight for m in (*inner, *module.modules()) if isinstance(m, (nn.Conv2d, nn.Linear)))
         forced = dict(template.options).get("backend", "auto")
         backend = select.backend_for(weight.device, weight.dtype, forced)
         entries.append(Fused(paths[module], pattern, backend, tuple(paths[c] for c in convs), already))
     return entries
+
+
+def _inner(block: Block | Dense | GatedJoin) -> list[str]:
+    """The paths of the modules whose parameters a call reads, and of a gated sum's gate."""
+    if isinstance(block, GatedJoin):
+        return [block.gate] if block.gate else []
+    chains = block.layers if isinstance(block, Dense) else (block.branch, block.shortcut or ())
+    return [path for steps in chains for step in steps for path in paths_of(step)]
 
 
 def _notes(convolutions: dict[str, nn.Conv2d]) -> tuple[str, ...]:

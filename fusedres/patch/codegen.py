@@ -14,8 +14,11 @@ from torch import fx, nn
 from .. import block
 from ..block import Act, Block, Conv, Dense, Dropout, DropPath, Norm, SqueezeExcite, Step
 from ..ops.activations import IDENTITY
+from . import watch
+from .gated_join import GatedJoin
 from .trace import Traced
 from .view import Region
+from .watch import Watched
 
 __all__ = ["compile_forward", "generate"]
 
@@ -31,7 +34,11 @@ class _Code:
 
 
 def generate(
-    module: nn.Module, traced: Traced, regions: Sequence[Region], options: dict[str, str]
+    module: nn.Module,
+    traced: Traced,
+    regions: Sequence[Region],
+    watched: tuple[Watched, ...],
+    options: dict[str, str],
 ) -> tuple[str, dict[str, Any]]:
     """The source of a forward in which each region is one call, and the globals that it needs.
 
@@ -39,20 +46,22 @@ def generate(
         module: the module that the graph is of.
         traced: its graph, which is rewritten.
         regions: in the order of their last nodes.
+        watched: what has to be as it was for the graph to stand for the stock forward.
         options: keyword arguments of the engine that are not at their default.
     """
     fresh = _Names(traced)
-    run, stock = fresh("fusedres_block"), fresh("stock")
+    run, stock, changed, constants = map(fresh, ("fusedres_block", "stock", "changed", "watched"))
     blocks = {fresh(f"{_kind(region.block)}_{i}"): region.block for i, region in enumerate(regions)}
     calls: dict[fx.Node, fx.Node] = {}
     for name, region in zip(blocks, regions):
         _replace(traced.graph, region, run, name, options, calls)
     code = traced.graph.python_code("self")
     body = _body(code.src)
-    guard = _guard(module, traced.signature, stock)
+    guard = _guard(traced.signature, stock, f"{changed}(self, {constants})")
     arguments = ", ".join(["self", str(traced.signature)[1:-1]] if traced.signature.parameters else ["self"])
     source = f"{_header(type(module), blocks)}def forward({arguments}):\n{guard}{body}"
-    return source, {**code.globals, **blocks, run: block, stock: type(module)}
+    globals_ = {run: block, stock: type(module), changed: watch.changed, constants: watched}
+    return source, {**code.globals, **blocks, **globals_}
 
 
 class _Names:
@@ -83,11 +92,14 @@ def _replace(
 ) -> None:
     """Puts one call in the place of a region; ``calls`` maps what earlier calls replaced, which may be its inputs."""
     last = region.nodes[-1]
-    inputs = [calls.get(node, node) for node in (region.entry, region.residual) if node is not None]
+    inputs = [calls.get(node, node) for node in region.inputs]
     with graph.inserting_before(last):
         # A method call prints as `fusedres_block.run(...)`, looked up in the module when the line runs.
-        arguments = (_Code(run), _Code(name), _Code("self"), *inputs)
-        method = "run_dense" if isinstance(region.block, Dense) else "run"
+        if isinstance(region.block, GatedJoin):
+            method, arguments = "join", (_Code(name), *inputs)
+        else:
+            method = "run_dense" if isinstance(region.block, Dense) else "run"
+            arguments = (_Code(run), _Code(name), _Code("self"), *inputs)
         call = graph.create_node("call_method", method, arguments, dict(options), name=f"{name}_out")
     calls[last] = call
     last.replace_all_uses_with(call)
@@ -95,17 +107,22 @@ def _replace(
         graph.erase_node(node)
 
 
-def _kind(b: Block | Dense) -> str:
-    return "dense" if isinstance(b, Dense) else "block"
+_Described = Block | Dense | GatedJoin
 
 
-def _header(cls: type, blocks: dict[str, Block | Dense]) -> str:
+def _kind(b: _Described) -> str:
+    return {Block: "block", Dense: "dense", GatedJoin: "gated"}[type(b)]
+
+
+def _header(cls: type, blocks: dict[str, _Described]) -> str:
     origin = f"# {cls.__module__}.{cls.__qualname__}, with a forward written by fusedres.patch\n"
     return origin + "".join(f"# {name}: {_formula(b)}\n" for name, b in blocks.items()) + "\n"
 
 
-def _formula(b: Block | Dense) -> str:
+def _formula(b: _Described) -> str:
     """``relu(x -> conv1 -> bn1 -> relu -> conv2 -> bn2  +  x)``"""
+    if isinstance(b, GatedJoin):
+        return str(b)
     if isinstance(b, Dense):
         return "x and the channels of each layer, which reads all before it" + "".join(
             f"\n#     {_path('[...]', layer)}" for layer in b.layers
@@ -145,16 +162,13 @@ def _body(source: str) -> str:
     return re.sub(r"    (\w+) = (.+?)(?:;  (?:\w+ = )+None)?\n    return \1\n$", r"    return \2\n", body)
 
 
-def _guard(module: nn.Module, signature: inspect.Signature, stock: str) -> str:
+def _guard(signature: inspect.Signature, stock: str, changed: str) -> str:
     """The lines that send a call to the stock forward where the graph does not stand for it."""
     parameters = list(signature.parameters.values())
     required = [p.name for p in parameters if p.default is p.empty]
     conditions = [f"{name} is None" for name in required] if len(required) > 1 else []
     conditions += [_differs(p) for p in parameters if p.default is not p.empty]
-    if isinstance(module, nn.Sequential):
-        conditions.append(f"len(self._modules) != {len(module)}")
-    if not conditions:
-        return ""
+    conditions.append(changed)
     arguments = ", ".join(["self", *(f"{p.name}={p.name}" if p.kind == p.KEYWORD_ONLY else p.name for p in parameters)])
     return f"    if {' or '.join(conditions)}:\n        return {stock}.forward({arguments})\n"
 

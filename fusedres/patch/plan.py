@@ -32,6 +32,7 @@ from .selection import Selection
 from .swap import Site, Template, fused_class, template_of
 from .trace import Traced, Untraceable, survey, trace
 from .view import Region, View
+from .watch import watch
 
 __all__ = ["Plan", "make_plan"]
 
@@ -146,7 +147,7 @@ class _Planner:
             if not cut:
                 break
             needed = _cut_through(module, cut)
-            traced = trace(module, needed.__contains__)
+            traced = trace(module, needed.__contains__, traced if traced.inlined == needed else None)
             view, regions = self._match(module, traced)
             if _cut_through(module, [r for r in regions if not _scope(r)]) == needed:
                 return traced, view, regions
@@ -180,9 +181,10 @@ class _Planner:
     def _add_site(self, module: nn.Module, traced: Traced, view: View, regions: list[Region]) -> None:
         declined = tuple((conv.target, view.why_not(conv)) for conv in view.convolutions)
         inlined = tuple(path for path, m in module.named_modules() if m in traced.inlined)
-        source, names = generate(module, traced, regions, self._options)
+        watched = watch(module, regions, inlined)
+        source, names = generate(module, traced, regions, watched, self._options)
         blocks = tuple((region.pattern, region.block) for region in regions)
-        template = Template(type(module), source, blocks, inlined, declined, tuple(self._options.items()))
+        template = Template(type(module), source, blocks, inlined, watched, declined, tuple(self._options.items()))
         self.plan.sites.append(Site(self._paths[module], module, fused_class(template, names)))
 
     # -- reasons ------------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from torch import nn
 
 from ..block import Block, Dense
 from .codegen import compile_forward
+from .gated_join import GatedJoin
+from .watch import Watched
 
 __all__ = ["Site", "Template", "fused_class", "swap", "template_of", "unswap"]
 
@@ -30,16 +32,18 @@ class Template:
     Args:
         stock: the class that the module had.
         source: of the generated forward.
-        blocks: each engine call's pattern name and block.
+        blocks: each call's pattern name and block.
         inlined: the paths of the submodules that the forward no longer calls, since it holds their code.
+        watched: what must still be as it was for the forward to hold.
         declined: the convolutions that the forward calls as they are, each with the reason.
         options: the ``backend`` and ``memory`` that the calls name.
     """
 
     stock: type
     source: str
-    blocks: tuple[tuple[str, Block | Dense], ...]
+    blocks: tuple[tuple[str, Block | Dense | GatedJoin], ...]
     inlined: tuple[str, ...]
+    watched: tuple[Watched, ...]
     declined: tuple[tuple[str, str], ...]
     options: tuple[tuple[str, str], ...]
 

@@ -64,18 +64,19 @@ class Traced:
 Inline = Callable[[nn.Module], bool]
 
 
-def trace(module: nn.Module, inline: Inline) -> Traced:
+def trace(module: nn.Module, inline: Inline, surveyed: Traced | None = None) -> Traced:
     """The graph of ``module.forward``, the same in train and in eval mode.
 
     Args:
         inline: called with a submodule, says whether its forward should become part of the graph. A submodule
             that should but cannot be traced is called from the graph instead.
+        surveyed: what :func:`survey` found where it inlined the same.
 
     Raises:
         Untraceable: where the graph would not do what the forward does.
     """
     opaque: set[nn.Module] = set()
-    evaluating = _trace_around(module, inline, opaque, training=False)
+    evaluating = surveyed or _trace_around(module, inline, opaque, training=False)
     while True:
         known = len(opaque)
         training = _trace_around(module, inline, opaque, training=True)

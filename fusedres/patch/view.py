@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import fx, nn
 
 from ..block import Act, Block, Conv, Dense, Norm, SqueezeExcite, Step
+from .gated_join import GatedJoin
 from .gates import Gate, find_gate
 from .steps import (
     PASS,
@@ -79,19 +80,20 @@ class Chain:
 
 @dataclass(frozen=True)
 class Region:
-    """Nodes that one call of the engine replaces.
+    """Nodes that one call replaces.
 
     Args:
         pattern: the name of what was found, for the report.
+        block: what the call runs.
+        inputs: the tensors that the call takes: the block's input, and a second one where ``block.residual`` is
+            ``"argument"``; or the branch, the logits and the skip of a gated sum.
         nodes: every node that the call replaces; the last one's value is the call's.
-        residual: the second tensor that the call takes, where ``block.residual`` is ``"argument"``.
     """
 
     pattern: str
-    block: Block | Dense
-    entry: fx.Node
+    block: Block | Dense | GatedJoin
+    inputs: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
-    residual: fx.Node | None = None
 
 
 class View:
@@ -152,7 +154,11 @@ class View:
     def _usable_in_gate(self, node: fx.Node) -> bool:
         module = self.module_of(node)
         once = not isinstance(module, (nn.Conv2d, nn.Linear)) or self._calls[id(module)] == 1
-        return once and self._excluded(module) is None
+        return once and self.untouched(node)
+
+    def untouched(self, node: fx.Node) -> bool:
+        """Whether the module that ``node`` calls does nothing but its class's forward, and may be touched."""
+        return self._excluded(self.module_of(node)) is None
 
     def input_of(self, node: fx.Node) -> fx.Node | None:
         """The tensor that the step at ``node`` reads."""
@@ -238,16 +244,17 @@ class View:
     def only_reader(self, node: fx.Node) -> fx.Node | None:
         """The one step that reads ``node``, where there is exactly one and it reads nothing else."""
         for reader in node.users:
-            if reader.op != "output" and self.input_of(reader) is node:
-                if node.users.keys() <= set(self.nodes_of(reader)):
-                    return reader
+            step = set(self.nodes_of(reader)) if reader.op != "output" and self.input_of(reader) is node else set()
+            if node.users.keys() <= step:
+                return reader
         return None
 
     # -- regions ------------------------------------------------------------------------------------------------------
 
     def problem(self, region: Region) -> str | None:
         """Why ``region`` may not become one call; ``None`` where it may."""
-        return self.unsupported(region.block) or self._write_problem(region)
+        problem = None if isinstance(region.block, GatedJoin) else self.unsupported(region.block)
+        return problem or self._write_problem(region)
 
     def take(self, region: Region) -> None:
         self._taken.update(region.nodes)
@@ -295,7 +302,7 @@ class View:
 
     def _write_problem(self, region: Region) -> str | None:
         """A call never changes its inputs, and reads them at its last node's turn; its nodes may do otherwise."""
-        inside, inputs = set(region.nodes), self._storage(region.entry) | self._storage(region.residual)
+        inside, inputs = set(region.nodes), set().union(*map(self._storage, region.inputs))
         first, last = min(map(self._order.__getitem__, inside)), self._order[region.nodes[-1]]
         for write, written in self._writes:
             # The target of an in-place sum is for the pattern to judge, which knows what became of both operands.

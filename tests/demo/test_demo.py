@@ -7,9 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from fusedres import select
+from fusedres import console, select
 from fusedres.cli import main
-from fusedres.demo import main as demo
 from fusedres.demo.data import digits, photographs
 from fusedres.demo.plot import save_figure
 from fusedres.demo.training import Training, deviation, train
@@ -54,7 +53,7 @@ def test_the_figure(tmp_path):
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "sklearn" else object())
+    monkeypatch.setattr(console, "find_spec", lambda name: None if name == "sklearn" else object())
     assert main(["demo", "--quick"]) == 2
     assert "the demo needs sklearn: pip install fusedres[demo]" in capsys.readouterr().out
 

@@ -12,10 +12,16 @@ from fusedres.nn import DenseBlock, DenseBottleneckBlock, DenseBottleneckLayer, 
 from fusedres.testing import channels_last, compare
 
 BLOCKS = {
-    "one": {"num_layers": 1, "in_channels": 16, "growth_rate": 8},
     "four": {"num_layers": 4, "in_channels": 16, "growth_rate": 12},
     "odd": {"num_layers": 3, "in_channels": 7, "growth_rate": 5},
 }
+
+
+LAYERS = {
+    "default": {"in_channels": 24, "growth_rate": 8},
+    "narrow": {"in_channels": 9, "growth_rate": 6, "bn_size": 2},
+}
+TRANSITIONS = {"half": {"in_channels": 24, "out_channels": 12}, "more": {"in_channels": 8, "out_channels": 20}}
 
 
 class TestDenseBlock(BlockContract):
@@ -27,11 +33,7 @@ class TestDenseBottleneckBlock(BlockContract):
 
 
 class TestDenseBottleneckLayer(BlockContract):
-    plain, fused = survey_blocks.DenseBottleneckLayer, DenseBottleneckLayer
-    shapes = {
-        "default": {"in_channels": 24, "growth_rate": 8},
-        "narrow": {"in_channels": 9, "growth_rate": 6, "bn_size": 2},
-    }
+    plain, fused, shapes = survey_blocks.DenseBottleneckLayer, DenseBottleneckLayer, LAYERS
 
     def test_several_tensors_are_concatenated(self, shape):
         layer = DenseBottleneckLayer(**shape).eval()
@@ -40,8 +42,7 @@ class TestDenseBottleneckLayer(BlockContract):
 
 
 class TestTransition(BlockContract):
-    plain, fused = survey_blocks.Transition, Transition
-    shapes = {"half": {"in_channels": 24, "out_channels": 12}, "more": {"in_channels": 8, "out_channels": 20}}
+    plain, fused, shapes = survey_blocks.Transition, Transition, TRANSITIONS
 
 
 def test_a_transition_halves_the_channels():

@@ -10,6 +10,7 @@ import torch
 from odefuncs import Counting, TimeConv, fused_function, oscillator
 from torch import nn
 
+import fusedres
 from fusedres.nn import ODEBlock
 from fusedres.ode import METHODS, odeint
 from fusedres.testing import channels_last
@@ -66,6 +67,21 @@ def test_functions_with_fused_blocks(adjoint):
     block(x).square().sum().backward()
     assert x.grad.isfinite().all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("backend", ["stock", "reference"])
+def test_every_backend_takes_the_same_steps(backend, adjoint):
+    block, x = block_of("dopri5", adjoint), channels_last((2, 6, 5, 4)).requires_grad_()
+    results = []
+    for name in ("auto", backend):
+        with fusedres.use_backend(name):
+            out = block(x)
+            results.append((out.detach(), torch.autograd.grad(out.sum(), x)[0], block.nfe))
+    (out, grad, nfe), (expected_out, expected_grad, expected_nfe) = results
+    assert nfe == expected_nfe
+    torch.testing.assert_close(out, expected_out)
+    torch.testing.assert_close(grad, expected_grad)
 
 
 def test_gradients_reach_a_function_that_is_no_module():

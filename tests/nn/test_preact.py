@@ -8,6 +8,8 @@ from nn_contract import ResidualContract
 
 from fusedres.nn import PreActBottleneckBlock, PreActResidualBlock
 
+PENDING = {"residual": "pending"}
+
 
 class TestPreActResidualBlock(ResidualContract):
     plain, fused, last = survey_blocks.PreActResidualBlock, PreActResidualBlock, "conv2"
@@ -15,7 +17,7 @@ class TestPreActResidualBlock(ResidualContract):
 
 class TestPendingPreActResidualBlock(ResidualContract):
     plain, fused, last = survey_blocks.PendingPreActResidualBlock, PreActResidualBlock, "conv2"
-    options = {"residual": "pending"}
+    options = PENDING
 
 
 class TestPreActBottleneckBlock(ResidualContract):
@@ -24,7 +26,7 @@ class TestPreActBottleneckBlock(ResidualContract):
 
 class TestPendingPreActBottleneckBlock(ResidualContract):
     plain, fused, last = survey_blocks.PendingPreActBottleneckBlock, PreActBottleneckBlock, "conv3"
-    options = {"residual": "pending"}
+    options = PENDING
 
 
 @pytest.mark.parametrize("block", [PreActResidualBlock, PreActBottleneckBlock])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import survey_blocks
 import torch
 from nn_contract import SHAPES, ResidualContract
@@ -10,10 +11,7 @@ from torchvision_shim import torchvision_models
 from fusedres.nn import ResNeXtBlock, ResNeXtBottleneckBlock
 from fusedres.testing import channels_last, compare
 
-GROUPED = {
-    **{name: {**arguments, "cardinality": 4, "width": 6} for name, arguments in SHAPES.items()},
-    "defaults": {"in_channels": 16, "out_channels": 64, "stride": 2},
-}
+GROUPED = {name: {**arguments, "cardinality": 4, "width": 6} for name, arguments in SHAPES.items()}
 
 
 class TestResNeXtBlock(ResidualContract):
@@ -22,6 +20,12 @@ class TestResNeXtBlock(ResidualContract):
 
 class TestResNeXtBottleneckBlock(ResidualContract):
     plain, fused, last, shapes = survey_blocks.ResNeXtBottleneckBlock, ResNeXtBottleneckBlock, "bn3", GROUPED
+
+
+@pytest.mark.parametrize("block", [ResNeXtBlock, ResNeXtBottleneckBlock])
+def test_defaults(block):
+    conv = block(16, 64).conv2
+    assert (conv.groups, conv.out_channels) == (32, 128)
 
 
 def test_a_stage_of_torchvisions():

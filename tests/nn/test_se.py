@@ -12,10 +12,11 @@ from fusedres.testing import channels_last, compare
 
 EXCITED = {name: {**arguments, "reduction": 4} for name, arguments in SHAPES.items()}
 
+GATES = {"default": {"channels": 48}, "little": {"channels": 12, "reduction": 3}}
+
 
 class TestSEBlock(BlockContract):
-    plain, fused, has_bias = survey_blocks.SEBlock, SEBlock, False
-    shapes = {"default": {"channels": 48}, "little": {"channels": 12, "reduction": 3}}
+    plain, fused, has_bias, shapes = survey_blocks.SEBlock, SEBlock, False, GATES
 
 
 class TestSEBottleneckBlock(ResidualContract):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -279,6 +281,14 @@ def test_small_tensors_run_as_stock_unless_a_backend_is_forced(monkeypatch):
         assert ("GatedJoin" in gated_join(*leaves).grad_fn.name()) is fused
         with fusedres.use_backend("reference"):
             assert "GatedJoin" in gated_join(*leaves).grad_fn.name()
+
+
+def test_a_backend_without_the_op_leaves_it_to_stock(monkeypatch):
+    module = sys.modules["fusedres.ops.gated_join"]
+    leaf = torch.randn(8, requires_grad=True)
+    for backend, fused in (("cpu", True), ("reference", True), ("another", False), ("stock", False)):
+        monkeypatch.setattr(module, "backend_for", lambda *_, backend=backend: backend)
+        assert ("GatedJoin" in gated_join(leaf, leaf, leaf).grad_fn.name()) is fused
 
 
 def test_empty_batches():

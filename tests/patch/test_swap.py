@@ -9,14 +9,18 @@ import pickle
 import subprocess
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from survey_blocks import MyResNet, ResidualBlock
-from torch import nn
+from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision_shim import torchvision_models
 
 from fusedres.patch import explain, patch, unpatch
+from fusedres.testing import compare
 
 from .blocks import Layers, assert_same, check_patched, images, settled
 
@@ -270,6 +274,85 @@ def test_patching_leaves_the_modes():
     assert {path: m.training for path, m in model.named_modules()} == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dtype_may_change(dtype):
+    def patch_in_double(model):
+        patch(model.double())
+        model.eval()(images(3))
+        model.to(dtype)
+
+    stock = settled(MyResNet(3, 4, 2)).eval()
+    compare(stock, patch_in_double, lambda seed: [images(3)], dtype=dtype).check()
+
+
+def test_frozen_parameters_get_no_gradient():
+    stock = settled(MyResNet(3, 4, 2))
+    model = copy.deepcopy(stock)
+    patch(model)
+    for m in (stock, model):
+        m.stem.requires_grad_(False)
+        m.layers[0].bn1.requires_grad_(False)
+        m.layers[1].conv2.bias.requires_grad_(False)
+    assert_same(model, stock, images(3))
+
+
+def test_loading_weights_reaches_folded_ones():
+    stock, model = settled(MyResNet(3, 4, 2)).eval(), settled(MyResNet(3, 4, 2), seed=5).eval()
+    patch(model)
+    with torch.no_grad():
+        before = model(images(3))
+        model.load_state_dict(stock.state_dict())
+        torch.testing.assert_close(model(images(3)), stock(images(3)), rtol=1e-9, atol=1e-11)
+        assert not torch.equal(before, model(images(3)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_around_blocks(reentrant):
+    class Checkpointed(MyResNet):
+        def forward(self, x):
+            x = self.stem(x)
+            for layer in self.layers:
+                x = checkpoint(layer, x, use_reentrant=reentrant)
+            return x
+
+    report = check_patched(Checkpointed(3, 4, 2), images(3))
+    assert report.coverage == 1.0
+
+
+def test_part_of_a_patched_model():
+    """What reads features from the middle of a model builds a new one from its children."""
+    stock = settled(MyResNet(3, 4, 2)).eval()
+    model = copy.deepcopy(stock)
+    patch(model)
+    part = nn.Sequential(model.stem, model.layers[0])
+    assert type(part[1]).__name__ == "FusedResidualBlock"
+    torch.testing.assert_close(part(images(3)), stock.layers[0](stock.stem(images(3))), rtol=1e-9, atol=1e-11)
+
+
+def test_a_patched_model_is_traced_as_its_stock_layers():
+    model = settled(MyResNet(3, 4, 2)).eval()
+    expected = model(images(3))
+    patch(model)
+    graph = fx.symbolic_trace(model)
+    assert "layers.1.conv2" in {node.target for node in graph.graph.nodes}
+    torch.testing.assert_close(graph(images(3)), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_feature_extraction():
+    models = torchvision_models()
+    feature_extraction = import_module("torchvision.models.feature_extraction")
+    getter = import_module("torchvision.models._utils").IntermediateLayerGetter
+    stock = settled(models.resnet18()).eval()
+    model = copy.deepcopy(stock)
+    patch(model)
+    nodes = {"layer1": "a", "layer2": "b"}
+    x = images(3, 32)
+    for extract in (getter, feature_extraction.create_feature_extractor):
+        ours, theirs = extract(model, nodes)(x), extract(stock, nodes)(x)
+        for name in ("a", "b"):
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-11)
+
+
 def test_a_train_method_of_its_own_is_not_called():
     class Frozen(ResidualBlock):
         def train(self, mode=True):
@@ -309,6 +392,8 @@ def test_source_is_what_runs():
         "# block_0: relu(x -> conv1 -> bn1 -> relu -> conv2 -> bn2  +  x)",
         "",
         "def forward(self, x):",
+        "    if changed(self, watched):",
+        "        return stock.forward(self, x)",
         "    return fusedres_block.run(block_0, self, x)",
     ]
     assert inspect.getsource(type(model).forward).strip() == "\n".join(source.splitlines()[3:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from survey_blocks import BottleneckBlock, MyResNet, ResidualBlock, ResNet
+from survey_blocks import MyResNet
 from torch import nn
 from torchvision_shim import torchvision_models
 
@@ -61,35 +61,6 @@ def test_a_checkpoint_fits_both_ways():
     patched.load_state_dict(stock.state_dict())
     x = images(3, 32)
     torch.testing.assert_close(patched(x), stock(x), rtol=1e-9, atol=1e-11)
-
-
-def small_survey_resnet() -> nn.Module:
-    return ResNet(5, (8, 16, 16, 16, 16), (2, 1, 1, 1))
-
-
-SURVEY_STAGES = {
-    "layer1.0": PROJECTION,
-    "layer1.1": IDENTITY,
-    "layer2.0": PROJECTION,
-    "layer3.0": PROJECTION,
-    "layer4.0": PROJECTION,
-}
-
-
-@pytest.mark.parametrize(
-    ("model", "channels", "expected"),
-    [
-        (lambda: ResidualBlock(4), 4, {"": IDENTITY}),
-        (lambda: BottleneckBlock(4, 8, stride=2), 4, {"": PROJECTION}),
-        (lambda: BottleneckBlock(8, 8), 8, {"": IDENTITY}),
-        (lambda: MyResNet(3, 4, 2), 3, {"stem": "conv-bn-relu", "layers.0": IDENTITY, "layers.1": IDENTITY}),
-        (small_survey_resnet, 3, {"stem": "conv-bn-relu", **SURVEY_STAGES}),
-    ],
-)
-def test_survey(model, channels, expected):
-    report = check_patched(model(), images(channels, 20))
-    assert {site.path: site.pattern for site in report.fused} == expected
-    assert report.coverage == 1.0
 
 
 def test_report_names_the_layout():

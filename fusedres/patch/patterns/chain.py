@@ -43,7 +43,7 @@ def _beginning(view: View, run: Chain) -> Region | None:
         part = Chain(run.entry, run.links[:end])
         if len(part.steps) < 2 or not part.convolutions or part.steps[-1] is not run.links[end - 1].step:
             continue
-        region = Region(_name(part.steps), Block(part.steps), part.entry, part.nodes)
+        region = Region(_name(part.steps), Block(part.steps), (part.entry,), part.nodes)
         reason = view.problem(region)
         if reason is None:
             return region

@@ -9,7 +9,8 @@ written                                                    where
 =========================================================  ==============================================
 
 Both become one ``Dense(layers)``, which has neither the concatenations nor their copies. Preconditions: new channels
-come behind the old ones; each layer begins with a norm and ends with a convolution; nothing but the block reads what
+come behind the old ones; each layer begins with a norm and ends with a convolution, or a dropout behind
+it; nothing but the block reads what
 its layers make. A layer for which this does not hold is a chain.
 """
 
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from ...block import Dense
+from ...block import Dense, Dropout
 from ..view import Chain, Region, View
 
 __all__ = ["find"]
@@ -43,9 +44,10 @@ def _region(view: View, end: fx.Node, layers: list[Chain]) -> Iterator[Region]:
     inside = {node for layer in layers for node in layer.nodes}
     for cat in (end, *(layer.entry for layer in layers)):
         inside |= _cats(cat, x)
-    region = Region(
-        f"dense block of {len(layers)}", Dense(tuple(layer.steps for layer in layers)), x, view.in_order(inside)
-    )
+    dense = Dense(tuple(layer.steps for layer in layers))
+    drops = any(isinstance(step, Dropout) for layer in dense.layers for step in layer)
+    name = f"dense block of {len(layers)}{' (dropout)' if drops else ''}"
+    region = Region(name, dense, (x,), view.in_order(inside))
     reason = view.problem(region)
     if any(not node.users.keys() <= inside for node in inside - {end}):
         reason = reason or "a value inside is used outside"

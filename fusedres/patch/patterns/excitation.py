@@ -16,7 +16,7 @@ __all__ = ["find"]
 def find(view: View) -> Iterator[Region]:
     for product in view.gates():
         block = Block((view.reading(product),))
-        region = Region("squeeze-excitation", block, view.input_of(product), view.nodes_of(product))
+        region = Region("squeeze-excitation", block, (view.input_of(product),), view.nodes_of(product))
         reason = view.problem(region)
         if reason is None:
             yield region

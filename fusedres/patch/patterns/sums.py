@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ...block import Act, Block, Dropout, DropPath, Norm, SqueezeExcite, Step
+from ...block import Act, Block, Conv, Dropout, DropPath, Norm, SqueezeExcite, Step
 from ...ops.activations import IDENTITY, Activation
 from ..steps import Addition
 from ..view import Chain, Region, View
@@ -89,12 +89,12 @@ def with_shortcut(family: str, found: Sum, branch: Chain, other: Chain) -> Itera
         kind = "projection" if other.steps else "identity"
         block = Block(branch.steps, other.steps, found.act, in_place=_keeps_dtype(found, branch))
         nodes = (*other.nodes, *branch.nodes, found.node, *found.tail.nodes)
-        yield Region(_name(family, kind, block), block, branch.entry, nodes)
+        yield Region(_name(family, kind, block), block, (branch.entry,), nodes)
 
 
 def with_pending(family: str, view: View, found: Sum, branch: Chain, other: Chain) -> Iterator[Region]:
     """``branch(p) + other(p)`` with ``p = act(norm(x))``, which nothing else reads."""
-    if other.entry is not branch.entry:
+    if other.entry is not branch.entry or not isinstance(branch.steps[0], Conv):
         return
     head = view.chain_into(branch.entry, frozenset((*branch.nodes, *other.nodes, found.node)))
     if not head.steps or not all(isinstance(step, (Norm, Act)) for step in head.steps):
@@ -103,14 +103,14 @@ def with_pending(family: str, view: View, found: Sum, branch: Chain, other: Chai
     in_place = _keeps_dtype(found, branch)
     block = Block((*head.steps, *branch.steps), other.steps, found.act, residual="pending", in_place=in_place)
     nodes = (*head.nodes, *other.nodes, *branch.nodes, found.node, *found.tail.nodes)
-    yield Region(_name(family, kind, block), block, head.entry, nodes)
+    yield Region(_name(family, kind, block), block, (head.entry,), nodes)
 
 
 def with_argument(family: str, found: Sum, branch: Chain, other: Chain) -> Region:
     """``branch(x) + other``, where the other operand is made elsewhere."""
     block = Block(branch.steps, (), found.act, residual="argument", in_place=_keeps_dtype(found, branch))
     nodes = (*branch.nodes, found.node, *found.tail.nodes)
-    return Region(_name(family, "second input", block), block, branch.entry, nodes, residual=other.end)
+    return Region(_name(family, "second input", block), block, (branch.entry, other.end), nodes)
 
 
 def _keeps_dtype(found: Sum, branch: Chain) -> bool:

@@ -1,0 +1,31 @@
+"""Devices and this machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusedres.analysis import DEVICES, devices
+
+
+def test_the_table():
+    assert set(DEVICES) == {"H100", "H200", "A100", "RTX4090"}
+    for device in DEVICES.values():
+        assert device.peak(torch.float16) == device.peak(torch.bfloat16) == 2 * device.peak(torch.float32)
+        # A balance far above one operation per byte, or a number is off by a power of ten.
+        assert 50 < device.peak(torch.bfloat16) / device.bandwidth < 500
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_this_machine_is_measured(monkeypatch, dtype):
+    monkeypatch.setattr(devices, "_COPIED", 2**22)
+    monkeypatch.setattr(devices, "_SIDE", 128)
+    device = devices.device_named("cpu", dtype)
+    assert 1e7 < device.bandwidth < 1e13
+    assert 1e7 < device.peak(dtype) < 1e15
+    assert "this CPU" in device.name
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="got 'P100'"):
+        devices.device_named("P100", torch.float32)

@@ -1,0 +1,96 @@
+"""A recorded run without memory is that of a real one, op by op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import deterministic
+
+import fusedres
+from fusedres import models
+from fusedres.analysis.peak import resident
+from fusedres.analysis.phantom import Recorder, phantom_input, phantom_model
+from fusedres.analysis.traffic import record_step
+from fusedres.select import use_backend, why_not
+
+BACKENDS = ["stock", "reference"] + ["cpu"] * (why_not("cpu", "cpu", torch.float32) is None)
+
+
+def network(**options: bool) -> nn.Module:
+    return models.cifar_resnet(8, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_phantom_step_is_recorded_as_the_real_one(backend):
+    model = network().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    real = record_step(model, x, use_backend(backend), phantom=False)
+    phantom = record_step(phantom_model(model), phantom_input(x.shape), use_backend(backend))
+    assert len(real) > 50
+    for a, b in zip(real, phantom, strict=True):
+        assert a == b
+
+
+def test_values_are_followed_through_views_and_in_place_ops():
+    recorder = Recorder({}, phantom=False)
+    with recorder:
+        x = torch.ones(4, 4)
+        y = x * 2
+        y.view(16)[:8].add_(1)
+        z = y + x
+    first, made, update, total = recorder.calls
+    assert made.reads[0].value == first.writes[0].value
+    assert update.reads[0].value == made.writes[0].value
+    assert update.writes[0].value != made.writes[0].value
+    assert {t.value for t in total.reads} == {update.writes[0].value, first.writes[0].value}
+    assert update.touched == 2 * 8 * 4
+    assert total.touched == 3 * z.nbytes
+
+
+def test_broadcasts_are_read_once():
+    recorder = Recorder({}, phantom=False)
+    with recorder:
+        torch.ones(8).expand(64, 8).add(1)
+    assert recorder.calls[-1].reads[0].nbytes == 8 * 4
+
+
+def test_the_model_is_left_alone_and_nothing_takes_memory(monkeypatch):
+    monkeypatch.setattr(deterministic, "fill_uninitialized_memory", False)  # it would touch what is not to be touched
+    model = network()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    start = resident()
+    record_step(phantom_model(model), phantom_input((512, 3, 256, 256)), use_backend("stock"))
+    one_activation = 512 * 16 * 256 * 256 * 4
+    assert resident() - start < one_activation / 8
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_model_that_reads_values_is_refused():
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) if x.sum() > 0 else x
+
+    with pytest.raises(ValueError, match="reads a tensor's value"):
+        record_step(phantom_model(Reads()), phantom_input((1, 2)), use_backend("stock"))
+
+
+def test_plain_tensor_attributes_and_shared_parameters_are_copied_too():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    model[0].table = torch.ones(3)
+    phantom = phantom_model(model, torch.bfloat16)
+    assert phantom[0].weight is phantom[1].weight
+    assert phantom[0].weight.dtype == phantom[0].table.dtype == torch.bfloat16
+    assert phantom[0].table is not model[0].table
+
+
+def test_a_patched_model_stays_patched():
+    model = network(fused=True)
+    assert type(phantom_model(model).layer1[0]) is type(model.layer1[0])
+    assert fusedres.unpatch(phantom_model(model)) > 0

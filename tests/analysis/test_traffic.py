@@ -1,0 +1,230 @@
+"""Bytes of a training step: against tensors counted in real runs, and against sums by hand."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fusedres
+from fusedres import models
+from fusedres.analysis import DEVICES, Device, depth_network, traffic
+from fusedres.analysis.traffic import OUTSIDE, SCHEDULES
+from fusedres.cli import main
+from fusedres.select import use_backend
+
+ENDLESS = Device("endless", 1.0, {torch.float32: float("inf"), torch.bfloat16: float("inf")})
+"""One byte per second and any arithmetic: its seconds are bytes."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counted in a real run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Counting(TorchDispatchMode):
+    """Adds up what every op of a real run is given, gives back, and is seen to have changed."""
+
+    FREE = {"aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty_strided.default"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.touched = 0
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if func.is_view or name in self.FREE:
+            return func(*args, **(kwargs or {}))
+        given = tensors((args, kwargs))
+        before = [t.clone() for t in given]
+        out = func(*args, **(kwargs or {}))
+        returned = tensors(out)
+        changed = [t for t, old in zip(given, before) if not torch.equal(t, old) and not any(t is r for r in returned)]
+        self.ops[name] += bool(given or returned)
+        self.touched += size(t for i, t in enumerate(args) if i not in unread(name, args)) + size(returned + changed)
+        return out
+
+
+def unread(name: str, args: tuple) -> set[int]:
+    """The arguments that are given for their shape, or to be overwritten."""
+    if name == "aten.convolution_backward.default":  # dgrad reads no input, wgrad no weight
+        needs_input, needs_weight, _ = args[10]
+        return {i for i, needed in ((1, needs_weight), (2, needs_input)) if not needed}
+    return {"aten.copy_.default": {0}, "fusedres.conv_wgrad.default": {8}}.get(name, set())
+
+
+def tensors(tree) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def size(tree) -> int:
+    """Bytes of the distinct tensors in ``tree``; those of a broadcast are the bytes of what is broadcast."""
+    found = {t.untyped_storage().data_ptr(): t for t in tensors(list(tree)) if t.numel()}
+    return sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in found.values())
+
+
+def counted(model: nn.Module, shape: tuple[int, ...], backend: str) -> Counting:
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    model = model.to(memory_format=torch.channels_last).train()
+    count = Counting()
+    with use_backend(backend), count:
+        out = model(x)
+    gradient = torch.randn_like(out)
+    with use_backend(backend), count:
+        out.backward(gradient)
+    return count
+
+
+BLOCKS = {
+    "basic": lambda: fusedres.nn.ResidualBlock(8),
+    "basic, projection": lambda: fusedres.nn.ResidualBlock(8, 16, stride=2),
+    "bottleneck": lambda: fusedres.nn.BottleneckBlock(16, 16),
+    "bottleneck, projection": lambda: fusedres.nn.BottleneckBlock(8, 16, stride=2, bias=False),
+    "padded shortcut": lambda: models.cifar.CifarBlock(8, 16, 2),
+    "plain": lambda: depth_network("plain", 8, fused=False).layer2[0],
+    "pre-activation": lambda: depth_network("pre-activation", 8, fused=False).layer2[0],
+    "grouped": lambda: models.resnext50_32x4d(fused=False).layer4[1],
+}
+CHANNELS = {"bottleneck": 16, "plain": 16, "pre-activation": 16, "grouped": 2048}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("schedule", ["stock", "fused"])
+def test_a_block_touches_what_is_counted(name, schedule):
+    block, shape = BLOCKS[name](), (2, CHANNELS.get(name, 8), 6, 6)
+    found = traffic(block, shape, torch.float32, ENDLESS).total(schedule).touched
+    if schedule == "fused":
+        fusedres.patch(block)
+    assert found == counted(block, shape, {"stock": "stock", "fused": "reference"}[schedule]).touched
+
+
+@pytest.mark.parametrize("schedule", ["stock", "fused"])
+def test_resnet50_touches_what_is_counted(schedule):
+    model, shape = models.resnet50(fused=False, num_classes=10), (2, 3, 64, 64)
+    found = traffic(model, shape, torch.float32, ENDLESS)
+    if schedule == "fused":
+        fusedres.patch(model)
+    real = counted(model, shape, {"stock": "stock", "fused": "reference"}[schedule])
+    assert found.total(schedule).touched == real.touched
+    assert found.total(schedule).kernels == sum(real.ops.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Summed by hand, in units of a bottleneck's narrow tensor
+# ---------------------------------------------------------------------------------------------------------------------
+
+STOCK_PASSES = {
+    # reads and writes: convolution; batch norm reads twice; ReLU and the addition in place
+    "forward": (4 + 1) + (1 + 1) + (1 + 4) + (3 + 3 + 12) + (2 + 2 + 8) + 12,
+    # ReLU; batch norm reads gradient and input twice; dgrad and wgrad both read the gradient; the two paths' sum
+    "backward": (12 + 3 + 3) + (20 + 5 + 5) + (10 + 4 + 10) + 12,
+}
+FUSED_PASSES = {
+    # convolution, statistics, join
+    "forward": (4 + 1) + (1 + 1) + (1 + 4) + (1 + 1 + 4) + (2 + 2 + 12),
+    # sums and gradients of the last join; dgrad, wgrad, sums with the value, gradients, twice; wgrad, dgrad onto
+    "backward": (12 + 20) + (4 + 1 + 3 + 5 + 3) + (1 + 1 + 3 + 2 + 3) + (5 + 9),
+}
+
+
+@pytest.mark.parametrize(("schedule", "passes"), [("stock", STOCK_PASSES), ("fused", FUSED_PASSES)])
+def test_an_identity_bottleneck_by_hand(schedule, passes):
+    n, size = 4, 56
+    unit = n * 64 * size * size * 2
+    # The norm in front makes the block's input one that needs a gradient.
+    model = nn.Sequential(nn.BatchNorm2d(256), models.resnet50(fused=False).layer1[1])
+    found = traffic(model, (n, 256, size, size), torch.bfloat16, ENDLESS).blocks["1"][schedule]
+    weights_and_rows = found.nbytes / unit - sum(passes.values())
+    assert 0 < weights_and_rows < 0.5
+
+
+def test_a_compiler_s_schedule_by_hand():
+    """conv, batch norm, ReLU, conv: the normalised value is written once, for the second convolution."""
+    pair = nn.Sequential(
+        nn.Conv2d(64, 64, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 1, bias=False)
+    )
+    n, size = 4, 32
+    unit = n * 64 * size * size * 4
+    found = traffic(pair, (n, 64, size, size), torch.float32, ENDLESS).blocks[""]["inductor"]
+    forward = 2 + 1 + (1 + 1) + 2  # convolution, statistics, normalise and ReLU, convolution
+    backward = (2 + 1 + 1) + 3 + (3 + 1) + 2  # dgrad and wgrad, sums, gradient, wgrad alone
+    assert 0 < found.nbytes / unit - (forward + backward) < 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it tells
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_schedules_are_in_order_and_total_is_their_sum():
+    found = traffic(models.resnet18(fused=False), (8, 3, 64, 64), device="H100")
+    nbytes = {schedule: found.total(schedule).nbytes for schedule in SCHEDULES}
+    assert nbytes["fused"] < nbytes["stock"]
+    assert nbytes["inductor"] < nbytes["stock"]
+    assert sum(costs["stock"].nbytes for costs in found.blocks.values()) == nbytes["stock"]
+    assert list(found.blocks)[-1] == OUTSIDE
+    assert len(found.blocks) == 9
+    assert "H100 SXM" in str(found)
+    json.dumps(found.to_dict())
+
+
+def test_patched_or_not_and_blocks_of_this_library_are_counted_alike():
+    stock, patched = models.resnet18(fused=False), models.resnet18(fused=True)
+    shape = (4, 3, 64, 64)
+    assert traffic(stock, shape, device=ENDLESS).blocks == traffic(patched, shape, device=ENDLESS).blocks
+    assert fusedres.explain(patched).fused[0].already  # and it is still patched
+    block = fusedres.nn.ResidualBlock(8)
+    found = traffic(block, (4, 8, 64, 64), device=ENDLESS)
+    assert found.total("fused").nbytes < found.total("stock").nbytes
+
+
+def test_flops_are_the_networks():
+    """Three times the forward's, less the stem's dgrad."""
+    found = traffic(models.resnet50(fused=False), (2, 3, 224, 224), device="H100")
+    stem = 2 * 64 * 112 * 112 * 49 * 3
+    for schedule in SCHEDULES:
+        assert found.total(schedule).flops == 2 * (3 * 2 * 4_089_184_256 - stem)
+
+
+def test_low_memory_recomputes():
+    model, shape = models.resnet50(fused=False), (2, 3, 64, 64)
+    auto, low = (traffic(model, shape, device=ENDLESS, memory=memory).total("fused") for memory in ("auto", "low"))
+    assert low.flops > auto.flops
+    assert low.nbytes > auto.nbytes
+
+
+def test_the_roofline():
+    block, shape = fusedres.nn.ResidualBlock(8), (4, 8, 16, 16)
+    by_bytes = traffic(block, shape, torch.float32, ENDLESS).total("stock")
+    assert by_bytes.seconds == by_bytes.nbytes
+    slow = Device("slow", float("inf"), {torch.float32: 1.0})
+    by_flops = traffic(block, shape, torch.float32, slow).total("stock")
+    assert by_flops.seconds == by_flops.flops > 0
+    assert Device("both", 10.0, {torch.float32: 2.0}).seconds(100, 10, torch.float32) == 10
+
+
+def test_bad_arguments():
+    model = nn.Conv2d(3, 4, 1)
+    with pytest.raises(ValueError, match="'H100', 'H200', 'A100', 'RTX4090', got 'TPU'"):
+        traffic(model, (1, 3, 4, 4), device="TPU")
+    with pytest.raises(ValueError, match="torch.float64"):
+        traffic(model, (1, 3, 4, 4), torch.float64, "H100")
+    with pytest.raises(ValueError, match="requires a gradient"):
+        traffic(nn.ReLU(), (1, 3, 4, 4))
+
+
+def test_the_command(tmp_path, capsys):
+    figure, results = tmp_path / "figure.png", tmp_path / "results.json"
+    options = ["--shape", "2,3,32,32", "--device", "H100", "A100", "--out", str(figure), "--json", str(results)]
+    assert main(["traffic", "cifar_resnet", *options]) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    content = json.loads(results.read_text())
+    assert [found["device"] for found in content["found"]] == [DEVICES[name].name for name in ("H100", "A100")]
+    assert "layer3.2" in capsys.readouterr().out
+    assert main(["traffic", "nothing"]) == 2

@@ -1,0 +1,93 @@
+"""The join in the emulator: every layout, dtype, residual, activation, gain and dropout."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+
+import pytest
+import torch
+from cuda_ops import DTYPES, LAYOUTS, RESIDUALS, JoinCase
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fusedres.ops.activations import ACTIVATIONS, Activation
+from fusedres.ops.join import JOIN
+from fusedres.testing import channels_last, contiguous, transposed
+
+ACTS = [Activation(name, 0.125) for name in ACTIVATIONS]
+relaxed = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_against_float64(layout, dtype):
+    for shape, residual in itertools.product([(2, 37, 6, 5), (2, 64, 3, 3)], RESIDUALS):
+        for gained, dropout in itertools.product((False, True), (0.0, 0.3)):
+            JoinCase(shape, layout, dtype, residual, gained=gained, dropout=dropout).check_forward()
+
+
+@pytest.mark.parametrize("act", ACTS, ids=str)
+def test_activations(act):
+    for layout, dtype in itertools.product(LAYOUTS, DTYPES):
+        JoinCase((2, 16, 4, 3), layout, dtype, "affine", act).check_forward()
+
+
+@relaxed
+@given(
+    n=st.integers(0, 3),
+    c=st.integers(1, 70),
+    h=st.integers(0, 9),
+    w=st.integers(1, 9),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    residual=st.sampled_from(RESIDUALS),
+    gained=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.5, 1.0]),
+    normed=st.booleans(),
+)
+def test_any_shape(n, c, h, w, layout, residual, gained, dropout, normed):
+    case = JoinCase((n, c, h, w), layout, residual=residual, gained=gained, dropout=dropout, normed=normed)
+    out = JOIN.overload("cuda")(*case.operands, *case.modifiers)
+    torch.testing.assert_close(out, JOIN.overload("reference")(*case.operands, *case.modifiers), rtol=1e-5, atol=1e-5)
+
+
+def test_offsets_beyond_32_bits():
+    """A slice whose pixels lie so far apart that the last ones are past 2^31 elements; few of the pages exist."""
+    pixels, channels, pitch = 5, 8, 2**29
+    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python does not name
+    memory = mmap.mmap(-1, pixels * pitch * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    flat = torch.frombuffer(memory, dtype=torch.bfloat16)
+    y = flat.as_strided((1, channels, 1, pixels), (pixels * pitch, 1, pixels * pitch, pitch))
+    y.copy_(contiguous((1, channels, 1, pixels), torch.bfloat16))
+    assert (pixels - 1) * pitch >= 2**31
+    assert torch.equal(JOIN.overload("cuda")(y, None, None, None, 1, 0.0), y.relu())
+
+
+def test_dropout_is_that_of_every_backend():
+    y = channels_last((2, 12, 5, 3)).abs() + 1
+    seed = torch.tensor([-5])
+    out = JOIN.overload("cuda")(y, None, None, None, 0, 0.0, None, 0.4, seed)
+    assert torch.equal(out == 0, JOIN.overload("reference")(y, None, None, None, 0, 0.0, None, 0.4, seed) == 0)
+    same = JOIN.overload("cuda")(y.contiguous(), None, None, None, 0, 0.0, None, 0.4, seed)
+    assert torch.equal(out, same)
+
+
+def test_wrong_input():
+    y = channels_last((2, 8, 4, 4))
+    with pytest.raises(RuntimeError, match="layout"):
+        JOIN.overload("cuda")(y, None, contiguous((2, 8, 4, 4)), None, 1, 0.0)
+    with pytest.raises(RuntimeError, match="layout"):
+        JOIN.overload("cuda")(transposed((2, 8, 4, 4)), None, None, None, 1, 0.0)
+    with pytest.raises(RuntimeError, match="norm"):
+        JOIN.overload("cuda")(y, torch.ones(4, 7), None, None, 1, 0.0)
+    with pytest.raises(RuntimeError, match="activation"):
+        JOIN.overload("cuda")(y, None, None, None, 99, 0.0)
+    with pytest.raises(RuntimeError, match="seed"):
+        JOIN.overload("cuda")(y, None, None, None, 1, 0.0, None, 0.5, None)
+    with pytest.raises(RuntimeError, match="gain"):
+        JOIN.overload("cuda")(y, None, None, None, 1, 0.0, torch.ones(2, 7))
+
+
+def test_opcheck():
+    for case in (JoinCase((2, 5, 4, 3), residual="affine"), JoinCase((2, 5, 4, 3), gained=True, dropout=0.5)):
+        torch.library.opcheck(JOIN.overload("cuda"), (*case.operands, *case.modifiers))

@@ -1,0 +1,124 @@
+"""The join's backward passes in the emulator."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+
+import pytest
+import torch
+from cuda_ops import DTYPES, LAYOUTS, RESIDUALS, JoinCase
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from slices import empty_slice
+
+from fusedres.ops.activations import ACTIVATIONS, Activation
+from fusedres.ops.join_backward import JOIN_BACKWARD_APPLY, JOIN_BACKWARD_REDUCE
+from fusedres.testing import channels_last, contiguous
+
+ACTS = [Activation(name, 0.125) for name in ACTIVATIONS]
+relaxed = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_against_float64(layout, dtype, residual):
+    for shape, (gained, dropout) in itertools.product([(2, 37, 6, 5), (2, 64, 3, 3)], [(False, 0.0), (True, 0.3)]):
+        case = JoinCase(shape, layout, dtype, residual, Activation("silu"), gained=gained, dropout=dropout)
+        case.check_reduce()
+        case.check_apply(True, addend=True)
+        case.check_apply(False, offset=True)
+
+
+@pytest.mark.parametrize("act", ACTS, ids=str)
+def test_activations(act):
+    for layout in LAYOUTS:
+        case = JoinCase((2, 16, 4, 3), layout, torch.float32, "affine", act)
+        case.check_reduce()
+        case.check_apply(True)
+
+
+@relaxed
+@given(
+    n=st.integers(1, 3),
+    c=st.integers(1, 70),
+    h=st.integers(1, 9),
+    w=st.integers(1, 9),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    residual=st.sampled_from(RESIDUALS),
+    gained=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.5, 1.0]),
+    normed=st.booleans(),
+    processors=st.integers(1, 5),
+)
+def test_any_shape(emulated, n, c, h, w, layout, residual, gained, dropout, normed, processors):
+    emulated.emu_processors(processors)
+    act = Activation("gelu")
+    case = JoinCase((n, c, h, w), layout, torch.float32, residual, act, normed, gained, dropout)
+    case.check_reduce()
+    case.check_apply(True, offset=gained)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("before", [3, 8])
+def test_into_a_slice(dtype, before):
+    case = JoinCase((2, 16, 5, 3), "channels_last", dtype, "plain", Activation("silu"))
+    case.check_apply(True, addend=True, into=empty_slice(case.shape, dtype, before=before, behind=8))
+
+
+def test_addend_in_place():
+    case = JoinCase((2, 16, 5, 3), act=Activation("silu"))
+    sums = case.sums()[:3].contiguous()
+    rest = (case.grad, *case.operands, sums, case.count, True, False, False, None, 0.0, None, None)
+    onto = channels_last(case.shape, seed=11)
+    expected, _ = JOIN_BACKWARD_APPLY.overload("cuda")(*rest, onto.clone())
+    JOIN_BACKWARD_APPLY.overload("cuda")(*rest, onto, onto)
+    assert torch.equal(onto, expected)
+
+
+def test_dropped_and_flat_elements_pass_no_nan():
+    y = channels_last((1, 8, 2, 2)) - 10
+    grad = torch.full_like(y, float("nan"))
+    for modifiers in ((None, 0.0, None), (None, 1.0, torch.tensor([3]))):
+        act = 1 if modifiers[1] == 0 else 0
+        sums, _ = JOIN_BACKWARD_REDUCE.overload("cuda")(grad, y, None, None, None, act, 0.0, False, *modifiers)
+        assert torch.equal(sums, torch.zeros(3, 8))
+
+
+@pytest.mark.parametrize("make", [channels_last, contiguous])
+def test_bitwise_the_same_for_any_schedule(emulated, make):
+    case = JoinCase((3, 48, 9, 9), make.__name__, torch.bfloat16, "affine", Activation("silu"))
+    results = []
+    for seed in range(1, 4):
+        emulated.emu_seed(ctypes.c_uint64(seed))
+        results.append(JOIN_BACKWARD_REDUCE.overload("cuda")(case.grad, *case.operands, True))
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0]))
+
+
+def test_wrong_input():
+    case = JoinCase((2, 5, 4, 3), residual="affine", gained=True)
+    args = (case.grad, *case.operands)
+    with pytest.raises(RuntimeError, match="grad"):
+        JOIN_BACKWARD_REDUCE.overload("cuda")(case.grad[:1], *case.operands, False)
+    with pytest.raises(RuntimeError, match="need the sums"):
+        JOIN_BACKWARD_APPLY.overload("cuda")(*args, None, 1.0, True, False, True)
+    with pytest.raises(RuntimeError, match="fourth row"):
+        JOIN_BACKWARD_APPLY.overload("cuda")(*args, torch.ones(3, 5), 1.0, True, True, True, case.gain)
+    with pytest.raises(RuntimeError, match="offset"):
+        JOIN_BACKWARD_APPLY.overload("cuda")(*args, None, 1.0, False, False, True, None, 0.0, None, torch.ones(2, 4))
+
+
+def test_empty():
+    case = JoinCase((0, 5, 4, 3), residual="plain")
+    sums, emitted = JOIN_BACKWARD_REDUCE.overload("cuda")(case.grad, *case.operands, True)
+    assert torch.equal(sums, torch.zeros(3, 5)) and emitted.shape == case.shape
+
+
+def test_opcheck():
+    for gained, dropout in ((False, 0.0), (True, 0.5)):
+        case = JoinCase((2, 5, 4, 3), residual="affine", act=Activation("silu"), gained=gained, dropout=dropout)
+        args = (case.grad, *case.operands)
+        torch.library.opcheck(JOIN_BACKWARD_REDUCE.overload("cuda"), (*args, True, *case.modifiers))
+        flags = (case.sums(), 24.0, True, True, True)
+        torch.library.opcheck(JOIN_BACKWARD_APPLY.overload("cuda"), (*args, *flags, *case.modifiers))

@@ -1,0 +1,201 @@
+"""Checks of the CUDA kernels against float64, for tensors of any device: the emulator's (the CPU) or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedres.ops.activations import Activation
+from fusedres.ops.bn_norm import BN_NORM
+from fusedres.ops.bn_stats import BN_STATS
+from fusedres.ops.join import JOIN
+from fusedres.ops.join_backward import JOIN_BACKWARD_APPLY, JOIN_BACKWARD_REDUCE
+from fusedres.testing import assert_within_budget, channels_last, contiguous, rms, sliced
+
+__all__ = ["DTYPES", "LAYOUTS", "RESIDUALS", "JoinCase", "check_bn_norm", "check_bn_stats"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = {"channels_last": channels_last, "contiguous": contiguous, "sliced": sliced}
+RESIDUALS = ("none", "plain", "affine")
+SEED = torch.tensor([0x1234_5678_9ABC_DEF0])
+
+
+def wide(value: Any) -> Any:
+    """Tensors of floating dtypes in float64."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(wide, value))
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def compare(
+    name: str, op: Any, args: tuple, scales: Callable[[int], float | None] = lambda index: None
+) -> list[Tensor]:
+    """Runs an op's CUDA kernel, its reference and its reference in float64; returns the kernel's results."""
+    results = []
+    for overload, arguments in (("cuda", args), ("reference", args), ("reference", wide(args))):
+        result = op.overload(overload)(*arguments)
+        results.append(result if isinstance(result, tuple) else (result,))
+    for index, (ours, plain, exact) in enumerate(zip(*results)):
+        assert_within_budget(ours, plain, exact, f"{name}, result {index}", scale=scales(index))
+    return list(results[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batch norm
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_bn_stats(x: Tensor, per_sample: bool, into: Tensor | None = None) -> Tensor:
+    """Checks means and M2 on their own: they differ in size."""
+    ours = BN_STATS.overload("cuda")(x, per_sample, into)
+    plain = BN_STATS.overload("reference")(x, per_sample)
+    exact = BN_STATS.overload("reference")(x.double(), per_sample)
+    count = x.numel() / x.shape[1] / (x.shape[0] if per_sample else 1)
+    deviation = float((exact[1] / count).mean().sqrt())
+    for row, scale in ((0, deviation + rms(exact[0])), (1, None)):
+        assert_within_budget(ours[row], plain[row], exact[row], f"row {row}", scale=scale)
+    if into is not None:
+        assert torch.equal(into, x)
+    return ours
+
+
+def check_bn_norm(channels: int, partials: int | None, dtype: torch.dtype, device: str, absent: str = "") -> None:
+    """``absent`` names what is not given, among stats, affine and running."""
+    draw = torch.randn(6, max(partials or 1, 1), channels, generator=generator(3))
+    stats = torch.stack((draw[0], draw[1].abs() * 50)).to(device)
+    stats = stats[:, 0].contiguous() if partials is None else stats
+    vectors = [draw[i, 0].to(device, dtype) for i in (2, 3, 4)] + [draw[5, 0].abs().to(device, dtype) + 0.5]
+    gamma, beta, mean, var = (None, None, *vectors[2:]) if absent == "affine" else vectors
+    if absent == "running":
+        mean = var = None
+    count = 60.0 * (partials or 1)
+    found = []
+    for overload, widen in (("cuda", False), ("reference", False), ("reference", True)):
+        buffers = [None if t is None else (t.double() if widen else t.clone()) for t in (mean, var)]
+        args = (None if absent == "stats" else stats, count, gamma, beta)
+        args = wide(args) if widen else args
+        rows = BN_NORM.overload(overload)(*args, *buffers, 0.3, 1e-5)
+        found.append([*rows.unbind(0), *(t for t in buffers if t is not None)])
+    names = ("mean", "rstd", "scale", "shift", "running_mean", "running_var")
+    for name, ours, plain, exact in zip(names, *found):
+        assert_within_budget(ours, plain, exact, name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Joins
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class JoinCase:
+    """A join's operands, and the checks of its three passes."""
+
+    shape: tuple[int, int, int, int]
+    layout: str = "channels_last"
+    dtype: torch.dtype = torch.float32
+    residual: str = "none"
+    act: Activation = field(default_factory=lambda: Activation("relu"))
+    normed: bool = True
+    gained: bool = False
+    dropout: float = 0.0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        make = LAYOUTS[self.layout]
+        n, c, *_ = self.shape
+        self.grad, self.y = self._tensor(make, 6), self._tensor(make, 3)
+        self.side = None if self.residual == "none" else self._tensor(make, 4)
+        draw = torch.randn(2, 4, c, generator=generator(5))
+        draw[:, 1] = draw[:, 1].abs() + 0.5
+        self.norm = draw[0].to(self.device) if self.normed else None
+        self.res_norm = draw[1].to(self.device) if self.residual == "affine" else None
+        self.gain = (torch.rand(n, c, generator=generator(7)) + 0.5).to(self.device) if self.gained else None
+        self.seed = SEED if self.dropout else None
+
+    def _tensor(self, make: Callable[..., Tensor], seed: int) -> Tensor:
+        t = make(self.shape, self.dtype, seed)
+        return (
+            t
+            if self.device == "cpu"
+            else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=self.device).copy_(t)
+        )
+
+    def __str__(self) -> str:
+        gained = ", gain" if self.gained else ""
+        return f"{self.shape} {self.layout} {self.dtype} residual {self.residual} {self.act}{gained} p {self.dropout}"
+
+    @property
+    def operands(self) -> tuple:
+        return self.y, self.norm, self.side, self.res_norm, self.act.code, self.act.param
+
+    @property
+    def modifiers(self) -> tuple:
+        return self.gain, self.dropout, self.seed
+
+    @property
+    def count(self) -> float:
+        return self.y.numel() / self.y.shape[1]
+
+    def _leave_the_kinks(self) -> None:
+        """Moves values away from where two right answers have different gradients."""
+        if self.act.name in ("identity", "silu", "gelu"):
+            return
+        for _ in range(60):
+            z = self._argument()
+            near = torch.stack([(z - kink).abs() < 0.02 for kink in (-3.0, 0.0, 3.0, 6.0)]).any(0)
+            if not near.any():
+                return
+            self.y[near] += 0.37
+        raise AssertionError("some values stay at the kinks")
+
+    def _argument(self) -> Tensor:
+        from fusedres.ops.join import join_argument
+
+        return join_argument(*(wide(t) for t in (self.y, self.norm, self.side, self.res_norm, self.gain)))
+
+    def check_forward(self) -> Tensor:
+        (out,) = compare(str(self), JOIN, (*self.operands, *self.modifiers))
+        assert out.stride() == torch.empty_like(self.y).stride()
+        return out
+
+    def check_reduce(self) -> Tensor:
+        """The sums, with the forward's result emitted, which must be the forward's bits."""
+        self._leave_the_kinks()
+        values = self.count / (self.y.shape[0] if self.gained else 1)
+        terms = rms(self.grad) * values**0.5  # a sum of numbers that cancel: one rounding of those is always allowed
+        args = (self.grad, *self.operands)
+        scales = lambda index: terms if index == 0 else None  # noqa: E731
+        sums, emitted = compare(str(self), JOIN_BACKWARD_REDUCE, (*args, True, *self.modifiers), scales)
+        assert torch.equal(emitted, JOIN.overload("cuda")(*self.operands, *self.modifiers))
+        again, none = JOIN_BACKWARD_REDUCE.overload("cuda")(*args, False, *self.modifiers)
+        assert torch.equal(again, sums) and none.numel() == 0
+        return sums
+
+    def sums(self) -> Tensor:
+        """Plausible totals for the second pass: rows of u, u yhat, g rhat and g."""
+        draw = torch.randn(4, self.y.shape[1], generator=generator(8)) * self.count**0.5
+        return draw.to(self.device)
+
+    def check_apply(self, training: bool, *, offset: bool = False, addend: bool = False, into: Any = None) -> None:
+        """``into``: a pair of a tensor to write to, and a check that nothing else of its buffer was written."""
+        self._leave_the_kinks()
+        sums = self.sums() if self.gained or offset else self.sums()[:3].contiguous()
+        terms = torch.randn(self.shape[:2], generator=generator(9)).to(self.device) * 0.1 if offset else None
+        more = self._tensor(LAYOUTS[self.layout], 10) if addend else None
+        flags = (training and self.normed, training and self.residual == "affine", self.side is not None)
+        args = (self.grad, *self.operands, sums if training else None, self.count, *flags, *self.modifiers, terms, more)
+        compare(f"{self}, training {training}", JOIN_BACKWARD_APPLY, args)
+        if into is not None:
+            target, untouched = into
+            expected, _ = JOIN_BACKWARD_APPLY.overload("cuda")(*args)
+            empty, _ = JOIN_BACKWARD_APPLY.overload("cuda")(*args, target)
+            assert empty.numel() == 0 and torch.equal(target, expected)
+            untouched()

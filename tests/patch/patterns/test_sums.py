@@ -1,0 +1,161 @@
+"""Residual blocks with squeeze-excitation and stochastic depth before the join."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision_shim import torchvision_models
+
+from fusedres.patch import explain
+
+from ..blocks import check_patched
+from ..chance import check_seeded
+from .test_residual import block, only_site
+
+
+class SEBlock(nn.Module):
+    def __init__(self, channels: int = 4, reduction: int = 2) -> None:
+        super().__init__()
+        self.fc = nn.Sequential(
+            nn.Linear(channels, channels // reduction, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Linear(channels // reduction, channels, bias=False),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x):
+        b, c, _, _ = x.size()
+        return x * self.fc(x.mean((2, 3))).view(b, c, 1, 1).expand_as(x)
+
+
+def in_place(self, x):
+    out = self.se(self.branch(x))
+    out += x
+    return torch.relu(out)
+
+
+@pytest.mark.parametrize(
+    ("forward", "pattern"),
+    [
+        (in_place, "post-activation residual (identity, squeeze-excitation)"),
+        (lambda self, x: self.se(self.branch(x)) + x, "linear residual (identity, squeeze-excitation)"),
+        (
+            lambda self, x: F.relu(self.skip(x) + self.se(self.branch(x))),
+            "post-activation residual (projection, squeeze-excitation)",
+        ),
+        (
+            lambda self, x: self.se(self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))) + x,
+            "pre-activation residual (identity, squeeze-excitation)",
+        ),
+        (
+            lambda self, x: self.bn2(self.conv2(self.se(F.silu(self.bn1(self.conv1(x)))))) + x,
+            "linear residual (identity, squeeze-excitation)",
+        ),
+    ],
+)
+def test_squeeze_excitation(forward, pattern):
+    report = check_patched(block(forward, se=SEBlock(), skip=nn.Conv2d(4, 4, 1)))
+    assert only_site(report).pattern == pattern
+    assert "se.fc.0 -> relu -> se.fc.2 -> sigmoid" in report.source("")
+
+
+def test_a_shortcut_with_a_gate_is_the_second_input():
+    report = check_patched(block(lambda self, x: self.branch(x) + self.se(x), se=SEBlock()))
+    assert only_site(report).pattern == "linear residual (second input)"
+
+
+# -- stochastic depth -------------------------------------------------------------------------------------------------
+
+
+def stochastic_depth(package: str, **options) -> nn.Module:
+    place, name, defaults = {
+        "torchvision": ("torchvision.ops.stochastic_depth", "StochasticDepth", {"p": 0.5, "mode": "row"}),
+        "timm": ("timm.layers.drop", "DropPath", {"drop_prob": 0.5}),
+        "fusedres": ("fusedres.nn.stochastic_depth", "StochasticDepth", {"p": 0.5}),
+    }[package]
+    if package != "fusedres":
+        torchvision_models()  # timm imports it
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    return getattr(import_module(place), name)(**defaults | options)
+
+
+PACKAGES = ["torchvision", "timm", "fusedres"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize(
+    ("forward", "pattern"),
+    [
+        (
+            lambda self, x: F.relu(self.drop(self.branch(x)) + x),
+            "post-activation residual (identity, stochastic depth)",
+        ),
+        (
+            lambda self, x: x + self.drop(self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))),
+            "pre-activation residual (identity, stochastic depth)",
+        ),
+        (
+            lambda self, x: self.drop(self.se(self.branch(x))) + x,
+            "linear residual (identity, squeeze-excitation, stochastic depth)",
+        ),
+    ],
+)
+def test_stochastic_depth(package, forward, pattern):
+    report = check_seeded(block(forward, drop=stochastic_depth(package), se=SEBlock()))
+    assert only_site(report).pattern == pattern
+    assert "drop (stochastic depth)" in report.source("")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_probability_is_the_modules_at_every_call(package):
+    model = block(lambda self, x: F.relu(self.drop(self.branch(x)) + x), drop=stochastic_depth(package))
+    check_seeded(model)
+    name = "drop_prob" if package == "timm" else "p"
+    x = torch.randn(64, 4, 3, 3, dtype=torch.float64)
+    for p in (1.0, 0.0):
+        setattr(model.drop, name, p)
+        assert torch.equal(model.train()(x), torch.relu(x)) == (p == 1.0)
+
+
+@pytest.mark.parametrize(
+    ("package", "options", "words"),
+    [("torchvision", {"mode": "batch"}, "mode='batch'"), ("timm", {"scale_by_keep": False}, "scale_by_keep=False")],
+)
+def test_other_modes_stay_outside(package, options, words):
+    drop = stochastic_depth(package, **options)
+    report = check_seeded(block(lambda self, x: F.relu(self.drop(self.branch(x)) + x), drop=drop))
+    assert only_site(report).pattern == "conv-bn-relu-conv-bn"
+    assert "self.drop(" in report.source("")
+    alone = explain(block(lambda self, x: self.drop(self.conv1(x)) + x, drop=stochastic_depth(package, **options)))
+    assert words in {d.path: d.reason for d in alone.declined}["conv1"]
+
+
+@pytest.mark.parametrize(
+    ("package", "option", "value"), [("torchvision", "mode", "batch"), ("timm", "scale_by_keep", False)]
+)
+def test_a_mode_that_changes_later_is_honoured(package, option, value):
+    model = block(lambda self, x: F.relu(self.drop(self.branch(x)) + x), drop=stochastic_depth(package))
+    check_seeded(model)
+    setattr(model.drop, option, value)
+    called = []
+    model.drop.forward = lambda x: called.append(1) or x
+    model(torch.randn(2, 4, 3, 3, dtype=torch.float64))
+    assert called == [1]
+
+
+def test_somebody_elses_stays_outside():
+    class DropPath(nn.Module):
+        def forward(self, x):
+            if not self.training:
+                return x
+            return x * torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype).bernoulli_(0.5)
+
+    report = check_seeded(block(lambda self, x: F.relu(self.drop(self.branch(x)) + x), drop=DropPath()))
+    assert only_site(report).pattern == "conv-bn-relu-conv-bn"
+    assert "self.drop(" in report.source("")

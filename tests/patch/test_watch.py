@@ -1,0 +1,146 @@
+"""What changes in a patched model after patching, in modules that its generated forwards no longer call."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from survey_blocks import ResidualBlock, SEBottleneckBlock
+from torch import nn
+from torchvision_shim import torchvision_models
+
+from fusedres.patch import patch
+
+from .blocks import Layers, images, settled
+
+
+class Busy(Layers):
+    """Activations, identities and containers as modules, and settings that the forward reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.last, self.drop = nn.LeakyReLU(0.1), nn.ReLU(), nn.Dropout(0.0)
+        self.skip = nn.Sequential(nn.Conv2d(self.C, self.C, 1), nn.BatchNorm2d(self.C))
+        self.idle = nn.Sequential()
+        self.scale, self.joins = 1.0, True
+
+    def forward(self, x):
+        out = self.idle(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))))
+        out = self.drop(out)
+        if self.joins:
+            out = out + self.skip(x)
+        return self.last(out) * self.scale
+
+
+def replace(name: str, module: nn.Module):
+    return lambda m: setattr(m, name, module)
+
+
+CHANGES = {
+    "activation": replace("act", nn.SiLU()),
+    "slope": lambda m: setattr(m.act, "negative_slope", 0.5),
+    "activation behind the sum": replace("last", nn.Identity()),
+    "identity": replace("idle", nn.Hardtanh(-0.1, 0.1)),
+    "identity that grows": lambda m: m.idle.append(nn.Hardtanh(-0.1, 0.1)),
+    "shortcut that grows": lambda m: m.skip.append(nn.Hardtanh(-0.1, 0.1)),
+    "shortcut": replace("skip", nn.AvgPool2d(3, 1, 1)),
+    "convolution": replace("conv1", nn.Conv2d(4, 4, 5, padding=2)),
+    "convolution for nothing": replace("conv1", nn.Identity()),
+    "norm for nothing": replace("bn2", nn.Identity()),
+    "norm of another kind": replace("bn1", nn.InstanceNorm2d(4)),
+    "scale": lambda m: setattr(m, "scale", 2.0),
+    "switch": lambda m: setattr(m, "joins", False),
+    "forward of a layer": lambda m: setattr(m.conv1, "forward", lambda x: x * 2),
+    "forward of an activation": lambda m: setattr(m.act, "forward", lambda x: x * 2),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_take_effect(name):
+    stock = settled(Busy()).eval()
+    model = copy.deepcopy(stock)
+    assert patch(model).coverage == 1.0
+    x = images()
+    unchanged = stock(x)
+    torch.testing.assert_close(model(x), unchanged, rtol=1e-9, atol=1e-11)
+    for m in (stock, model):
+        torch.manual_seed(1)
+        CHANGES[name](m)
+        m.double().eval()
+    torch.testing.assert_close(model(x), stock(x), rtol=1e-9, atol=1e-11)
+    assert not torch.allclose(stock(x), unchanged)
+
+
+def test_dropout_that_is_switched_on():
+    model = settled(Busy())
+    patch(model)
+    model.drop.p = 1.0
+    assert model.train()(images() * 0).equal(model(images() * 0))
+    without_branch = F.relu(model.skip(images()))
+    torch.testing.assert_close(model(images()), without_branch)
+
+
+@pytest.mark.parametrize("path", ["act", "last", "idle", "skip", "skip.0", "conv1", "bn2", "drop"])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_added_later_run(path, register):
+    model, seen = settled(Busy()).eval(), []
+    expected = model(images())
+    patch(model)
+    handle = getattr(model.get_submodule(path), register)(lambda *_: seen.append(path))
+    torch.testing.assert_close(model(images()), expected, rtol=1e-9, atol=1e-11)
+    assert seen == [path]
+    handle.remove()
+    model(images())
+    assert seen == [path]
+
+
+def test_hooks_inside_a_gate_run():
+    model, seen = settled(SEBottleneckBlock(4, 8, 2, 2)), []
+    assert patch(model).coverage == 1.0
+    for path in ("se", "se.fc1", "downsample", "downsample.1"):
+        model.get_submodule(path).register_forward_hook(lambda *_, p=path: seen.append(p))
+    model(images())
+    assert sorted(seen) == ["downsample", "downsample.1", "se", "se.fc1"]
+
+
+def test_backward_hooks_added_later_run():
+    model, seen = settled(Busy()), []
+    patch(model)
+    model.act.register_full_backward_hook(lambda *_: seen.append("act"))
+    model(images()).sum().backward()
+    assert seen == ["act"]
+
+
+def test_a_removed_shortcut():
+    block = settled(torchvision_models().resnet.BasicBlock(4, 4, downsample=nn.Sequential(nn.Conv2d(4, 4, 1)))).eval()
+    stock = copy.deepcopy(block)
+    patch(block)
+    block.downsample = stock.downsample = None
+    torch.testing.assert_close(block(images()), stock(images()), rtol=1e-9, atol=1e-11)
+
+
+def test_patching_again_takes_the_change_in():
+    model = settled(Busy()).eval()
+    patch(model)
+    model.act = nn.SiLU()
+    expected = model(images())
+    report = patch(model)
+    assert [site.already for site in report.fused] == [False]
+    assert "-> silu ->" in report.source("")
+    assert patch(model).fused[0].already
+    torch.testing.assert_close(model(images()), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_what_nothing_depends_on_may_change():
+    model = ResidualBlock(4)
+    patch(model)
+    model.note, model.training = "a new attribute", False
+    forward, called = ResidualBlock.forward, []
+    try:
+        ResidualBlock.forward = lambda self, x: called.append(1) or forward(self, x)
+        model(torch.zeros(1, 4, 3, 3))
+    finally:
+        ResidualBlock.forward = forward
+    assert called == []
