@@ -1,7 +1,6 @@
 // Turns the run-time dtype and residual kind of a call into template arguments.
 #pragma once
 
-#include "cpu/keep.h"
 #include "cpu/types.h"
 #include "cpu/vec.h"
 
@@ -85,33 +84,29 @@ struct Parameter {
   }
 };
 
+// The same in registers, for kVectors vectors whose offsets are known to the compiler.
+template <int kVectors>
+struct Held {
+  Vec v[kVectors];
+  template <bool kPerLane, class Extent>
+  FR_INLINE Held(Parameter<kPerLane> parameter, Extent extent) {
+    for (int k = 0; k < kVectors; ++k) v[k] = parameter.at(k * Vec::kWidth, extent);
+  }
+  template <class Extent>
+  FR_INLINE Vec at(int64_t i, Extent) const {
+    return v[i / Vec::kWidth];
+  }
+};
+
 // What a join adds: nothing, the residual, or the residual's own affine.
-template <Residual kKind, bool kPerLane>
+template <Residual kKind, class Parameters>
 struct Addend {
-  Parameter<kPerLane> scale, shift;
+  Parameters scale, shift;
   template <class Extent>
   FR_INLINE Vec operator()(Vec z, Vec residual, int64_t i, Extent extent) const {
     if constexpr (kKind == Residual::kPlain) return z + residual;
     if constexpr (kKind == Residual::kAffine) return z + fma(residual, scale.at(i, extent), shift.at(i, extent));
     return z;
-  }
-};
-
-// Dropout's factor for the elements of a span, or none.
-struct Mask {
-  const uint8_t* bits;
-  int64_t at;
-  Vec scale;
-  FR_INLINE Mask(const Keep& keep, int64_t span)
-      : bits(keep.bits), at(keep.at + span * keep.pitch), scale(keep.scale) {}
-  FR_INLINE Mask from(int64_t i) const {
-    Mask later = *this;
-    later.at += i;
-    return later;
-  }
-  FR_INLINE Vec operator()(Vec a, int64_t i) const {
-    // Multiplied, not selected: zero times NaN or infinity is what it is in stock PyTorch.
-    return bits == nullptr ? a : a * where_bits(bits, at + i, scale);
   }
 };
 

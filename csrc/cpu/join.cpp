@@ -42,8 +42,14 @@ Tensor join_cpu(const Tensor& y, std::optional<Tensor> norm, std::optional<Tenso
   args.res_scale = side.scale();
   args.res_shift = side.shift();
   const auto run = FR_FOR_ACTIVE_ISA(join_range);
-  parallel_over(spans.outer, spans.inner,
-                [&](int64_t begin, int64_t end) { run_with_masks(drop, spans, args, run, begin, end); });
+  parallel_over(spans.outer, spans.inner, [&](int64_t begin, int64_t end) {
+    if (!drop.active()) return run(args, begin, end);
+    BlockRoom room;
+    for_each_block(spans, begin, end, [&](const Block& block) {
+      run(args, block.begin, block.end);
+      drop.multiply(drop.draw(spans, block, room.bits), block, args.dtype, args.out, spans.inner);
+    });
+  });
   return out;
 }
 

@@ -1,7 +1,6 @@
 // Range kernels of the join; see fusedres/ops/join.py for the formula.
 #pragma once
 
-#include "cpu/keep.h"
 #include "cpu/types.h"
 
 namespace fusedres {
@@ -22,7 +21,6 @@ struct JoinArgs {
   int64_t y_pitch, residual_pitch;  // from span to span
   const float *scale, *shift;
   const float *res_scale, *res_shift;
-  Keep keep;
 };
 
 }  // namespace fusedres

@@ -73,22 +73,26 @@ struct Operands {
 
 using ReduceKernel = void(const JoinReduceArgs&, int64_t, int64_t);
 
-// Partials [begin, end), each with its mask where there is a dropout.
-void reduce_parts(const Dropout& dropout, const Spans& spans, const JoinReduceArgs& args, ReduceKernel* run,
-                  int64_t begin, int64_t end) {
-  if (!dropout.active()) return run(args, begin, end);
-  std::vector<uint64_t> room;
-  JoinReduceArgs part = args;
-  for (int64_t i = begin; i < end; ++i) {
-    const Piece piece = piece_at(args.pieces, i);
-    if (args.channels_last) {
-      const int64_t pixel = piece.run * args.pieces.length + piece.offset;
-      part.keep = dropout.mask(spans, pixel, pixel + piece.size, 0, spans.inner, room);
-    } else {
-      const int64_t channel = piece.run * spans.channels;
-      part.keep = dropout.mask(spans, channel, channel + spans.channels, piece.offset, piece.size, room);
-    }
-    run(part, i, i + 1);
+// The elements of a partial.
+Block block_of(const Spans& spans, const Piece& piece, int64_t run_length) {
+  if (spans.layout == Layout::kChannelsLast) {
+    const int64_t pixel = piece.run * run_length + piece.offset;
+    return {pixel, pixel + piece.size, 0, spans.inner};
+  }
+  return {piece.run * spans.channels, (piece.run + 1) * spans.channels, piece.offset, piece.size};
+}
+
+// Partials [begin, end) where there is a dropout.
+void reduce_masked(const Dropout& dropout, const Spans& spans, const JoinReduceArgs& args, ReduceKernel* run,
+                   int64_t begin, int64_t end) {
+  BlockRoom room;
+  for (int64_t part = begin; part < end; ++part) {
+    const Block block = block_of(spans, piece_at(args.pieces, part), args.pieces.length);
+    const Keep keep = dropout.draw(spans, block, room.bits);
+    JoinReduceArgs masked = args;
+    dropout.mask_gradient(keep, block, masked, room.gradient);
+    run(masked, part, part + 1);
+    if (args.emit) dropout.multiply(keep, block, args.dtype, args.emit, spans.inner);
   }
 }
 
@@ -118,8 +122,10 @@ std::tuple<Tensor, Tensor> join_backward_reduce_cpu(const Tensor& grad, const Te
   args.sums = sums.data();
   args.emit = emit ? emitted.mutable_data_ptr() : nullptr;
   const auto run = FR_FOR_ACTIVE_ISA(join_reduce_range);
-  parallel_over(args.parts, y.numel() / args.parts,
-                [&](int64_t begin, int64_t end) { reduce_parts(drop, spans, args, run, begin, end); });
+  parallel_over(args.parts, y.numel() / args.parts, [&](int64_t begin, int64_t end) {
+    if (drop.active()) return reduce_masked(drop, spans, args, run, begin, end);
+    run(args, begin, end);
+  });
 
   const int64_t per_group = cut.parts_per_group();
   const JoinReduceMergeArgs merge{args.channels,
@@ -140,12 +146,12 @@ std::tuple<Tensor, Tensor> join_backward_reduce_cpu(const Tensor& grad, const Te
 // ---------------------------------------------------------------------------------------------------------------------
 
 // The terms of a gradient that come through the norm's statistics, for g the gradient behind it:
-// slope = -scale rstd sum g yhat / n and offset = -scale sum g / n, both zero where the statistics are constants.
+// slope = -scale rstd sum g yhat / n and offset = -scale sum g / n. Where the statistics are constants, there are none.
 class StatsTerms {
  public:
   StatsTerms(const NormRows& norm, const float* dbeta, const float* dgamma, double count, int64_t channels,
              bool training)
-      : channels_(channels), slope_(channels, 0.f), offset_(channels, 0.f) {
+      : channels_(channels), slope_(training ? channels : 0), offset_(channels, 0.f) {
     if (!training) return;
     for (int64_t c = 0; c < channels; ++c) {
       const double share = static_cast<double>(norm.scale()[c]) / count;
@@ -164,7 +170,7 @@ class StatsTerms {
         offset_[i + c] = shared[c] + (terms ? norm.scale()[c] * terms[i + c] : 0.f);
   }
 
-  const float* slope() const { return slope_.data(); }
+  const float* slope() const { return slope_.empty() ? nullptr : slope_.data(); }
   const float* offset() const { return offset_.data(); }
 
  private:
@@ -221,8 +227,6 @@ std::tuple<Tensor, Tensor> join_backward_apply_cpu(const Tensor& grad, const Ten
 
   JoinApplyArgs args{};
   static_cast<JoinBackwardArgs&>(args) = operands.args;
-  args.training = training;
-  args.res_training = res_training;
   args.slope = main.slope();
   args.offset = main.offset();
   args.res_slope = side.slope();
@@ -233,8 +237,15 @@ std::tuple<Tensor, Tensor> join_backward_apply_cpu(const Tensor& grad, const Ten
   args.addend_pitch = addend ? spans.pitch_of(*addend) : 0;
   args.grad_y_pitch = spans.pitch_of(target);
   const auto run = FR_FOR_ACTIVE_ISA(join_apply_range);
-  parallel_over(spans.outer, spans.inner,
-                [&](int64_t begin, int64_t end) { run_with_masks(drop, spans, args, run, begin, end); });
+  parallel_over(spans.outer, spans.inner, [&](int64_t begin, int64_t end) {
+    if (!drop.active()) return run(args, begin, end);
+    BlockRoom room;
+    for_each_block(spans, begin, end, [&](const Block& block) {
+      JoinApplyArgs masked = args;
+      drop.mask_gradient(drop.draw(spans, block, room.bits), block, masked, room.gradient);
+      run(masked, block.begin, block.end);
+    });
+  });
   return {grad_y, grad_residual};
 }
 

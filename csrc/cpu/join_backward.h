@@ -1,7 +1,6 @@
 // Range kernels of the join's backward; see fusedres/ops/join_backward.py for the formulas.
 #pragma once
 
-#include "cpu/keep.h"
 #include "cpu/types.h"
 
 namespace fusedres {
@@ -28,7 +27,6 @@ struct JoinBackwardArgs {
   int64_t grad_pitch, y_pitch, residual_pitch;  // from span to span
   const float *mean, *scale, *shift;
   const float *res_mean, *res_scale, *res_shift;
-  Keep keep;
 };
 
 struct JoinReduceArgs : JoinBackwardArgs {
@@ -50,8 +48,7 @@ struct JoinReduceMergeArgs {
 
 // dy = scale g + slope (y - mean) + offset + addend, and for the residual the same without an addend.
 struct JoinApplyArgs : JoinBackwardArgs {
-  bool training, res_training;  // whether the statistics are the batch's, and have a gradient
-  const float *slope, *offset;
+  const float *slope, *offset;  // slope is null where the statistics are constants
   const float *res_slope, *res_offset;
   const void* addend;  // or null
   void* grad_y;

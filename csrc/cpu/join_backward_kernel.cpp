@@ -7,22 +7,26 @@ namespace fusedres {
 namespace FUSEDRES_ISA {
 namespace {
 
-// The forward's argument of the activation, and the gradient that reaches it, recomputed for one vector.
-template <class T, class Act, Residual kKind, bool kPerLane>
-struct Recompute {
-  Vec param;
-  Parameter<kPerLane> scale, shift;
-  Addend<kKind, kPerLane> add;
-
-  // Parameters of a channel begin at `channel`, those of a sample and channel at `row`.
-  FR_INLINE Recompute(const JoinBackwardArgs& a, int64_t channel, int64_t row)
-      : param(a.act_param),
-        scale{a.scale + row},
+// The parameters that recompute the activation's argument: those of a channel begin at `channel`, those of a sample and
+// channel at `row`.
+template <bool kPerLane>
+struct Affines {
+  Parameter<kPerLane> scale, shift, res_scale, res_shift;
+  FR_INLINE Affines(const JoinBackwardArgs& a, int64_t channel, int64_t row)
+      : scale{a.scale + row},
         shift{a.shift + row},
-        add{{a.res_scale + channel}, {a.res_shift + channel}} {}
+        res_scale{a.res_scale + channel},
+        res_shift{a.res_shift + channel} {}
+};
+
+// The activation's argument of one vector.
+template <Residual kKind, class Parameters>
+struct Recompute {
+  Parameters scale, shift;
+  Addend<kKind, Parameters> add;
 
   template <class Extent>
-  FR_INLINE Vec argument(Vec y, Vec residual, int64_t i, Extent extent) const {
+  FR_INLINE Vec operator()(Vec y, Vec residual, int64_t i, Extent extent) const {
     return add(fma(y, scale.at(i, extent), shift.at(i, extent)), residual, i, extent);
   }
 };
@@ -33,7 +37,7 @@ template <class T>
 struct Tile {
   const T *grad, *y, *residual;
   T* emit;  // or null
-  int64_t grad_step, y_step, residual_step, emit_step, mask_step;
+  int64_t grad_step, y_step, residual_step, emit_step;
 
   FR_INLINE static Tile of_pixels(const JoinReduceArgs& a, int64_t pixel) {
     return {static_cast<const T*>(a.grad) + pixel * a.grad_pitch,
@@ -43,33 +47,36 @@ struct Tile {
             a.grad_pitch,
             a.y_pitch,
             a.residual_pitch,
-            a.channels,
-            a.keep.pitch};
+            a.channels};
   }
-  FR_INLINE static Tile of_plane(const JoinReduceArgs& a, int64_t at) {
+  FR_INLINE static Tile of_plane(const JoinReduceArgs& a, int64_t span, int64_t offset) {
     constexpr int64_t kStep = Vec::kWidth;
-    return {static_cast<const T*>(a.grad) + at,
+    const int64_t at = span * a.plane + offset;
+    return {static_cast<const T*>(a.grad) + span * a.grad_pitch + offset,
             static_cast<const T*>(a.y) + at,
             static_cast<const T*>(a.residual) + at,
             a.emit ? static_cast<T*>(a.emit) + at : nullptr,
             kStep,
             kStep,
             kStep,
-            kStep,
             kStep};
   }
   FR_INLINE Tile from(int64_t i) const {
-    return {grad + i,      y + i,     residual + i, emit ? emit + i : nullptr, grad_step, y_step,
-            residual_step, emit_step, mask_step};
+    return {grad + i, y + i, residual + i, emit ? emit + i : nullptr, grad_step, y_step, residual_step, emit_step};
   }
 };
 
-// Sums over `rows` rows of kVectors vectors each; the mask is that of the first row.
+// Sums over `rows` rows of kVectors vectors each.
 template <class T, class Act, Residual kKind, bool kPerLane, int kVectors, class Extent>
 FR_INLINE void reduce_tile(const JoinReduceArgs& a, const Tile<T>& tile, int64_t channel, int64_t row_of_parameters,
-                           int64_t rows, Mask mask, Extent extent, Vec (&sums)[kReduceSums][kVectors]) {
-  const Recompute<T, Act, kKind, kPerLane> recompute(a, channel, row_of_parameters);
-  const Parameter<kPerLane> mean{a.mean + channel}, res_mean{a.res_mean + channel};
+                           int64_t rows, Extent extent, Vec (&sums)[kReduceSums][kVectors]) {
+  using Parameters = Held<kVectors>;  // read once: loads are what there is least room for
+  const Vec param(a.act_param);
+  const Affines<kPerLane> p(a, channel, row_of_parameters);
+  const Recompute<kKind, Parameters> argument{
+      {p.scale, extent}, {p.shift, extent}, {{p.res_scale, extent}, {p.res_shift, extent}}};
+  const Parameters mean(Parameter<kPerLane>{a.mean + channel}, extent);
+  const Parameters res_mean(Parameter<kPerLane>{a.res_mean + channel}, extent);
   for (int64_t row = 0; row < rows;) {
     const int64_t stop = rows - row < kRun ? rows : row + kRun;
     Vec run[kReduceSums][kVectors];
@@ -78,15 +85,15 @@ FR_INLINE void reduce_tile(const JoinReduceArgs& a, const Tile<T>& tile, int64_t
       const T* r = tile.residual + row * tile.residual_step;
       T* emit = tile.emit + row * tile.emit_step;
       for (int k = 0; k < kVectors; ++k) {
-        const int64_t i = k * Vec::kWidth, bit = row * tile.mask_step + i;
+        const int64_t i = k * Vec::kWidth;
         const Vec value = load(y + i, extent);
         const Vec residual = kKind == Residual::kNone ? Vec() : load(r + i, extent);
-        const Vec z = recompute.argument(value, residual, i, extent);
-        const Vec g = Act::gradient(z, mask(load(grad + i, extent), bit), recompute.param);
+        const Vec z = argument(value, residual, i, extent);
+        const Vec g = Act::gradient(z, load(grad + i, extent), param);
         run[0][k] = run[0][k] + g;
         run[1][k] = fma(g, value - mean.at(i, extent), run[1][k]);
         if constexpr (kKind == Residual::kAffine) run[2][k] = fma(g, residual - res_mean.at(i, extent), run[2][k]);
-        if (tile.emit) store(emit + i, mask(Act::forward(z, recompute.param), bit), extent);
+        if (tile.emit) store(emit + i, Act::forward(z, param), extent);
       }
     }
     for (int s = 0; s < (kKind == Residual::kAffine ? kReduceSums : kReduceSums - 1); ++s)
@@ -96,18 +103,16 @@ FR_INLINE void reduce_tile(const JoinReduceArgs& a, const Tile<T>& tile, int64_t
 
 template <class T, class Act, Residual kKind>
 void reduce_channels_last(const JoinReduceArgs& a, int64_t begin, int64_t end) {
-  constexpr int kVectors = 4;
+  constexpr int kVectors = kKind == Residual::kAffine ? 2 : 4;  // as many as registers hold
   const int64_t c = a.channels;
   for (int64_t part = begin; part < end; ++part) {
     const Piece piece = piece_at(a.pieces, part);
     const int64_t pixel = piece.run * a.pieces.length + piece.offset, row = a.per_sample ? piece.run * c : 0;
     const Tile<T> tile = Tile<T>::of_pixels(a, pixel);
-    const Mask mask(a.keep, pixel);
     const auto strip = [&](int64_t channel, auto vectors, auto extent) {
       constexpr int kStrip = decltype(vectors)::value;
       Vec sums[kReduceSums][kStrip];
-      reduce_tile<T, Act, kKind, true, kStrip>(a, tile.from(channel), channel, row + channel, piece.size,
-                                               mask.from(channel), extent, sums);
+      reduce_tile<T, Act, kKind, true, kStrip>(a, tile.from(channel), channel, row + channel, piece.size, extent, sums);
       for (int s = 0; s < kReduceSums; ++s)
         for (int k = 0; k < kStrip; ++k)
           store(a.sums + (s * a.parts + part) * c + channel + k * Vec::kWidth, sums[s][k], extent);
@@ -125,13 +130,12 @@ void reduce_contiguous(const JoinReduceArgs& a, int64_t begin, int64_t end) {
     const int64_t vectors = piece.size / Vec::kWidth, rest = piece.size % Vec::kWidth;
     for (int64_t channel = 0; channel < a.channels; ++channel) {
       const int64_t span = piece.run * a.channels + channel, row = a.per_sample ? span : channel;
-      const Tile<T> tile = Tile<T>::of_plane(a, span * a.plane + piece.offset);
-      const Mask mask(a.keep, span);
+      const Tile<T> tile = Tile<T>::of_plane(a, span, piece.offset);
       Vec sums[kReduceSums][1];
-      reduce_tile<T, Act, kKind, false, 1>(a, tile, channel, row, vectors, mask, Whole{}, sums);
+      reduce_tile<T, Act, kKind, false, 1>(a, tile, channel, row, vectors, Whole{}, sums);
       const int64_t done = vectors * Vec::kWidth;
       if (rest)  // lanes past the end load a gradient of zero
-        reduce_tile<T, Act, kKind, false, 1>(a, tile.from(done), channel, row, 1, mask.from(done), Tail{rest}, sums);
+        reduce_tile<T, Act, kKind, false, 1>(a, tile.from(done), channel, row, 1, Tail{rest}, sums);
       for (int s = 0; s < kReduceSums; ++s)
         a.sums[(s * a.parts + part) * a.channels + channel] = horizontal_sum(sums[s][0]);
     }
@@ -140,17 +144,19 @@ void reduce_contiguous(const JoinReduceArgs& a, int64_t begin, int64_t end) {
 
 template <class T, class Act, Residual kKind, bool kPerLane>
 void apply_spans(const JoinApplyArgs& a, int64_t begin, int64_t end) {
-  const bool training = a.training, res_training = a.res_training;
+  const Vec param(a.act_param);
   const int64_t inner = a.inner;
   for (int64_t span = begin; span < end;) {
     const Stretch stretch = Stretch::from<kPerLane>(a, span, end);
     const int64_t channel = stretch.channel;
-    const Recompute<T, Act, kKind, kPerLane> recompute(a, channel, stretch.row);
-    const Parameter<kPerLane> mean{a.mean + channel}, slope{a.slope + channel}, offset{a.offset + stretch.row};
-    const Parameter<kPerLane> res_mean{a.res_mean + channel}, res_scale{a.res_scale + channel};
-    const Parameter<kPerLane> res_slope{a.res_slope + channel}, res_offset{a.res_offset + channel};
+    const Affines<kPerLane> p(a, channel, stretch.row);
+    const Recompute<kKind, Parameter<kPerLane>> argument{p.scale, p.shift, {p.res_scale, p.res_shift}};
+    const Parameter<kPerLane> mean{a.mean + channel}, slope{a.slope ? a.slope + channel : nullptr},
+        offset{a.offset + stretch.row};
+    const Parameter<kPerLane> res_mean{a.res_mean + channel};
+    const Parameter<kPerLane> res_slope{a.res_slope ? a.res_slope + channel : nullptr},
+        res_offset{a.res_offset + channel};
     for (; span < stretch.end; ++span) {
-      const Mask mask(a.keep, span);
       const T* grad = static_cast<const T*>(a.grad) + span * a.grad_pitch;
       const T* y = static_cast<const T*>(a.y) + span * a.y_pitch;
       const T* r = static_cast<const T*>(a.residual) + span * a.residual_pitch;
@@ -160,21 +166,21 @@ void apply_spans(const JoinApplyArgs& a, int64_t begin, int64_t end) {
       for_each_vector(inner, [&](int64_t i, auto extent) {
         const Vec value = load(y + i, extent);
         const Vec residual = kKind == Residual::kNone ? Vec() : load(r + i, extent);
-        const Vec z = recompute.argument(value, residual, i, extent);
-        const Vec g = Act::gradient(z, mask(load(grad + i, extent), i), recompute.param);
+        const Vec z = argument(value, residual, i, extent);
+        const Vec g = Act::gradient(z, load(grad + i, extent), param);
         // Without batch statistics the value takes no part, not even where it is NaN.
         Vec added = offset.at(i, extent);
-        if (training) added = fma(slope.at(i, extent), value - mean.at(i, extent), added);
+        if (slope.p) added = fma(slope.at(i, extent), value - mean.at(i, extent), added);
         if (addend) added = added + load(addend + i, extent);
-        store(grad_y + i, fma(recompute.scale.at(i, extent), g, added), extent);
+        store(grad_y + i, fma(p.scale.at(i, extent), g, added), extent);
         if constexpr (kKind == Residual::kPlain) {
           if (grad_r) store(grad_r + i, g, extent);
         }
         if constexpr (kKind == Residual::kAffine) {
           Vec side;
-          if (res_training)
+          if (res_slope.p)
             side = fma(res_slope.at(i, extent), residual - res_mean.at(i, extent), res_offset.at(i, extent));
-          if (grad_r) store(grad_r + i, fma(res_scale.at(i, extent), g, side), extent);
+          if (grad_r) store(grad_r + i, fma(p.res_scale.at(i, extent), g, side), extent);
         }
       });
     }

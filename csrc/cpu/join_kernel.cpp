@@ -14,16 +14,16 @@ void join_spans(const JoinArgs& a, int64_t begin, int64_t end) {
   for (int64_t span = begin; span < end;) {
     const Stretch stretch = Stretch::from<kPerLane>(a, span, end);
     const Parameter<kPerLane> scale{a.scale + stretch.row}, shift{a.shift + stretch.row};
-    const Addend<kKind, kPerLane> add{{a.res_scale + stretch.channel}, {a.res_shift + stretch.channel}};
+    const Parameter<kPerLane> res_scale{a.res_scale + stretch.channel}, res_shift{a.res_shift + stretch.channel};
+    const Addend<kKind, Parameter<kPerLane>> add{res_scale, res_shift};
     for (; span < stretch.end; ++span) {
-      const Mask mask(a.keep, span);
       const T* y = static_cast<const T*>(a.y) + span * a.y_pitch;
       const T* r = static_cast<const T*>(a.residual) + span * a.residual_pitch;
       T* out = static_cast<T*>(a.out) + span * inner;
       for_each_vector(inner, [&](int64_t i, auto extent) {
         const Vec residual = kKind == Residual::kNone ? Vec() : load(r + i, extent);
         const Vec z = fma(load(y + i, extent), scale.at(i, extent), shift.at(i, extent));
-        store(out + i, mask(Act::forward(add(z, residual, i, extent), param), i), extent);
+        store(out + i, Act::forward(add(z, residual, i, extent), param), extent);
       });
     }
   }

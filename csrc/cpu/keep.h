@@ -1,21 +1,13 @@
-// Dropout's mask, as bits that are drawn before a kernel runs over the elements; see fusedres/ops/dropout.py.
+// Range kernels of dropout: the mask as bits, and its product with a tensor; see fusedres/ops/dropout.py.
 #pragma once
 
 #include "cpu/types.h"
 
 namespace fusedres {
 
-// Bit at + span * pitch + i belongs to element i of a span.
-struct Keep {
-  const uint8_t* bits;  // null: there is no dropout
-  int64_t at;
-  int64_t pitch;
-  float scale;  // of what is kept
-};
-
 // Elements first, first + step, ..., as they are counted in NHWC order; neighbours from a multiple of 64 on cost least.
 // Whole 64-bit words are written.
-struct KeepArgs {
+struct KeepBitsArgs {
   uint64_t seed;
   uint32_t threshold;  // the least random word that keeps its element
   uint64_t first;
@@ -24,6 +16,25 @@ struct KeepArgs {
   uint64_t* bits;
 };
 
+// The mask of some spans: bit at + span * pitch + i belongs to element i of a span.
+struct Keep {
+  const uint8_t* bits;
+  int64_t at;
+  int64_t pitch;
+  float scale;  // of what is kept
+};
+
+// to = from * mask over spans of `inner` elements; `to` may be `from`.
+struct KeepArgs {
+  DType dtype;
+  int64_t spans, inner;
+  const void* from;
+  void* to;
+  int64_t from_pitch, to_pitch;  // from span to span
+  Keep keep;
+};
+
 }  // namespace fusedres
 
-FR_DECLARE_FOR_EACH_ISA(void keep_bits(const KeepArgs& args))
+FR_DECLARE_FOR_EACH_ISA(void keep_bits(const KeepBitsArgs& args))
+FR_DECLARE_FOR_EACH_ISA(void keep_spans(const KeepArgs& args))

@@ -98,6 +98,9 @@ FR_INLINE Vec vmin(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
 FR_INLINE Vec select_gt(Vec a, Vec b, Vec x, Vec y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), y.v, x.v);
 }
+FR_INLINE Vec select_le(Vec a, Vec b, Vec x, Vec y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ), y.v, x.v);
+}
 FR_INLINE Vec round_to_int(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 FR_INLINE Vec scale_by_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
 
@@ -109,17 +112,24 @@ FR_INLINE Vec where_bits(const uint8_t* bits, int64_t at, Vec a) {
 }
 
 FR_INLINE __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+// A bfloat16 is the upper half of a float: each word goes there, or comes from there, in one permutation.
 FR_INLINE Vec widen(__m256i half, BFloat16) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  const __m512i to_upper = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4,
+                                            0, 3, 0, 2, 0, 1, 0, 0, 0);
+  const __m512i words = _mm512_castsi256_si512(half);
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, to_upper, words));
 }
 FR_INLINE Vec widen(__m256i half, Float16) { return _mm512_cvtph_ps(half); }
 FR_INLINE __m256i narrow(Vec a, BFloat16) {
   const __m512i bits = _mm512_castps_si512(a.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  rounded = _mm512_mask_add_epi32(rounded, odd, bits, _mm512_set1_epi32(0x8000));
+  rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));  // stays one, quiet
+  const __m512i from_upper = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21,
+                                              19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return _mm512_castsi512_si256(_mm512_permutexvar_epi16(from_upper, rounded));
 }
 FR_INLINE __m256i narrow(Vec a, Float16) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
@@ -162,6 +172,9 @@ FR_INLINE Vec vmax(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
 FR_INLINE Vec vmin(Vec a, Vec b) { return _mm256_min_ps(a.v, b.v); }
 FR_INLINE Vec select_gt(Vec a, Vec b, Vec x, Vec y) {
   return _mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ));
+}
+FR_INLINE Vec select_le(Vec a, Vec b, Vec x, Vec y) {
+  return _mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ));
 }
 FR_INLINE Vec round_to_int(Vec a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 FR_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {
@@ -236,6 +249,7 @@ FR_INLINE Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }
 FR_INLINE Vec vmax(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
 FR_INLINE Vec vmin(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
 FR_INLINE Vec select_gt(Vec a, Vec b, Vec x, Vec y) { return a.v > b.v ? x : y; }
+FR_INLINE Vec select_le(Vec a, Vec b, Vec x, Vec y) { return a.v <= b.v ? x : y; }
 FR_INLINE Vec where_bits(const uint8_t* bits, int64_t at, Vec a) { return bits[at >> 3] >> (at & 7) & 1 ? a : Vec(); }
 template <class T>
 FR_INLINE Vec load(const T* p) {

@@ -9,7 +9,8 @@ affine is the identity. The *dual* affine, where the residual has a norm of its 
 et al. (2016, "Deep Residual Learning for Image Recognition", eq. 2). The gain, ``[N, C]`` in the statistics' dtype, is
 the excitation of Hu et al. (2018, "Squeeze-and-Excitation Networks", eq. 4) or the survival of a sample in Huang et
 al. (2016, "Deep Networks with Stochastic Depth", eq. 2). The dropout is that of :mod:`fusedres.ops.dropout`.
-Arithmetic is in float32 (float64 for float64), rounded once.
+Arithmetic is in float32 (float64 for float64), rounded once; a kernel may round before a dropout's factor too, as stock
+PyTorch does.
 """
 
 from __future__ import annotations
