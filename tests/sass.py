@@ -67,7 +67,7 @@ def kernels(tool: str, path: Path) -> dict[str, dict[str, int | bool]]:
 
 def _short(mangled: str) -> str:
     """The kernel's name and template arguments: the anonymous namespace's carries a hash of the path."""
-    return re.search(r"\d([a-z][a-z_0-9]*_kernel(?:I.*?E(?=E*v))?)", mangled)[1]
+    return re.search(r"([a-z][a-z_]*_kernel(?:I.*?E(?=E*v))?)", mangled)[1]
 
 
 def main() -> None:
