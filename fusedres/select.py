@@ -66,8 +66,8 @@ BACKENDS = {
     "reference": _reference_refuses,
 }
 
-# What "auto" goes through, fastest first. The CUDA backend has one kernel so far, and what surrounds it would make a
-# block slower than stock: it runs when it is asked for.
+# What "auto" goes through, fastest first. The CUDA backend's speed has not been measured yet: it runs when it is asked
+# for.
 _AUTOMATIC = {"cpu": ("cpu", "reference")}
 _AUTOMATIC_ELSEWHERE = ("stock",)
 

@@ -20,7 +20,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "identity": {"in_channels": 24, "out_channels": 24},
     "projection": {"in_channels": 16, "out_channels": 32, "stride": 2},
 }
-RUNS = [{}, {"autocast": torch.bfloat16}]
+RUNS = [{}, {"dtype": torch.bfloat16}, {"autocast": torch.bfloat16}]
 
 
 class BlockContract:
@@ -49,12 +49,10 @@ class BlockContract:
 
         return make
 
-    def inputs(
-        self, arguments: dict[str, Any], size: int = 12, autocast: torch.dtype | None = None
-    ) -> Callable[[int], list[Tensor]]:
-        """From a seed, the input; under autocast a larger one, for the kinks of ReLU to even out."""
+    def inputs(self, arguments: dict[str, Any], size: int = 12, **run: torch.dtype) -> Callable[[int], list[Tensor]]:
+        """From a seed, the input; in bfloat16 a larger one, for the kinks of ReLU to even out."""
         channels = arguments.get("in_channels", arguments.get("channels"))
-        n, size = (8, 24) if autocast else (4, size)
+        n, size = (8, 24) if run else (4, size)
         return lambda seed: [channels_last((n, channels, size, size), seed=seed)]
 
     @pytest.mark.parametrize("run", RUNS, ids=str)
