@@ -163,7 +163,9 @@ def save_plot(path: Path, found: Sequence[Deep], limit: float, batch: int) -> No
     left.grid(alpha=0.3)
     left.legend()
     peaks = [d.peak / 2**30 for d in found]
-    bars = right.bar([d.network for d in found], peaks, 0.5, color=[_LINES[i % 4] for i in range(len(found))])
+    bars = right.bar(
+        [d.network.replace("(", "\n(") for d in found], peaks, 0.5, color=[_LINES[i % 4] for i in range(len(found))]
+    )
     right.bar_label(
         bars, [f"{p:.2f} GiB,\n{median(d.seconds):.2f} s per step" for p, d in zip(peaks, found)], fontsize=8
     )
