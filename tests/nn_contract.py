@@ -71,8 +71,7 @@ class BlockContract:
     def test_odd_sizes_and_contiguous_layout(self, shape):
         plain = self.plain(**shape).train()
         inputs = self.inputs(shape, 13)
-        # Shifted, as activations are: a mean that cancels has an error that is not relative to itself.
-        compare(plain, self.fuse(shape), lambda seed: [x.contiguous() + 1 for x in inputs(seed)]).check()
+        compare(plain, self.fuse(shape), lambda seed: [x.contiguous() for x in inputs(seed)]).check()
 
     def test_empty_batch(self, shape):
         block = self.fused(**shape, **self.options).eval()
