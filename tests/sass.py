@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 __all__ = ["ARCH", "TABLE", "cuobjdump", "kernels", "nvcc_version", "objects"]
@@ -27,17 +28,16 @@ def cuobjdump() -> str | None:
 
 
 def objects() -> list[Path]:
-    """The objects of all CUDA sources, or none where one is missing or older than its source."""
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    headers = [*(ROOT / "csrc" / "cuda").glob("*.h"), *(ROOT / "csrc" / "common").glob("*.h")]
-    newest_header = max(path.stat().st_mtime for path in headers)
-    found = []
-    for source in sources:
-        path = ROOT / "build" / "fusedres" / "obj" / "cuda" / f"{source.name}.o"
-        if not path.exists() or path.stat().st_mtime < max(source.stat().st_mtime, newest_header):
-            return []
-        found.append(path)
-    return found
+    """The objects of all CUDA sources, or none where ninja would build one of them again."""
+    build = ROOT / "build" / "fusedres"
+    beside = Path(sysconfig.get_path("scripts")) / "ninja"
+    ninja = str(beside) if beside.exists() else shutil.which("ninja")
+    found = [build / f"obj/cuda/{source.name}.o" for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    if ninja is None or not (build / "build.ninja").exists() or not all(path.exists() for path in found):
+        return []
+    names = [str(path.relative_to(build)) for path in found]
+    left = subprocess.run([ninja, "-C", str(build), "-n", *names], capture_output=True, text=True).stdout
+    return found if "no work to do" in left else []
 
 
 def nvcc_version() -> str | None:
