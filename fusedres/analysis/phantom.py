@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["FLOPS", "Call", "Recorder", "Touch", "phantom_input", "phantom_model"]
+__all__ = ["Call", "Recorder", "Touch", "phantom_input", "phantom_model"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def _operands(func: Any, args: tuple, kwargs: dict) -> tuple[list[Tensor], list[
     return read, written
 
 
-_ONLY_WRITTEN = {"out"}
+_ONLY_WRITTEN = {"out", "into"}
 _OVERWRITES = {_aten.copy_.default, _aten.zero_.default, _aten.fill_.Scalar}
 
 
@@ -262,23 +262,24 @@ def _flops(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
     count = flop_registry.get(func._overloadpacket)
     if count is not None:
         return count(*args, **kwargs, out_val=out)
-    if func.namespace == "fusedres":
-        stem = next((stem for stem in FLOPS if f"{func._opname}_".startswith(f"{stem}_")), None)
-        return 0 if stem is None else FLOPS[stem](*args)
-    return _added_flops(*args) if _name(func) == "mkldnn._convolution_pointwise_" else 0
+    stem = next((stem for stem in FLOPS if f"{_name(func)}_".startswith(f"{stem}_")), None)
+    return 0 if stem is None else FLOPS[stem](args, out)
 
 
-def _wgrad_flops(grad: Tensor, *rest: Any) -> int:
-    weight = rest[-1]
-    return 2 * (grad.numel() // max(grad.shape[1], 1)) * weight.numel()
+def _each_pixel(y: Tensor, weight: Tensor) -> int:
+    """A product with the whole weight for every pixel of ``y``, the convolution's result or the gradient of it."""
+    return 2 * (y.numel() // max(y.shape[1], 1)) * weight.numel()
 
 
-def _added_flops(onto: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> int:
-    return 2 * (onto.numel() // max(onto.shape[1], 1)) * weight.numel()
-
-
-FLOPS = {"conv_wgrad": _wgrad_flops}
-"""By the op's stem, which the kernels of every backend share."""
+FLOPS = {
+    "fusedres.conv_wgrad": lambda args, out: _each_pixel(args[0], args[-1]),
+    "fusedres.conv_fused_wgrad": lambda args, out: _each_pixel(args[0], args[-1]),
+    "fusedres.conv_fused_dgrad": lambda args, out: _each_pixel(args[0], args[3]),
+    "fusedres.conv_fused_fprop": lambda args, out: _each_pixel(out[0], args[4]),
+    "fusedres.conv_fused_join": lambda args, out: _each_pixel(out, args[4]),
+    "mkldnn._convolution_pointwise_": lambda args, out: _each_pixel(args[0], args[2]),
+}
+"""Of convolutions that PyTorch does not know; ours by the op's stem, which the kernels of every backend share."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch.utils import deterministic
 import fusedres
 from fusedres import models
 from fusedres.analysis.peak import resident
-from fusedres.analysis.phantom import FLOPS, Recorder, phantom_input, phantom_model
+from fusedres.analysis.phantom import Recorder, phantom_input, phantom_model
 from fusedres.analysis.traffic import record_step
 from fusedres.ops.registry import OPS
 from fusedres.select import use_backend, why_not
@@ -49,14 +49,28 @@ def test_values_are_followed_through_views_and_in_place_ops():
     assert total.touched == 3 * z.nbytes
 
 
-def test_every_convolution_of_this_library_is_counted():
+CONVOLUTIONS = {
+    "conv_wgrad": lambda op, x, w, g: op(g, x, None, 0, 0.0, *GEOMETRY, torch.empty_like(w)),
+    "conv_fused_wgrad": lambda op, x, w, g: op(g, None, None, x, None, 0, 0.0, *GEOMETRY, torch.empty_like(w)),
+    "conv_fused_dgrad": lambda op, x, w, g: op(g, None, None, w, x, None, 0, 0.0, *GEOMETRY),
+    "conv_fused_fprop": lambda op, x, w, g: op(x, None, 0, 0.0, w, None, *GEOMETRY, True),
+    "conv_fused_join": lambda op, x, w, g: op(x, None, 0, 0.0, w, None, *GEOMETRY, None, None, None, 0, 0.0),
+}
+GEOMETRY = ([2, 2], [1, 1], [1, 1])
+
+
+def test_no_convolution_of_this_library_is_missing():
     """A new op that convolves needs its arithmetic in the table, or the roofline misses it."""
-    assert {name for name in OPS if "conv" in name} == set(FLOPS)
-    x, grad = torch.randn(2, 8, 5, 5), torch.randn(2, 4, 5, 5)
+    assert {name for name in OPS if "conv" in name} == set(CONVOLUTIONS)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_the_arithmetic_of_a_convolution_of_this_library(name):
+    x, w, g = torch.randn(2, 8, 5, 5), torch.randn(4, 8, 3, 3), torch.randn(2, 4, 3, 3)
     recorder = Recorder({}, phantom=False)
     with recorder:
-        torch.ops.fusedres.conv_wgrad(grad, x, None, 0, 0.0, [1, 1], [1, 1], [1, 1], torch.empty(4, 8, 3, 3))
-    assert recorder.calls[-1].flops == 2 * 2 * 25 * 4 * 8 * 9
+        CONVOLUTIONS[name](OPS[name].overload("reference"), x, w, g)
+    assert recorder.calls[-1].flops == 2 * 2 * 3 * 3 * 4 * 8 * 9
 
 
 def test_broadcasts_are_read_once():
