@@ -1,5 +1,6 @@
 # make install   a virtual environment in .venv, with the library built in place; does nothing when nothing changed
 # make test      install, linters, tests
+# make wheel     dist/*.whl: one wheel for every Python 3 and torch from 2.10 on, CPU and CUDA builds
 # make demo bench bench-quick format clean
 
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.10
@@ -17,12 +18,12 @@ TRITON := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),triton
 
 # Folders count too: theirs is the time that changes when a file goes away.
 SOURCES := $(shell find csrc)
-FORMATTED = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+FORMATTED = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # Developers build strictly; a user's compiler may warn.
 export FUSEDRES_WERROR := 1
 
-.PHONY: install demo test bench bench-quick format clean
+.PHONY: install demo test bench bench-quick wheel format clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.library
@@ -58,10 +59,13 @@ bench: install
 bench-quick: install
 	$(PY) -m fusedres bench --quick
 
+wheel: install
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+
 format: install
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(CLANG_FORMAT) -i $(FORMATTED)
 
 clean:
-	rm -rf build fusedres/_C.so fusedres/_build.json $(VENV)/.library .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist fusedres/_C.so fusedres/_build.json $(VENV)/.library .pytest_cache .ruff_cache .hypothesis

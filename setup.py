@@ -244,7 +244,7 @@ def ninja_file(torch: Path, cxx: list[str], cuda: Cuda | None) -> str:
     linker = ["--exclude-libs,ALL", "-z,defs", "--no-as-needed"]
     if cuda:
         nvcc = [cuda.nvcc, "-ccbin", cxx[-1]]
-        strict_flags = ["-Xcompiler=-Werror", "-Xptxas=-Werror"] if strict else []
+        strict_flags = ["-Xcompiler=-Werror", "-Xptxas=-Werror", "-Werror=all-warnings"] if strict else []
         flags = [*NVCC_FLAGS, *strict_flags, *cuda.gencode, *includes]
         rules["nvcc"] = [*nvcc, *flags, *track_headers, *in_out]
         compiles += [Compile("nvcc", source) for source in sorted(ROOT.glob("csrc/cuda/*.cu"))]

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.shapes import name_of
 from fusedres.benchmarking import grid
+from fusedres.benchmarking.shapes import name_of
 
 SMOKE_SHAPE = (6, 64, 28, 28)
 """Large enough not to run as stock."""

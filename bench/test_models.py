@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.shapes import BATCH, NETWORKS, SMOKE_BATCH, name_of
 from fusedres import models
+from fusedres.benchmarking.shapes import BATCH, NETWORKS, SMOKE_BATCH, name_of
 from fusedres.benchmarking.workloads import INFERENCE_BF16, INFERENCE_FP32, TRAIN_BF16, TRAIN_FP32, Batch, settle
 from fusedres.patch import patch
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.shapes import name_of
+from fusedres.benchmarking.shapes import name_of
 from fusedres.models.ode import ODEFunction
 from fusedres.nn import ODEBlock
 from fusedres.testing import channels_last, compare

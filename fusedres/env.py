@@ -51,6 +51,7 @@ VARIABLES = (
         "the best there is",
         "instruction set of the CPU kernels: scalar, avx2, avx512 or avx512bf16",
     ),
+    Variable("FUSEDRES_CACHE", "run", "~/.cache/fusedres", "folder of the tables that tuning writes"),
 )
 
 
@@ -145,7 +146,7 @@ def env_report() -> EnvReport:
     backends = (
         Backend("reference", True, "plain PyTorch, any device and dtype"),
         _cpu_backend(in_use, problem),
-        Backend("triton", False, "this version has no Triton kernels"),
+        _triton_backend(),
         _cuda_backend(),
         Backend("library", True, _vendor_libraries()),
     )
@@ -188,6 +189,29 @@ def _instruction_sets() -> tuple[tuple[str, ...], str, str | None]:
 def _cpu_backend(isa: str, problem: str | None) -> Backend:
     reason = library_missing() or problem
     return Backend("cpu", reason is None, reason or f"compiled kernels, {isa}")
+
+
+def _triton_backend() -> Backend:
+    reason = triton_missing()
+    return Backend("triton", reason is None, reason or "kernels compiled at their first call")
+
+
+def triton_missing() -> str | None:
+    """``None`` where the Triton kernels run here, else why they do not."""
+    from .triton import missing
+
+    if reason := missing():
+        return reason
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if torch.version.cuda is None:
+        return "torch was built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no usable GPU"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"the kernels need compute capability 8.0 or newer, the GPU has {capability[0]}.{capability[1]}"
+    return None
 
 
 def _cuda_backend() -> Backend:

@@ -6,6 +6,7 @@ predicate says yes. Layout is no part of the question: the engine brings every t
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 
 import torch
 
-from . import env
+from . import env, triton
 from .ops.registry import OPS
 
 __all__ = [
@@ -49,6 +50,15 @@ def _cuda_refuses(device_type: str, dtype: torch.dtype) -> str | None:
     return env.cuda_missing()
 
 
+def _triton_refuses(device_type: str, dtype: torch.dtype) -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != ("cpu" if interpreted else "cuda"):
+        return f"the tensor is on {device_type}"
+    if dtype not in _DTYPES:
+        return f"the Triton kernels take float32, bfloat16 and float16, not {dtype}"
+    return env.triton_missing()
+
+
 def _stock_refuses(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
@@ -62,12 +72,13 @@ def _reference_refuses(device_type: str, dtype: torch.dtype) -> str | None:
 BACKENDS = {
     "cpu": _cpu_refuses,
     "cuda": _cuda_refuses,
+    "triton": _triton_refuses,
     "stock": _stock_refuses,
     "reference": _reference_refuses,
 }
 
-# What "auto" goes through, fastest first. The CUDA backend has one kernel so far, and what surrounds it would make a
-# block slower than stock: it runs when it is asked for.
+# What "auto" goes through, fastest first. The CUDA backend's speed has not been measured yet: it runs when it is asked
+# for.
 _AUTOMATIC = {"cpu": ("cpu", "reference")}
 _AUTOMATIC_ELSEWHERE = ("stock",)
 
@@ -153,5 +164,7 @@ def kernels(device_type: str, dtype: torch.dtype, forced: str = "auto") -> Simpl
 @cache
 def _kernels(device_type: str, dtype: torch.dtype, forced: str) -> SimpleNamespace:
     backend = _resolve(device_type, dtype, forced)
+    if backend == "triton":
+        triton.load()
     chosen = {name: op.overload(backend if backend in op.kernels else "reference") for name, op in OPS.items()}
     return SimpleNamespace(backend=backend, **chosen)

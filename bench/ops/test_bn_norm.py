@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.ops.contestants import BACKENDS, check, require
-from bench.shapes import CHANNELS
+from fusedres.benchmarking.shapes import CHANNELS
 from fusedres.ops.registry import OPS
 
 OP = OPS["bn_norm"]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.ops.contestants import BACKENDS, nbytes, require
-from bench.shapes import ACTIVATIONS, MODIFIED, name_of
+from fusedres.benchmarking.shapes import ACTIVATIONS, MODIFIED, name_of
 from fusedres.ops.registry import OPS
 from fusedres.testing import assert_within_budget, channels_last, rms, sliced
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.ops.contestants import BACKENDS, affine_rows, check, nbytes, require
-from bench.shapes import WEIGHT_GRADIENTS, name_of
+from fusedres.benchmarking.shapes import WEIGHT_GRADIENTS, name_of
 from fusedres.ops.activations import RELU
 from fusedres.ops.conv import ConvGeometry
 from fusedres.ops.conv_wgrad import fuses_wgrad

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.ops.contestants import BACKENDS, check, nbytes, require
-from bench.shapes import ACTIVATIONS, name_of
+from fusedres.benchmarking.shapes import ACTIVATIONS, name_of
 from fusedres.ops.registry import OPS
 from fusedres.testing import channels_last
 

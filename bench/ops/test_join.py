@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.ops.contestants import BACKENDS, affine_rows, check, nbytes, require
-from bench.shapes import ACTIVATIONS, MODIFIED, name_of
+from fusedres.benchmarking.shapes import ACTIVATIONS, MODIFIED, name_of
 from fusedres.ops.activations import RELU
 from fusedres.ops.registry import OPS
 from fusedres.testing import channels_last, sliced

@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "cpu/bn_stats.h"
 #include "cpu/dispatch.h"
 #include "cpu/vec.h"
@@ -14,12 +16,30 @@ FR_INLINE double mean_of(const StatsPartials& p, int64_t i) {
   return mean - mean == 0 ? mean + p.correction[i] : mean;
 }
 
-// Two passes, of which the second reads cache. The first mean m is of limited accuracy, so for floats the second pass
-// takes the deviations' own mean too: mean = m + sum d / n and M2 = sum d^2 - (sum d)^2 / n, with d = x - m. A large
-// mean then costs a small variance nothing. m and sum d / n are kept apart, since their sum does not fit a float. The
-// sums of narrower types are as good as exact, and their steps far above m's rounding.
+// Two passes, of which the second reads cache. Floats are summed in double: a mean near zero is then as accurate as one
+// that is not. It is kept as a float m and what m lacks, e, and M2 = sum d^2 - n e^2 with d = x - m, so that a large
+// mean costs a small variance nothing. The sums of narrower types are as good as exact in a float.
 template <class T>
-constexpr bool kCorrects = sizeof(T) == sizeof(float);
+using Sum = std::conditional_t<sizeof(T) == sizeof(float), Wide, Vec>;
+
+FR_INLINE void split_mean(const Wide& sum, int64_t n, Vec& mean, Vec& correction) {
+  double lanes[Vec::kWidth];
+  float high[Vec::kWidth], low[Vec::kWidth];
+  store(lanes, sum);
+  const double share = 1.0 / static_cast<double>(n);
+  for (int i = 0; i < Vec::kWidth; ++i) {
+    const double m = lanes[i] * share;
+    high[i] = static_cast<float>(m);
+    low[i] = static_cast<float>(m - high[i]);
+  }
+  mean = load(high);
+  correction = load(low);
+}
+
+FR_INLINE void split_mean(Vec sum, int64_t n, Vec& mean, Vec& correction) {
+  mean = sum * Vec(1.f / static_cast<float>(n));
+  correction = Vec();
+}
 
 // What is read, and where it is copied to on the way, unless there is nowhere.
 template <class T, bool kCopies>
@@ -40,31 +60,27 @@ FR_INLINE void stats_of_columns(const Source<T, kCopies>& source, int64_t rows, 
                                 Extent extent) {
   const T* x = source.x;
   const int64_t pitch = source.x_pitch;
-  Vec mean[kVectors], sum[kVectors], square[kVectors];
+  Sum<T> sum[kVectors];
   for (int64_t row = 0; row < rows; ++row)
-    for (int k = 0; k < kVectors; ++k) mean[k] = mean[k] + load(x + row * pitch + k * Vec::kWidth, extent);
-  const Vec share(1.f / static_cast<float>(rows));
-  for (Vec& m : mean) m = m * share;
+    for (int k = 0; k < kVectors; ++k) sum[k] = sum[k] + load(x + row * pitch + k * Vec::kWidth, extent);
+  Vec mean[kVectors], correction[kVectors], square[kVectors];
+  for (int k = 0; k < kVectors; ++k) split_mean(sum[k], rows, mean[k], correction[k]);
   for (int64_t row = 0; row < rows;) {
     const int64_t stop = rows - row < kRun ? rows : row + kRun;
-    Vec run_sum[kVectors], run_square[kVectors];
+    Vec run_square[kVectors];
     for (; row < stop; ++row)
       for (int k = 0; k < kVectors; ++k) {
         const Vec d = load(x + row * pitch + k * Vec::kWidth, extent) - mean[k];
-        if constexpr (kCorrects<T>) run_sum[k] = run_sum[k] + d;
         run_square[k] = fma(d, d, run_square[k]);
         source.copy(row, k * Vec::kWidth, extent);
       }
-    for (int k = 0; k < kVectors; ++k) {
-      sum[k] = sum[k] + run_sum[k];
-      square[k] = square[k] + run_square[k];
-    }
+    for (int k = 0; k < kVectors; ++k) square[k] = square[k] + run_square[k];
   }
+  const Vec count(static_cast<float>(rows));
   for (int k = 0; k < kVectors; ++k) {
-    const Vec correction = sum[k] * share;
     store(out.mean + k * Vec::kWidth, mean[k], extent);
-    store(out.correction + k * Vec::kWidth, correction, extent);
-    store(out.m2 + k * Vec::kWidth, square[k] - sum[k] * correction, extent);
+    store(out.correction + k * Vec::kWidth, correction[k], extent);
+    store(out.m2 + k * Vec::kWidth, square[k] - count * correction[k] * correction[k], extent);
   }
 }
 
@@ -91,34 +107,32 @@ void stats_channels_last(const StatsArgs& a, int64_t begin, int64_t end) {
 template <class T, bool kCopies>
 FR_INLINE void stats_of_stretch(const Source<T, kCopies>& source, int64_t n, const StatsPartials& out) {
   const T* x = source.x;
-  Vec sum, square;
+  Sum<T> sum;
   for_each_vector(n, [&](int64_t i, auto extent) {
     sum = sum + load(x + i, extent);
     source.copy(0, i, extent);
   });
-  const float mean = horizontal_sum(sum) / static_cast<float>(n);
+  const double exact = horizontal_sum(sum) / static_cast<double>(n);
+  const float mean = static_cast<float>(exact), correction = static_cast<float>(exact - mean);
   const int64_t whole = n - n % Vec::kWidth;
-  sum = Vec();
+  Vec square;
   for (int64_t i = 0; i < whole;) {
     const int64_t stop = whole - i < kRun * Vec::kWidth ? whole : i + kRun * Vec::kWidth;
-    Vec run_sum, run_square;
+    Vec run_square;
     for (; i < stop; i += Vec::kWidth) {
       const Vec d = load(x + i) - Vec(mean);
-      if constexpr (kCorrects<T>) run_sum = run_sum + d;
       run_square = fma(d, d, run_square);
     }
-    sum = sum + run_sum;
     square = square + run_square;
   }
-  float total = horizontal_sum(sum), m2 = horizontal_sum(square);
+  float m2 = horizontal_sum(square);
   for (int64_t i = whole; i < n; ++i) {
     const float d = to_float(x[i]) - mean;
-    if constexpr (kCorrects<T>) total += d;
     m2 += d * d;
   }
   *out.mean = mean;
-  *out.correction = total / static_cast<float>(n);
-  *out.m2 = m2 - total * *out.correction;
+  *out.correction = correction;
+  *out.m2 = m2 - static_cast<float>(n) * correction * correction;
 }
 
 template <class T, bool kCopies>

@@ -154,6 +154,19 @@ FR_INLINE void store(T* p, Vec a, int64_t n) {
   _mm256_mask_storeu_epi16(p, first(n), narrow(a, T{}));
 }
 
+// As many doubles as a Vec has floats, to sum in.
+struct Wide {
+  __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+};
+FR_INLINE Wide operator+(Wide a, Vec b) {
+  return {_mm512_add_pd(a.low, _mm512_cvtps_pd(_mm512_castps512_ps256(b.v))),
+          _mm512_add_pd(a.high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(b.v, 1)))};
+}
+FR_INLINE void store(double* p, Wide a) {
+  _mm512_storeu_pd(p, a.low);
+  _mm512_storeu_pd(p + 8, a.high);
+}
+
 #elif defined(FUSEDRES_ISA_AVX2)
 
 struct Vec {
@@ -233,6 +246,18 @@ FR_INLINE void store(T* p, Vec a, int64_t n) {
   std::memcpy(p, padded, n * sizeof(T));
 }
 
+struct Wide {
+  __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
+};
+FR_INLINE Wide operator+(Wide a, Vec b) {
+  return {_mm256_add_pd(a.low, _mm256_cvtps_pd(_mm256_castps256_ps128(b.v))),
+          _mm256_add_pd(a.high, _mm256_cvtps_pd(_mm256_extractf128_ps(b.v, 1)))};
+}
+FR_INLINE void store(double* p, Wide a) {
+  _mm256_storeu_pd(p, a.low);
+  _mm256_storeu_pd(p + 4, a.high);
+}
+
 #else
 
 struct Vec {
@@ -268,11 +293,25 @@ FR_INLINE void store(T* p, Vec a, int64_t) {
   store(p, a);
 }
 
+struct Wide {
+  double v = 0;
+};
+FR_INLINE Wide operator+(Wide a, Vec b) { return {a.v + static_cast<double>(b.v)}; }
+FR_INLINE void store(double* p, Wide a) { *p = a.v; }
+
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What follows from the operations above
 // ---------------------------------------------------------------------------------------------------------------------
+
+FR_INLINE double horizontal_sum(Wide a) {
+  double lanes[Vec::kWidth];
+  store(lanes, a);
+  for (int width = Vec::kWidth / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
 
 FR_INLINE float horizontal_sum(Vec a) {
   float lanes[Vec::kWidth];

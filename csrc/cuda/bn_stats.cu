@@ -19,7 +19,7 @@ struct StatsArgs {
   Parts parts;
   Input x;
   Output into;      // a copy of x, or absent
-  float* partials;  // [2, groups * parts, channels]: mean, relative to the first value, and M2
+  float* partials;  // [kMoments, groups * parts, channels]
   float* out;       // [2, groups, channels]
 };
 
@@ -30,12 +30,15 @@ __device__ __forceinline__ float origin(const StatsArgs& a, int64_t channel) {
   return isfinite(first) ? first : 0.f;
 }
 
+constexpr int kMoments = 3;
 struct Moments {
-  float mean, m2;
+  float sum;       // of the values themselves
+  float mean, m2;  // of the values relative to their channel's first one
 
   // Chan, Golub and LeVeque (1979), eq. 2.1; `share` is n_b / (n_a + n_b).
   __device__ __forceinline__ void merge(const Moments& b, float n_a, float share) {
     const float delta = b.mean - mean;
+    sum += b.sum;
     mean = fmaf(delta, share, mean);
     m2 += fmaf(delta * delta, n_a * share, b.m2);
   }
@@ -49,10 +52,13 @@ __device__ __forceinline__ void accumulate(const Pack<T, kWidth> (&x)[kUnroll], 
   const float share = static_cast<float>(count) / (before + static_cast<float>(count));
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    Moments here{0.f, 0.f};
+    Moments here = {};
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k)
-      if (k < count) here.mean += to_float(x[k].lane[i]) - zero[i];
+    for (int k = 0; k < kUnroll; ++k) {
+      const float value = to_float(x[k].lane[i]);
+      if (k < count) here.sum += value;
+      if (k < count) here.mean += value - zero[i];
+    }
     here.mean *= share_of_one;
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k) {
@@ -61,6 +67,13 @@ __device__ __forceinline__ void accumulate(const Pack<T, kWidth> (&x)[kUnroll], 
     }
     total[i].merge(here, before, share);
   }
+}
+
+// `all`: results of a kind.
+__device__ __forceinline__ void put(const StatsArgs& a, int64_t all, int64_t at, const Moments& moments) {
+  a.partials[at] = moments.sum;
+  a.partials[all + at] = moments.mean;
+  a.partials[2 * all + at] = moments.m2;
 }
 
 // channels_last: a thread keeps its channels.
@@ -114,8 +127,7 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocksPerProcessor) bn_stats_
       const int64_t all = a.parts.groups * a.parts.parts * a.walk.channels;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        a.partials[part * a.walk.channels + place.column + i] = slot(0)[i].mean;
-        a.partials[all + part * a.walk.channels + place.column + i] = slot(0)[i].m2;
+        put(a, all, part * a.walk.channels + place.column + i, slot(0)[i]);
       }
     }
     __syncthreads();  // the next group writes the slots again
@@ -153,7 +165,8 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocksPerProcessor) bn_stats_
     n *= kWidth;
 #pragma unroll
     for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-      const Moments other{__shfl_down_sync(kFullMask, total[0].mean, offset),
+      const Moments other{__shfl_down_sync(kFullMask, total[0].sum, offset),
+                          __shfl_down_sync(kFullMask, total[0].mean, offset),
                           __shfl_down_sync(kFullMask, total[0].m2, offset)};
       const float n_other = __shfl_down_sync(kFullMask, n, offset);
       // What lanes without a lane below them make is not used.
@@ -161,8 +174,7 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocksPerProcessor) bn_stats_
       n += n_other;
     }
     if (threadIdx.x == 0) {
-      a.partials[row] = total[0].mean;
-      a.partials[a.walk.rows + row] = total[0].m2;
+      put(a, a.walk.rows, row, total[0]);
     }
   }
 }
@@ -173,22 +185,25 @@ __global__ void __launch_bounds__(kWarpSize* kMergeSlices, 1) bn_stats_merge_ker
   const int64_t channels = a.walk.channels, c = int64_t{blockIdx.x} * kWarpSize + threadIdx.x;
   const int64_t all = a.parts.groups * a.parts.parts * channels;
   for (int64_t group = blockIdx.y; group < a.parts.groups; group += gridDim.y) {
-    double count = 0, sum = 0, square = 0;
+    double count = 0, plain = 0, sum = 0, square = 0;
 #pragma unroll 4
     for (int64_t part = threadIdx.y; part < a.parts.parts; part += kMergeSlices) {
       if (c >= channels) break;
       const int64_t at = (group * a.parts.parts + part) * channels + c;
-      const double n = static_cast<double>(a.parts.count(part)), mean = a.partials[at];
+      const double n = static_cast<double>(a.parts.count(part)), mean = a.partials[all + at];
       count += n;
+      plain += a.partials[at];
       sum += n * mean;
-      square += a.partials[all + at] + n * mean * mean;
+      square += a.partials[2 * all + at] + n * mean * mean;
     }
     count = sum_of_slices(count);
+    plain = sum_of_slices(plain);
     sum = sum_of_slices(sum);
     square = sum_of_slices(square);
     if (c < channels && threadIdx.y == 0) {
       const double mean = sum / count, m2 = square - sum * mean;
-      a.out[group * channels + c] = static_cast<float>(mean + static_cast<double>(origin<T>(a, c)));
+      const double shifted = mean + static_cast<double>(origin<T>(a, c));
+      a.out[group * channels + c] = static_cast<float>(fabs(shifted) > fabs(mean) ? shifted : plain / count);
       a.out[(a.parts.groups + group) * channels + c] = static_cast<float>(m2 < 0 ? 0 : m2);
     }
   }
@@ -201,7 +216,8 @@ void launch(const Device& device, const Tensor& x, StatsArgs& args, bool per_sam
                           ? warps_shape(args.walk)
                           : shape_of(args.walk, V::width, kUnroll, kReduceBlocksPerProcessor, kThreads);
   args.parts = parts_of(args.walk, shape, per_sample);
-  Tensor partials = torch::stable::new_empty(x, {2, args.parts.groups * args.parts.parts, args.walk.channels}, kFloat);
+  Tensor partials =
+      torch::stable::new_empty(x, {kMoments, args.parts.groups * args.parts.parts, args.walk.channels}, kFloat);
   args.partials = device.out<float>(partials);
   if (args.walk.contiguous)
     bn_stats_planes_kernel<T, V::width><<<shape.grid, shape.block, 0, device.stream()>>>(args);

@@ -108,7 +108,8 @@ inline Shape shape_of(const Walk& walk, int width, int unroll, int blocks_per_pr
 
 template <int kWidth>
 bool fits_vectors(const Walk& walk, size_t element_size, const void* data, int64_t pitch) {
-  return data == nullptr || (is_aligned<kWidth>(data, element_size) && (pitch % kWidth == 0 || walk.rows == 1));
+  return data == nullptr ||
+         (is_aligned<kWidth>(data, element_size) && (pitch % kWidth == 0 || walk.groups * walk.rows == 1));
 }
 
 template <class T, int kWidth>

@@ -53,14 +53,15 @@ class Deep:
         return median(self.losses[-third:]) < median(self.losses[:third])
 
 
-def deep_training(network: str, steps: int = 20, *, batch: int = 32, rate: float = 0.02, memory: str = "auto") -> Deep:
+def deep_training(network: str, steps: int = 20, *, batch: int = 32, rate: float = 0.001, memory: str = "auto") -> Deep:
     """Trains a network on scikit-learn's digits, 16 x 16, for a few steps, in a process of its own.
 
     Args:
         network: a function of ``fusedres.models`` and the depth that it is called with: ``"cifar_resnet(1202)"``.
         steps: how many.
         batch: images per step.
-        rate: the learning rate.
+        rate: the learning rate; small, since so deep a network begins with logits far too large, which He et al. meet
+            with a warm-up.
         memory: as in :func:`fusedres.patch`.
 
     Raises:
@@ -104,14 +105,14 @@ def _train(
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 
-_NETWORKS = ["cifar_resnet(1202)"]
+_NETWORKS = ["cifar_preresnet(1001)", "cifar_resnet(1202)"]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("networks", nargs="*", default=_NETWORKS, help=f"(default {' '.join(_NETWORKS)})")
     parser.add_argument("--steps", type=int, default=20, help="of the training (default %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="images per step (default %(default)s)")
-    parser.add_argument("--rate", type=float, default=0.02, help="learning rate (default %(default)s)")
+    parser.add_argument("--rate", type=float, default=0.001, help="learning rate (default %(default)s)")
     parser.add_argument("--memory", choices=("auto", "low"), default="auto", help="as in fusedres.patch")
     parser.add_argument("--limit", type=float, default=8.0, metavar="GIB", help="of peak memory (default %(default)s)")
     add_output_arguments(parser, "depth")
@@ -162,7 +163,9 @@ def save_plot(path: Path, found: Sequence[Deep], limit: float, batch: int) -> No
     left.grid(alpha=0.3)
     left.legend()
     peaks = [d.peak / 2**30 for d in found]
-    bars = right.bar([d.network for d in found], peaks, 0.5, color=[_LINES[i % 4] for i in range(len(found))])
+    bars = right.bar(
+        [d.network.replace("(", "\n(") for d in found], peaks, 0.5, color=[_LINES[i % 4] for i in range(len(found))]
+    )
     right.bar_label(
         bars, [f"{p:.2f} GiB,\n{median(d.seconds):.2f} s per step" for p, d in zip(peaks, found)], fontsize=8
     )

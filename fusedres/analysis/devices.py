@@ -81,7 +81,9 @@ def measured_cpu(dtype: torch.dtype) -> Device:
     matrix = torch.ones(_SIDE, _SIDE, dtype=dtype)
     bandwidth = 2 * _COPIED / _fastest(lambda: target.copy_(source))
     arithmetic = 2 * _SIDE**3 / _fastest(lambda: matrix @ matrix)
-    return Device(f"this CPU, {torch.get_num_threads()} threads (measured)", bandwidth, {dtype: arithmetic})
+    threads = torch.get_num_threads()
+    name = f"this CPU, {threads} thread{'s' if threads > 1 else ''} (measured)"
+    return Device(name, bandwidth, {dtype: arithmetic})
 
 
 def _fastest(call: Callable[[], Any]) -> float:

@@ -21,7 +21,7 @@ from ..console import console, lacks, make_table, stages
 from ..demo.data import digits
 from ..select import use_backend
 from .blocks import blocks_of
-from .networks import KINDS, DepthNetwork, depth_network
+from .networks import KINDS, depth_network
 from .output import KIND_STYLES, add_output_arguments, new_figure, save_figure, write
 from .state import preserved
 
@@ -177,7 +177,7 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _by_block(model: DepthNetwork, images: Tensor, iterations: int) -> dict[int, JacobianIdentity]:
+def _by_block(model: nn.Module, images: Tensor, iterations: int) -> dict[int, JacobianIdentity]:
     """For each block that keeps its input's shape, by its number from the input, at what reaches it."""
     inputs: dict[nn.Module, tuple[Tensor, torch.Size]] = {}
     found = blocks_of(model)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["Call", "Recorder", "Touch", "phantom_input", "phantom_model"]
+__all__ = ["FLOPS", "Call", "Recorder", "Touch", "phantom_input", "phantom_model"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,7 +262,10 @@ def _flops(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
     count = flop_registry.get(func._overloadpacket)
     if count is not None:
         return count(*args, **kwargs, out_val=out)
-    return _OUR_FLOPS[_name(func)](*args) if _name(func) in _OUR_FLOPS else 0
+    if func.namespace == "fusedres":
+        stem = next((stem for stem in FLOPS if f"{func._opname}_".startswith(f"{stem}_")), None)
+        return 0 if stem is None else FLOPS[stem](*args)
+    return _added_flops(*args) if _name(func) == "mkldnn._convolution_pointwise_" else 0
 
 
 def _wgrad_flops(grad: Tensor, *rest: Any) -> int:
@@ -274,11 +277,8 @@ def _added_flops(onto: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> int:
     return 2 * (onto.numel() // max(onto.shape[1], 1)) * weight.numel()
 
 
-_OUR_FLOPS = {
-    "fusedres.conv_wgrad": _wgrad_flops,
-    "fusedres.conv_wgrad_cpu": _wgrad_flops,
-    "mkldnn._convolution_pointwise_": _added_flops,
-}
+FLOPS = {"conv_wgrad": _wgrad_flops}
+"""By the op's stem, which the kernels of every backend share."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

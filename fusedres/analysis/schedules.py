@@ -139,11 +139,14 @@ class _Fuser:
             self._stored(call.writes, len(self.kernels) - 1)
 
     def _norm(self, call: Call) -> None:
-        x, out = call.reads[0], call.writes[0]
-        statistics = call.writes[1:]
-        if call.again:  # the batch's statistics; running ones are there already
-            self._reduce(call, call.reads[:1], statistics)
-        self._express(call, (out,), (x, *call.reads[1:], *statistics))
+        out, *statistics = call.writes
+        if not call.again:  # running statistics, which are there already
+            self._express(call, (out,), call.reads)
+            return
+        self._reduce(call, call.reads[:1], statistics)
+        # Mean and rstd are read again; what of the running statistics was updated comes last on both sides.
+        updated = len(statistics) - 2
+        self._express(call, (out,), (*call.reads[: len(call.reads) - updated], *statistics[:2]))
 
     def _norm_backward(self, call: Call) -> None:
         sums = call.writes[1:] or (self._temporary(call),)

@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.densenet import DenseStage
+from ..models.preresnet import PreActBottleneck
 from ..models.resnet import BasicBlock, Bottleneck
+from ..models.wrn import WideBlock
 from ..patch import patch
 from ..testing import Comparison, channels_last, compare
 from .agreement import verdict
+from .shapes import BLOCK_INPUTS as SHAPES
 from .timing import Timing, interleave, speedup
 
 __all__ = [
@@ -44,21 +48,20 @@ class ConvNormAct(nn.Module):
         return self.relu(self.bn(self.conv(x)))
 
 
+def _bottleneck(channels: int, groups: int = 1, base_width: int = 64, reduction: int = 0) -> Bottleneck:
+    return Bottleneck(channels, channels // Bottleneck.expansion, 1, None, groups, base_width, reduction)
+
+
 BLOCKS: dict[str, Callable[[int], nn.Module]] = {
     "conv-bn-relu": ConvNormAct,
     "basic": lambda channels: BasicBlock(channels, channels, 1, None, 1, 64),
-    "bottleneck": lambda channels: Bottleneck(channels, channels // Bottleneck.expansion, 1, None, 1, 64),
+    "bottleneck": _bottleneck,
+    "grouped bottleneck": lambda channels: _bottleneck(channels, groups=4, base_width=16),
+    "bottleneck with squeeze-excitation": lambda channels: _bottleneck(channels, reduction=4),
+    "pre-activation bottleneck": lambda channels: PreActBottleneck(channels, channels),
+    "wide": lambda channels: WideBlock(channels, channels, 1, 0.0),
+    "dense": lambda channels: DenseStage(2, channels, channels // 4, 4, 0.0),
 }
-
-SHAPES = (
-    (1, 64, 7, 7),
-    (1, 512, 7, 7),
-    (1, 64, 56, 56),
-    (2, 128, 28, 28),
-    (8, 256, 14, 14),
-    (8, 64, 56, 56),
-    (32, 16, 32, 32),
-)
 
 NOT_SLOWER = 0.97
 """The ratio over eager below which a block counts as slower."""
@@ -126,7 +129,9 @@ def contestants(case: Case, backend: str = "auto") -> dict[str, Callable[[], Non
     stock = _stock(case)
     ours = copy.deepcopy(stock)
     patch(ours, backend=backend)
-    x, grad = channels_last(case.shape), channels_last(case.shape, seed=1)
+    x = channels_last(case.shape)
+    with torch.no_grad():
+        grad = channels_last(copy.deepcopy(stock)(x).shape, seed=1)
     step = partial(_train_step if case.training else _inference_step, case, x=x, grad=grad)
     return {"eager": partial(step, stock), "fusedres": partial(step, ours)}
 

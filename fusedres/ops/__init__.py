@@ -4,6 +4,8 @@ from . import (  # noqa: F401  they register themselves
     all_finite,
     bn_norm,
     bn_stats,
+    conv_fused,
+    conv_fused_backward,
     conv_wgrad,
     fingerprint,
     gated_join,

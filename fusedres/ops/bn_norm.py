@@ -79,4 +79,4 @@ def _fake(
     return like.new_empty((4, like.shape[-1]), dtype=statistics_dtype(like.dtype))
 
 
-BN_NORM = declare("bn_norm", _SCHEMA, reference=_reference, fake=_fake, kernels=("cpu", "cuda"))
+BN_NORM = declare("bn_norm", _SCHEMA, reference=_reference, fake=_fake, kernels=("cpu", "cuda", "triton"))

@@ -44,6 +44,6 @@ BN_STATS = declare(
     "(Tensor x, bool per_sample=False, Tensor(a!)? into=None) -> Tensor",
     reference=_reference,
     fake=_fake,
-    kernels=("cpu", "cuda"),
+    kernels=("cpu", "cuda", "triton"),
 )
 """``[2, C]``, or ``[2, N, C]`` of every sample: the rows mean and M2."""

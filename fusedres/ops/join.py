@@ -78,4 +78,4 @@ def _fake(
     return torch.empty_like(y)
 
 
-JOIN = declare("join", _SCHEMA, reference=_reference, fake=_fake, kernels=("cpu", "cuda"))
+JOIN = declare("join", _SCHEMA, reference=_reference, fake=_fake, kernels=("cpu", "cuda", "triton"))

@@ -113,7 +113,7 @@ JOIN_BACKWARD_REDUCE = declare(
     f"({_OPERANDS}, bool emit, {_MODIFIERS}) -> (Tensor, Tensor)",
     reference=_reduce_reference,
     fake=_reduce_fake,
-    kernels=("cpu", "cuda"),
+    kernels=("cpu", "cuda", "triton"),
 )
 """The sums of :math:`g`, :math:`g \\hat y` and, with a residual norm, :math:`g \\hat r` (else zero), shape ``[3, C]``,
 or ``[3, N, C]`` where there is a gain; and with ``emit`` the forward's result, recomputed in the same pass for the
@@ -210,7 +210,7 @@ JOIN_BACKWARD_APPLY = declare(
     "Tensor? offset=None, Tensor? addend=None, Tensor(a!)? into=None) -> (Tensor, Tensor)",
     reference=_apply_reference,
     fake=_apply_fake,
-    kernels=("cpu", "cuda"),
+    kernels=("cpu", "cuda", "triton"),
 )
 """``(dy + addend, dresidual)``; ``dresidual`` is empty where it is not needed, and so is ``dy`` where it was written to
 ``into``, which may be the addend itself: both may be channel slices of a channels_last buffer.

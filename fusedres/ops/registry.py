@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["OPS", "Op", "declare"]
+__all__ = ["OPS", "Op", "declare", "implement"]
 
 _LIBRARY = torch.library.Library("fusedres", "DEF")
 
@@ -59,3 +59,8 @@ def declare(
         _LIBRARY.define(f"{name}_{backend}{schema}")
         torch.library.register_fake(f"fusedres::{name}_{backend}", fake, lib=_LIBRARY)
     return op
+
+
+def implement(op: Op, backend: str, function: Callable[..., Any], dispatch_key: str) -> None:
+    """Makes a Python function the kernel of ``op`` on ``backend``, for tensors of this dispatch key."""
+    _LIBRARY.impl(f"{op.name}_{backend}", function, dispatch_key)

@@ -114,13 +114,13 @@ _NEVER_CALLED = "the forward of the module that holds it does not call it"
 def _entries(module: nn.Module, paths: dict[nn.Module, str], template: Template, already: bool) -> list[Fused]:
     """The report's entries for one module: one for each call of the engine."""
     entries = []
-    for pattern, block in template.blocks:
+    for (pattern, block), remark in zip(template.blocks, template.remarks):
         inner = [module.get_submodule(path) for path in _inner(block)]
         convs = [m for m in inner if isinstance(m, nn.Conv2d)]
         weight = next(m.weight for m in (*inner, *module.modules()) if isinstance(m, (nn.Conv2d, nn.Linear)))
         forced = dict(template.options).get("backend", "auto")
         backend = select.backend_for(weight.device, weight.dtype, forced)
-        entries.append(Fused(paths[module], pattern, backend, tuple(paths[c] for c in convs), already))
+        entries.append(Fused(paths[module], pattern, backend, tuple(paths[c] for c in convs), already, remark))
     return entries
 
 

@@ -181,10 +181,12 @@ class _Planner:
     def _add_site(self, module: nn.Module, traced: Traced, view: View, regions: list[Region]) -> None:
         declined = tuple((conv.target, view.why_not(conv)) for conv in view.convolutions)
         inlined = tuple(path for path, m in module.named_modules() if m in traced.inlined)
+        remarks = tuple(map(view.why_no_more, regions))
         watched = watch(module, regions, inlined)
         source, names = generate(module, traced, regions, watched, self._options)
         blocks = tuple((region.pattern, region.block) for region in regions)
-        template = Template(type(module), source, blocks, inlined, watched, declined, tuple(self._options.items()))
+        options = tuple(self._options.items())
+        template = Template(type(module), source, blocks, remarks, inlined, watched, declined, options)
         self.plan.sites.append(Site(self._paths[module], module, fused_class(template, names)))
 
     # -- reasons ------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ class Fused:
         backend: what runs its fused passes.
         convolutions: the paths of the convolutions inside.
         already: whether an earlier ``patch`` had fused it.
+        remark: why the addition behind a chain is not part of it, where there is one.
     """
 
     path: str
@@ -26,6 +27,7 @@ class Fused:
     backend: str
     convolutions: tuple[str, ...]
     already: bool = False
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,9 @@ class PatchReport:
         if self.fused:
             rows = [(_span(paths), pattern, backend) for paths, (pattern, backend) in _runs(_fused_rows(self.fused))]
             lines += ["", *_table(("fused", "pattern", "backend"), rows)]
+        if any(site.remark for site in self.fused):
+            rows = _runs((site.path, (site.remark,)) for site in self.fused if site.remark)
+            lines += ["", *_table(("fused in part", "reason"), [(_span(paths), reason) for paths, (reason,) in rows])]
         if self.declined:
             rows = [(_span(paths), reason) for paths, (reason,) in _runs((d.path, (d.reason,)) for d in self.declined)]
             lines += ["", *_table(("left as it is", "reason"), rows)]

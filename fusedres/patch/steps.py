@@ -191,6 +191,8 @@ def _does_nothing(module: nn.Module) -> bool:
 def _read_function(node: fx.Node) -> Reading:
     if node.target in ("clone", torch.clone):
         return PASS
+    if node.target is F.dropout:
+        return Stop(f"{node.name} is a function; a block reads its probability from a module, nn.Dropout")
     known = _FUNCTION_ACTIVATIONS.get(node.target)
     if known is None:
         return Stop()

@@ -33,6 +33,7 @@ class Template:
         stock: the class that the module had.
         source: of the generated forward.
         blocks: each call's pattern name and block.
+        remarks: for each of them, why it is not more, or nothing.
         inlined: the paths of the submodules that the forward no longer calls, since it holds their code.
         watched: what must still be as it was for the forward to hold.
         declined: the convolutions that the forward calls as they are, each with the reason.
@@ -42,6 +43,7 @@ class Template:
     stock: type
     source: str
     blocks: tuple[tuple[str, Block | Dense | GatedJoin], ...]
+    remarks: tuple[str, ...]
     inlined: tuple[str, ...]
     watched: tuple[Watched, ...]
     declined: tuple[tuple[str, str], ...]

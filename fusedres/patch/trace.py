@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -83,6 +84,7 @@ def trace(module: nn.Module, inline: Inline, surveyed: Traced | None = None) -> 
         if len(opaque) == known:
             break
         evaluating = _trace_around(module, inline, opaque, training=False)
+    _read_the_mode(evaluating.graph, training.graph)
     if _comparable(evaluating.graph) != _comparable(training.graph):
         raise Untraceable("its forward does different things in train and in eval mode")
     return evaluating
@@ -230,6 +232,27 @@ def _context() -> tuple:
         torch.is_autocast_enabled("cuda"),
         torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
     )
+
+
+_DROPOUTS = (F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout)
+
+
+def _read_the_mode(evaluating: fx.Graph, training: fx.Graph) -> None:
+    """Makes ``F.dropout(x, p, self.training)``, whose last argument tracing has fixed, read it again in both graphs.
+
+    It is that of the module whose code makes the call.
+    """
+    calls = [[n for n in graph.nodes if n.target in _DROPOUTS] for graph in (evaluating, training)]
+    if len(calls[0]) != len(calls[1]):
+        return
+    for pair in zip(*calls):
+        if [node.kwargs.get("training") for node in pair] == [False, True]:
+            for graph, node in zip((evaluating, training), pair):
+                stack = list(node.meta.get("nn_module_stack", {}).values())
+                with graph.inserting_before(node):
+                    mode = graph.get_attr(".".join([*(path for path, _ in stack[-1:] if path), "training"]))
+                mode.meta = dict(node.meta)
+                node.update_kwarg("training", mode)
 
 
 def _comparable(graph: fx.Graph) -> list[tuple]:

@@ -264,6 +264,20 @@ class View:
         for node in nodes:
             self.reasons.setdefault(node, reason)
 
+    def why_no_more(self, region: Region) -> str:
+        """Why the addition that follows a chain is not fused with it; nothing where none follows."""
+        if not isinstance(region.block, Block) or region.block.shortcut is not None:
+            return ""
+        said = [self.reasons[node] for node in region.nodes if node in self.reasons]
+        if said and said[0].startswith("the addition"):
+            return said[0]
+        reader = self.only_reader(region.nodes[-1])
+        reading = None if reader is None else self._read(reader)
+        if isinstance(reading, Stop) and reading.reason:
+            for user in filter(addition, reader.users):
+                return f"the addition {user.name} is not fused: {reading.reason}"
+        return ""
+
     def why_not(self, conv: fx.Node) -> str:
         """Why a convolution is in no region."""
         reading = self.reading(conv)

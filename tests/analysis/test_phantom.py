@@ -10,8 +10,9 @@ from torch.utils import deterministic
 import fusedres
 from fusedres import models
 from fusedres.analysis.peak import resident
-from fusedres.analysis.phantom import Recorder, phantom_input, phantom_model
+from fusedres.analysis.phantom import FLOPS, Recorder, phantom_input, phantom_model
 from fusedres.analysis.traffic import record_step
+from fusedres.ops.registry import OPS
 from fusedres.select import use_backend, why_not
 
 BACKENDS = ["stock", "reference"] + ["cpu"] * (why_not("cpu", "cpu", torch.float32) is None)
@@ -46,6 +47,16 @@ def test_values_are_followed_through_views_and_in_place_ops():
     assert {t.value for t in total.reads} == {update.writes[0].value, first.writes[0].value}
     assert update.touched == 2 * 8 * 4
     assert total.touched == 3 * z.nbytes
+
+
+def test_every_convolution_of_this_library_is_counted():
+    """A new op that convolves needs its arithmetic in the table, or the roofline misses it."""
+    assert {name for name in OPS if "conv" in name} == set(FLOPS)
+    x, grad = torch.randn(2, 8, 5, 5), torch.randn(2, 4, 5, 5)
+    recorder = Recorder({}, phantom=False)
+    with recorder:
+        torch.ops.fusedres.conv_wgrad(grad, x, None, 0, 0.0, [1, 1], [1, 1], [1, 1], torch.empty(4, 8, 3, 3))
+    assert recorder.calls[-1].flops == 2 * 2 * 25 * 4 * 8 * 9
 
 
 def test_broadcasts_are_read_once():

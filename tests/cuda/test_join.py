@@ -1,4 +1,4 @@
-"""The join on a GPU, against float64. ``pytest tests/cuda`` is the command for a machine that has one."""
+"""The join on a GPU, against float64."""
 
 from __future__ import annotations
 
@@ -6,49 +6,53 @@ import itertools
 
 import pytest
 import torch
+from cuda_ops import DTYPES, LAYOUTS, RESIDUALS, JoinCase
 
-from fusedres import env
 from fusedres.ops.activations import ACTIVATIONS, Activation
 from fusedres.ops.join import JOIN
-from fusedres.testing import assert_within_budget, channels_last, contiguous
+from fusedres.testing import channels_last, contiguous
 
-pytestmark = pytest.mark.skipif(env.cuda_missing() is not None, reason=f"needs a GPU: {env.cuda_missing()}")
-
-SHAPES = [(2, 64, 14, 14), (3, 37, 7, 5), (1, 8, 1, 1), (2, 1, 3, 3), (0, 16, 4, 4)]
-RESIDUALS = ("none", "plain", "affine")
+SHAPES = [(2, 64, 14, 14), (3, 37, 7, 5), (1, 8, 1, 1), (2, 1, 3, 3), (0, 16, 4, 4), (16, 256, 28, 28)]
 
 
-def operands(make, shape, dtype, residual):
-    rows = torch.randn(2, 4, shape[1], generator=torch.Generator().manual_seed(5)).cuda()
-    y, side = make(shape, dtype, 1).cuda(), make(shape, dtype, 2).cuda()
-    return y, rows[0], None if residual == "none" else side, rows[1] if residual == "affine" else None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("make", [channels_last, contiguous])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_float64(shape, make, dtype):
+def test_against_float64(shape, layout, dtype):
     for residual, name in itertools.product(RESIDUALS, ACTIVATIONS):
-        act = Activation(name, 0.125)
-        args = operands(make, shape, dtype, residual)
-        wide = [None if t is None else t.double() for t in args]
-        ours, plain = (JOIN.overload(backend)(*args, act.code, act.param) for backend in ("cuda", "reference"))
-        exact = JOIN.overload("reference")(*wide, act.code, act.param)
-        assert ours.stride() == args[0].stride()
-        assert_within_budget(ours, plain, exact, f"join, residual {residual}, {act}")
+        JoinCase(shape, layout, dtype, residual, Activation(name, 0.125), device="cuda").check_forward()
+    for residual, dropout in itertools.product(RESIDUALS, (0.0, 0.3)):
+        JoinCase(shape, layout, dtype, residual, gained=True, dropout=dropout, device="cuda").check_forward()
+
+
+def test_seed_on_the_device():
+    case = JoinCase((2, 16, 5, 5), dropout=0.5, device="cuda")
+    out = JOIN.overload("cuda")(*case.operands, None, 0.5, case.seed.cuda())
+    assert torch.equal(out, JOIN.overload("cuda")(*case.operands, None, 0.5, case.seed))
 
 
 def test_on_the_current_stream():
-    args = operands(channels_last, (8, 64, 28, 28), torch.float32, "plain")
-    expected = JOIN.overload("reference")(*args, 1, 0.0)
+    args = JoinCase((8, 64, 28, 28), residual="plain", device="cuda").operands
+    expected = JOIN.overload("reference")(*args)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
         args[0].mul_(2.0).mul_(0.5)
-        out = JOIN.overload("cuda")(*args, 1, 0.0)
+        out = JOIN.overload("cuda")(*args)
     stream.synchronize()
     torch.testing.assert_close(out, expected)
+
+
+def test_in_a_graph():
+    args = JoinCase((8, 64, 28, 28), residual="affine", device="cuda").operands
+    JOIN.overload("cuda")(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = JOIN.overload("cuda")(*args)
+    args[0].mul_(-1.5)
+    graph.replay()
+    assert torch.equal(out, JOIN.overload("cuda")(*args))
 
 
 def test_another_layout_is_refused():

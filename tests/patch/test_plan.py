@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from survey_blocks import BottleneckBlock, MyResNet, ResidualBlock
 from torch import fx, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
-from torchvision_shim import torchvision_models
+from torchvision_shim import torchvision_models, torchvision_ops
 
 from fusedres.patch import explain, patch, unpatch
 
@@ -203,6 +203,77 @@ def test_convolution_called_twice():
     report = check_patched(Twice())
     assert report.fused == ()
     assert "called more than once" in reasons(report)["conv1"]
+
+
+def test_norm_called_twice():
+    class Twice(Layers):
+        def forward(self, x):
+            return torch.relu(self.bn1(self.conv2(torch.relu(self.bn1(self.conv1(x)))))) + x
+
+    report = check_patched(Twice())
+    assert report.fused == ()
+    assert "bn1 is called more than once" in reasons(report)["conv1"]
+
+
+@pytest.mark.parametrize("shared", ["conv1", "bn2"])
+def test_a_layer_that_two_blocks_share(shared):
+    """Each block runs it once; its gradients add up and its statistics are updated twice, in order."""
+    model = nn.Sequential(ResidualBlock(4), ResidualBlock(4))
+    setattr(model[1], shared, getattr(model[0], shared))
+    assert check_patched(model).coverage == 1.0
+
+
+def test_a_block_that_is_called_twice():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = ResidualBlock(4)
+
+        def forward(self, x):
+            return self.block(self.block(x))
+
+    report = check_patched(Recurrent())
+    assert list(patterns(report)) == ["block"]
+
+
+@pytest.mark.parametrize("layer", ["bn1", "drop", "depth", "se", "se.fc1", "act", "skip", "idle"])
+def test_hooks_that_are_there_run(layer):
+    class Everything(Layers):
+        def __init__(self):
+            super().__init__()
+            self.act, self.drop, self.idle = nn.ReLU(), nn.Dropout(0.0), nn.Identity()
+            self.depth = torchvision_ops().StochasticDepth(0.0, "row")
+            self.se = torchvision_ops().SqueezeExcitation(4, 2)
+            self.skip = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+        def forward(self, x):
+            out = self.conv2(self.drop(self.act(self.bn1(self.conv1(x)))))
+            return self.depth(self.se(self.bn2(self.idle(out)))) + self.skip(x)
+
+    seen: list[str] = []
+    model = settled(Everything())
+    assert explain(model).coverage == 1.0
+    expected = model(images())
+    model.get_submodule(layer).register_forward_hook(lambda *_: seen.append(layer))
+    patch(model)
+    seen.clear()
+    torch.testing.assert_close(model(images()), expected, rtol=1e-9, atol=1e-11)
+    assert seen == [layer]
+
+
+def test_quantised_layers():
+    config = torch.ao.quantization.QConfig(
+        activation=torch.ao.quantization.default_observer, weight=torch.ao.quantization.default_weight_observer
+    )
+    model = Layers()
+    model.conv1 = torch.ao.nn.qat.Conv2d(4, 4, 3, padding=1, qconfig=config)
+    report = patch(model)
+    assert "conv1 is a Conv2d, which has a forward of its own" in reasons(report)["conv1"]
+    assert [site.convolutions for site in report.fused] == [("conv2",)]
+    model = Layers()
+    model.conv1 = torch.ao.nn.quantized.Conv2d(4, 4, 3, padding=1)
+    assert [site.convolutions for site in patch(model).fused] == [("conv2",)]
+    assert "self.conv1(" in patch(model).source("")
 
 
 def test_convolution_under_two_names():

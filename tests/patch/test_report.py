@@ -59,9 +59,31 @@ def test_json():
             "backend": content["fused"][0]["backend"],
             "convolutions": ["0.conv1", "0.conv2"],
             "already": False,
+            "remark": "",
         }
     ]
     assert [d["path"] for d in content["declined"]] == ["1"]
+
+
+def test_why_a_sum_is_not_part_of_a_chain():
+    class DropPath(nn.Module):
+        def forward(self, x):
+            return x * 1 if self.training else x
+
+    class Block(Layers):
+        def __init__(self, drop):
+            super().__init__()
+            self.drop = drop
+
+        def forward(self, x):
+            return self.drop(self.branch(x)) + x
+
+    theirs, dropout = patch(Block(DropPath())), patch(Block(nn.Dropout(0.5)))
+    assert theirs.fused[0].remark == "the addition add is not fused: drop is a DropPath, which no block has"
+    assert "the branch ends with a dropout before the addition" in dropout.fused[0].remark
+    text = str(patch(nn.Sequential(Block(DropPath()), Block(DropPath()))))
+    assert "fused in part  reason\n" in text
+    assert "0 .. 1         the addition add is not fused: drop is a DropPath" in text
 
 
 def test_source_of_what_was_not_fused():

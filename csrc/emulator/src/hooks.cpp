@@ -35,12 +35,11 @@ namespace {
 
 // Not for what the checker itself runs: templates that it shares with the kernels may be the instrumented copy.
 void hook(const void* p, size_t bytes, Access access, void* site, bool aligned) {
-  static Thread* inside = nullptr;
   Machine& m = machine();
-  if (m.current == nullptr || inside == m.current) return;
-  inside = m.current;
+  if (m.current == nullptr || m.checking) return;
+  m.checking = true;
   m.checker.access(p, bytes, access, site, aligned);
-  inside = nullptr;
+  m.checking = false;
 }
 
 }  // namespace

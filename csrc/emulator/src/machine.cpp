@@ -324,6 +324,7 @@ void fail(const char* format, ...) {
     abort();
   }
   record(std::string(text) + " [" + describe(self()) + "]");
+  m.checking = false;
   self().fibre.switch_to(m.scheduler, true);
   abort();
 }

@@ -104,6 +104,7 @@ struct Machine {
   std::mt19937_64 random{1};
   Copies copies = Copies::kLate;
   Checker checker;
+  bool checking = false;  // an access; a failure ends the check without returning from it
   std::string error;
   uint64_t launches = 0;
   uintptr_t stacks_begin = 0, stacks_end = 0;

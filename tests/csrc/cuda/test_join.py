@@ -63,6 +63,12 @@ def test_offsets_beyond_32_bits():
     assert torch.equal(JOIN.overload("cuda")(y, None, None, None, 1, 0.0), y.relu())
 
 
+def test_a_pixel_per_sample_of_a_slice():
+    """Each sample is a group of one row here, and the rows lie an odd distance apart: no 16-byte accesses."""
+    case = JoinCase((2, 4, 1, 1), "sliced", gained=True)
+    case.check_forward()
+
+
 def test_dropout_is_that_of_every_backend():
     y = channels_last((2, 12, 5, 3)).abs() + 1
     seed = torch.tensor([-5])

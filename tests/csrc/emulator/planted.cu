@@ -221,6 +221,10 @@ void run_grids() {
   cudaLaunchKernelEx(&config, grids<kBug>, c.device_in, c.device_out);
   c.finish();
 }
+void run_misaligned_twice() {
+  run_simple<kMisaligned>();
+  run_simple<kMisaligned>();
+}
 void run_too_many_threads() {
   Case c(1, kThreads);
   bounded<<<1, kThreads>>>(c.device_out);
@@ -255,6 +259,7 @@ int main(int, char** arguments) {
       {"uninitialised shared", run_simple<kUninitialisedShared>},
       {"uninitialised global", run_simple<kUninitialisedGlobal>},
       {"misaligned", run_simple<kMisaligned>},
+      {"misaligned twice", run_misaligned_twice},
       {"warps", run_warps<kNone>},
       {"missing warp sync", run_warps<kMissingWarpSync>},
       {"mask without caller", run_warps<kMaskWithoutCaller>},

@@ -83,3 +83,9 @@ def test_address_sanitizer_finds(bug):
 def test_thread_sanitizer_finds(bug):
     found = [run(program(SOURCE, "tsan"), bug, EMU_SEED=seed).stderr for seed in range(1, 4)]
     assert any("ThreadSanitizer: data race" in text for text in found)
+
+
+def test_a_failed_launch_leaves_the_next_one_checked():
+    """The threads of one launch lie where those of the one before lay."""
+    result = run(program(SOURCE, "check"), "misaligned twice")
+    assert len(re.findall("misaligned: 8 bytes", result.stdout)) == 2

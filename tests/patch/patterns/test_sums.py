@@ -159,3 +159,38 @@ def test_somebody_elses_stays_outside():
     report = check_seeded(block(lambda self, x: F.relu(self.drop(self.branch(x)) + x), drop=DropPath()))
     assert only_site(report).pattern == "conv-bn-relu-conv-bn"
     assert "self.drop(" in report.source("")
+
+
+# -- dropout as a function --------------------------------------------------------------------------------------------
+
+
+def dropout_between(self, x):
+    out = F.relu(self.bn1(self.conv1(x)))
+    out = F.dropout(out, self.p, self.training)
+    return F.relu(self.bn2(self.conv2(out)) + x)
+
+
+def dropout_in_a_child(self, x):
+    return F.relu(self.conv2(self.child(self.bn1(self.conv1(x)))) + x)
+
+
+class Child(nn.Module):
+    def forward(self, x):
+        return F.dropout(F.relu(x), p=0.3, training=self.training)
+
+
+@pytest.mark.parametrize(
+    ("forward", "mode"), [(dropout_between, "self.training"), (dropout_in_a_child, "self.child.training")]
+)
+def test_dropout_as_a_function_stays_where_it_is(forward, mode):
+    model = block(forward, child=Child())
+    model.p = 0.3
+    report = check_seeded(model)
+    assert [site.convolutions for site in report.fused] == [("conv1",), ("conv2",)]
+    assert mode in report.source("")
+
+
+def test_why_a_convolution_before_a_function_stays():
+    model = block(lambda self, x: torch.sigmoid(F.dropout(self.conv1(x), 0.5, self.training)))
+    reasons = {d.path: d.reason for d in explain(model).declined}
+    assert "dropout is a function" in reasons["conv1"]

@@ -1,8 +1,18 @@
-"""The shapes that the suites measure, in one place."""
+"""The shapes that the command and the suites in ``bench/`` measure, in one place."""
 
 from __future__ import annotations
 
-__all__ = ["ACTIVATIONS", "BATCH", "CHANNELS", "MODIFIED", "NETWORKS", "SMOKE_BATCH", "WEIGHT_GRADIENTS", "name_of"]
+__all__ = [
+    "ACTIVATIONS",
+    "BATCH",
+    "BLOCK_INPUTS",
+    "CHANNELS",
+    "MODIFIED",
+    "NETWORKS",
+    "SMOKE_BATCH",
+    "WEIGHT_GRADIENTS",
+    "name_of",
+]
 
 BATCH = (8, 224)
 """Images and their resolution, for whole networks."""
@@ -23,6 +33,17 @@ ACTIVATIONS = (
 MODIFIED = ((8, 256, 56, 56), (8, 1024, 14, 14), (64, 160, 32, 32))
 """For joins with a gain or a dropout and for slices: two of ResNet-50, one of a wide ResNet."""
 
+BLOCK_INPUTS = (
+    (1, 64, 7, 7),
+    (1, 512, 7, 7),
+    (1, 64, 56, 56),
+    (2, 128, 28, 28),
+    (8, 256, 14, 14),
+    (8, 64, 56, 56),
+    (32, 16, 32, 32),
+)
+"""What a block reads, down to the smallest."""
+
 CHANNELS = (64, 512, 2048)
 
 WEIGHT_GRADIENTS = (
@@ -35,7 +56,15 @@ WEIGHT_GRADIENTS = (
 )
 """Input, output channels and kernel size of convolutions in ResNet-50."""
 
-NETWORKS = ("resnet50", "resnext50_32x4d", "wide_resnet50_2", "cifar_resnet")
+NETWORKS = (
+    "resnet50",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+    "preresnet50",
+    "seresnet50",
+    "densenet121",
+    "cifar_resnet",
+)
 
 
 def name_of(shape: tuple[int, ...]) -> str:

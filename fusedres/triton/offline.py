@@ -1,0 +1,106 @@
+"""Compiling kernels for GPUs that are not there, and reading what they need from the machine code.
+
+:func:`compiled` takes a :class:`~fusedres.triton.launch.Launch`, as :func:`~fusedres.triton.launch.recorded` collects
+them, and compiles the specialisation that the launch would run: the same types, divisibilities, constants and options.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .launch import Launch
+
+__all__ = ["CAPABILITIES", "SHARED_MEMORY", "Resources", "compiled"]
+
+CAPABILITIES = (80, 90, 100)
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes that one program may have, by compute capability (CUDA C++ Programming Guide, "Compute Capabilities")."""
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+}
+
+
+class Resources(NamedTuple):
+    """What a compiled kernel needs.
+
+    Attributes:
+        registers: of a thread.
+        shared: bytes of shared memory of a program.
+        local: bytes of local memory of a thread: stack frame and spilled registers.
+        matrix: its matrix instructions: ``wgmma``, ``tcgen05``, ``mma`` or nothing.
+    """
+
+    registers: int
+    shared: int
+    local: int
+    matrix: str
+
+
+def compiled(launch: Launch, capability: int) -> Resources:
+    """Compiles the launched specialisation for ``sm_<capability>``."""
+    signature, constants, attributes = _specialisation(launch)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    registers, local = _usage(result.asm["cubin"])
+    return Resources(registers, result.metadata.shared, local, _matrix(result.asm["ptx"]))
+
+
+def _specialisation(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        if name in launch.meta:
+            signature[name], constants[(index,)] = "constexpr", launch.meta[name]
+            continue
+        value = launch.args[name]
+        fixed = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if value is None or fixed:
+            signature[name], constants[(index,)] = "constexpr", value
+            continue
+        signature[name] = _type_of(value)
+        divides = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if divides and not parameter.do_not_specialize:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "*" + _TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of local memory, as the assembler recorded them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(_TOOLS / "cuobjdump"), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text).groups()
+    return int(registers), int(stack) + int(local)
+
+
+def _matrix(ptx: str) -> str:
+    for name, instruction in (("tcgen05", "tcgen05.mma"), ("wgmma", "wgmma.mma_async"), ("mma", "mma.sync")):
+        if instruction in ptx:
+            return name
+    return ""

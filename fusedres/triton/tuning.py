@@ -1,0 +1,359 @@
+"""Which tiles a convolution runs with: measured where it was tuned, else the nearest shape measured, else a heuristic.
+
+A table holds, per problem, the best tiles and their time, and the vendor's time for the same work, which is always a
+candidate. Tables lie beside this file for the devices that were measured before a release (``tables/<device>.json``)
+and in the user's cache for those that :func:`fusedres.tune` measured; the user's come first. Each carries a hash of the
+kernels' sources and Triton's version, and is ignored when that has changed. Looking up never measures: a call inside a
+CUDA graph's capture costs what any other does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..ops.conv import ConvGeometry, output_size
+
+__all__ = [
+    "Entry",
+    "Problem",
+    "Tiles",
+    "bytes_and_flops",
+    "cache_path",
+    "configuration",
+    "heuristic",
+    "lookup",
+    "observed",
+    "record",
+    "source_hash",
+    "space",
+    "vendor_is_faster",
+]
+
+_TABLES = Path(__file__).parent / "tables"
+_SOURCES = ("conv_fused.py", "conv_fused_backward.py", "tiles.py", "launch.py")
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+# Doublings of rows, columns and depth by which a measured problem may differ, in all, and still stand for another.
+_FARTHEST = 2.0
+
+
+class Tiles(NamedTuple):
+    """One configuration of a matrix kernel.
+
+    Attributes:
+        rows: of a tile of the result; columns and depth likewise.
+        stages: of the pipeline of loads.
+        registers: of a thread, at most, so that more programs share a multiprocessor; 0: as the compiler likes.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The options of :func:`fusedres.triton.launch.launch`."""
+        return {"warps": self.warps, "stages": self.stages, "registers": self.registers}
+
+
+class Problem(NamedTuple):
+    """A convolution's pass as the tables know it.
+
+    Attributes:
+        kind: ``"fprop"``, ``"dgrad"`` or ``"wgrad"``.
+        shape: of the convolution's input, ``(N, C, H, W)``.
+        filters: output channels.
+        kernel_size: ``(R, S)``.
+        prologue: whether an operand is pending.
+    """
+
+    kind: str
+    dtype: torch.dtype
+    shape: tuple[int, int, int, int]
+    filters: int
+    kernel_size: tuple[int, int]
+    geometry: ConvGeometry
+    prologue: bool
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the convolution's output."""
+        return output_size(self.shape[2:], self.kernel_size, self.geometry)
+
+    @property
+    def gemm(self) -> tuple[int, int, int]:
+        """Rows, columns and depth of the matrix product."""
+        n, c, h, w = self.shape
+        p, q = self.size
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        if self.kind == "fprop":
+            return n * p * q, self.filters, c * taps
+        if self.kind == "dgrad":
+            return (n * p * q if taps == 1 else n * h * w), c, self.filters * taps
+        return self.filters, c * taps, n * p * q
+
+    @property
+    def key(self) -> str:
+        """The problem in one word, for tables."""
+        n, c, h, w = self.shape
+        g = self.geometry
+        pairs = "".join(f"_{name}{a}x{b}" for name, (a, b) in (("s", g.stride), ("p", g.padding), ("d", g.dilation)))
+        kernel = f"{self.kernel_size[0]}x{self.kernel_size[1]}"
+        end = "_pending" if self.prologue else ""
+        return f"{self.kind}_{_NAMES[self.dtype]}_n{n}_c{c}_{h}x{w}_k{self.filters}_{kernel}{pairs}{end}"
+
+    @property
+    def family(self) -> tuple[Any, ...]:
+        """What two problems must share for one's tiles to say anything about the other's."""
+        return self.kind, self.dtype, self.kernel_size, self.geometry, self.prologue
+
+
+_KEY = re.compile(
+    r"(fprop|dgrad|wgrad)_(fp32|bf16|fp16)_n(\d+)_c(\d+)_(\d+)x(\d+)_k(\d+)_(\d+)x(\d+)_s(\d+)x(\d+)_p(\d+)x(\d+)"
+    r"_d(\d+)x(\d+)(_pending)?"
+)
+
+
+def problem_of(key: str) -> Problem:
+    """The problem that has this key."""
+    kind, name, *numbers, prologue = _KEY.fullmatch(key).groups()
+    n, c, h, w, k, r, s, *pairs = map(int, numbers)
+    dtype = next(dtype for dtype, short in _NAMES.items() if short == name)
+    g = ConvGeometry((pairs[0], pairs[1]), (pairs[2], pairs[3]), (pairs[4], pairs[5]), 1)
+    return Problem(kind, dtype, (n, c, h, w), k, (r, s), g, prologue is not None)
+
+
+def bytes_and_flops(problem: Problem) -> tuple[int, int]:
+    """What a pass must move, at least, and compute: every operand once, every result once.
+
+    ``fprop``: input, weights, output. ``dgrad``: the output's gradient, weights, the input's gradient; with a prologue
+    also the output and the input, from which the norms' gradients are made. ``wgrad``: input and output's gradient,
+    with a prologue also the output, and the weights' gradient.
+    """
+    n, c, h, w = problem.shape
+    p, q = problem.size
+    inputs, outputs = n * c * h * w, n * problem.filters * p * q
+    if problem.kind != "wgrad" and problem.kernel_size == (1, 1):
+        inputs = n * c * p * q  # a strided 1x1 convolution touches no other pixels
+    weights = problem.filters * c * math.prod(problem.kernel_size)
+    moved = inputs + outputs + weights
+    if problem.prologue and problem.kind != "fprop":
+        moved += outputs + (inputs if problem.kind == "dgrad" else 0)
+    return moved * problem.dtype.itemsize, 2 * outputs * c * math.prod(problem.kernel_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The space, and what is taken of it without a measurement
+# ---------------------------------------------------------------------------------------------------------------------
+
+_MULTIPROCESSORS = 132  # an H100's
+_ACCUMULATORS = 128  # registers of a thread: with more, two tiles of operands beside them spill
+_SHARED = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
+
+
+def shared_bytes(problem: Problem, tiles: Tiles) -> int:
+    """Shared memory of the pipeline: tiles of both operands per stage, and of the raw output beside its gradient."""
+    operands = tiles.rows * tiles.depth + tiles.depth * tiles.columns
+    if problem.kind == "dgrad" and problem.prologue:
+        operands += tiles.rows * tiles.depth
+    if problem.kind == "wgrad" and problem.prologue:
+        operands += tiles.rows * tiles.depth
+    return operands * problem.dtype.itemsize * tiles.stages
+
+
+def space(problem: Problem, capability: int = 9) -> list[Tiles]:
+    """The candidates for a problem, pruned by a model of registers, shared memory and waves."""
+    rows, columns, depth = problem.gemm
+    found = []
+    for m in (64, 128, 256):
+        for n in (32, 64, 128, 256):
+            for k in (32, 64):
+                for warps in (4, 8):
+                    for stages in (2, 3, 4):
+                        tiles = Tiles(m, n, k, warps, stages, 128 if warps == 8 else 0)
+                        if _fits(problem, tiles, capability) and _suits(tiles, rows, columns, depth):
+                            found.append(tiles)
+    return sorted(found, key=lambda tiles: _cost(tiles, rows, columns))
+
+
+def _cost(tiles: Tiles, rows: int, columns: int) -> float:
+    """Relative: operands read per result, times what padding and a last wave that is not full add to the work."""
+    blocks = math.ceil(rows / tiles.rows) * math.ceil(columns / tiles.columns)
+    resident = _MULTIPROCESSORS * max(1, 65536 // ((tiles.registers or 255) * 32 * tiles.warps))
+    waves = blocks / resident
+    padded = blocks * tiles.rows * tiles.columns / (rows * columns)
+    return (1 / tiles.rows + 1 / tiles.columns) * padded * math.ceil(waves) / waves
+
+
+def _fits(problem: Problem, tiles: Tiles, capability: int) -> bool:
+    accumulators = tiles.rows * tiles.columns // (32 * tiles.warps)
+    # A prologue's operand passes through registers: one tile, widened.
+    operand = tiles.rows * tiles.depth // (32 * tiles.warps) if problem.prologue else 0
+    return (
+        accumulators >= 16
+        and accumulators + operand <= _ACCUMULATORS
+        and shared_bytes(problem, tiles) <= _SHARED.get(capability, _SHARED[8])
+    )
+
+
+def _suits(tiles: Tiles, rows: int, columns: int, depth: int) -> bool:
+    """Whether less than half of a tile is padding, and the pipeline is no longer than the loop."""
+    return (
+        tiles.columns < 2 * max(columns, 32)
+        and tiles.rows < 2 * max(rows, 64)
+        and tiles.depth < 2 * max(depth, 32)
+        and (tiles.stages - 1) * tiles.depth <= max(depth, tiles.depth)
+    )
+
+
+def heuristic(problem: Problem) -> Tiles:
+    """Tiles that are safe everywhere: 8 warps of 128 registers without a spill on any device that the kernels run on.
+
+    Two such programs share a multiprocessor, so that one computes while the other stores. A gradient's prologue reads
+    two tensors and four rows, a forward's epilogue may read a residual; 128 rows and 128 columns would not fit.
+    """
+    _, columns, depth = problem.gemm
+    deep = 32 if problem.dtype == torch.float32 or depth <= 32 else 64
+    n = 128 if columns > 64 else 64 if columns > 32 else 32
+    stages = 2 if depth <= 2 * deep else 3
+    if problem.kind == "wgrad":
+        return Tiles(64, min(n, 64), deep if problem.kernel_size == (1, 1) else 32, 8, 3, 128)
+    if problem.kind == "dgrad":
+        return Tiles(64, n, deep, 8, 2, 128)
+    return Tiles(64 if n == 128 or problem.dtype == torch.float32 else 128, n, deep, 8, stages, 128)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """A measured problem: the best tiles with their time, and the vendor's time, in milliseconds."""
+
+    tiles: Tiles
+    milliseconds: float
+    vendor_milliseconds: float
+
+
+@cache
+def source_hash() -> str:
+    """A hash of the kernels' sources and of the compiler's version: what measured times depend on."""
+    import triton
+
+    digest = hashlib.sha256(triton.__version__.encode())
+    for name in _SOURCES:
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def device_name(device: torch.device) -> str:
+    """The device's name as a file name."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
+
+
+def cache_path(name: str) -> Path:
+    """The user's table for a device of this name: under ``FUSEDRES_CACHE``, by default ``~/.cache/fusedres``."""
+    folder = os.environ.get("FUSEDRES_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "fusedres")
+    return Path(folder) / f"tuned-{name}.json"
+
+
+def _read(path: Path) -> dict[str, Entry]:
+    """A table's entries; none where it is missing, damaged or of other kernels."""
+    try:
+        text = json.loads(path.read_text())
+        if text["source"] != source_hash():
+            return {}
+        return {key: Entry(Tiles(*tiles), *times) for key, (tiles, *times) in text["entries"].items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+@cache
+def _table(name: str) -> dict[str, Entry]:
+    return _read(_TABLES / f"{name}.json") | _read(cache_path(name))
+
+
+def record(name: str, measured: dict[str, Entry]) -> Path:
+    """Adds entries to the user's table for a device of this name, atomically; returns its path."""
+    path = cache_path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = _read(path) | measured
+    text = {"source": source_hash(), "entries": {key: [list(e.tiles), *e[1:]] for key, e in sorted(entries.items())}}
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(text, indent=1))
+    temporary.replace(path)
+    _table.cache_clear()
+    _looked_up.cache_clear()
+    return path
+
+
+def lookup(problem: Problem, device: torch.device) -> Entry | None:
+    """The entry of this problem on this device, or of the nearest one that was measured, if any is near."""
+    return _looked_up(problem, device_name(device))
+
+
+@cache
+def _looked_up(problem: Problem, name: str) -> Entry | None:
+    table = _table(name)
+    if problem.key in table:
+        return table[problem.key]
+    others = [(key, problem_of(key)) for key in table if key.startswith(problem.kind)]
+    near = [(_distance(problem, other), key) for key, other in others if other.family == problem.family]
+    distance, key = min(near, default=(math.inf, ""))
+    return table[key] if distance <= _FARTHEST else None
+
+
+def _distance(a: Problem, b: Problem) -> float:
+    return sum(abs(math.log2(max(x, 1) / max(y, 1))) for x, y in zip(a.gemm, b.gemm))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the launchers ask
+# ---------------------------------------------------------------------------------------------------------------------
+
+_observers: list[set[Problem]] = []
+
+
+@contextmanager
+def observed() -> Iterator[set[Problem]]:
+    """Collects the problems whose tiles are asked for inside the ``with`` block."""
+    problems: set[Problem] = set()
+    _observers.append(problems)
+    try:
+        yield problems
+    finally:
+        _observers.remove(problems)
+
+
+def configuration(problem: Problem, device: torch.device) -> Tiles:
+    """The tiles to run a problem with."""
+    for problems in _observers:
+        problems.add(problem)
+    with contextlib.suppress(RuntimeError):  # no usable device to name
+        entry = lookup(problem, device)
+        if entry is not None:
+            return entry.tiles
+    return heuristic(problem)
+
+
+def vendor_is_faster(problem: Problem, device: torch.device) -> bool | None:
+    """What was measured for this problem or one near it; ``None`` where nothing was."""
+    entry = lookup(problem, device)
+    return None if entry is None else entry.vendor_milliseconds < entry.milliseconds

@@ -1,0 +1,41 @@
+"""``python -m fusedres tune MODEL``: measures a model's convolutions on this GPU; see :func:`fusedres.tune`."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+
+import torch
+
+from . import env
+from .explain_cli import load_model
+from .tune import tune
+
+__all__ = ["add_arguments", "run"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("model", help="a network of fusedres.models, or package.module:callable")
+    parser.add_argument("--batch", type=int, default=256, help="images (256)")
+    parser.add_argument("--size", type=int, default=224, help="their height and width (224)")
+    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bf16", help="of model and images (bf16)")
+    parser.add_argument("--forward-only", action="store_true", help="leave the gradients' passes out")
+
+
+def run(args: Namespace) -> int:
+    if reason := env.triton_missing():
+        print(f"fusedres tune: {reason}", file=sys.stderr)
+        return 2
+    try:
+        model = load_model(args.model)
+    except ValueError as error:
+        print(f"fusedres tune: {error}", file=sys.stderr)
+        return 2
+    dtype = _DTYPES[args.dtype]
+    model = model.to("cuda", dtype, memory_format=torch.channels_last)
+    images = torch.randn(args.batch, 3, args.size, args.size, device="cuda", dtype=dtype)
+    images = images.contiguous(memory_format=torch.channels_last)
+    print(tune(model, images, backward=not args.forward_only))
+    return 0

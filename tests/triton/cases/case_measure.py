@@ -1,0 +1,29 @@
+"""Measuring a problem: every kind finds candidates that agree with the vendor's result, and the best is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusedres.ops.conv import ConvGeometry
+from fusedres.triton import tuning
+from fusedres.triton.tuning import Problem, Tiles
+from fusedres.tune import measure
+
+ONE, THREE = ConvGeometry((1, 1), (0, 0), (1, 1), 1), ConvGeometry((1, 1), (1, 1), (1, 1), 1)
+CANDIDATES = [Tiles(64, 32, 32, 4, 2), Tiles(64, 64, 32, 4, 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel,g", [((1, 1), ONE), ((3, 3), THREE)], ids=["1x1", "3x3"])
+@pytest.mark.parametrize("kind", ["fprop", "dgrad", "wgrad"])
+def test_candidates_agree_with_the_vendor(device, monkeypatch, kind, kernel, g, dtype):
+    monkeypatch.setattr(tuning, "space", lambda problem, capability: CANDIDATES)
+    times = iter([3.0, 1.0, 2.0, 7.0])  # the heuristic, two candidates, the vendor
+
+    def timer(call):
+        call()
+        return next(times)
+
+    entry = measure(Problem(kind, dtype, (2, 16, 6, 5), 24, kernel, g, True), torch.device(device), timer)
+    assert entry == (CANDIDATES[0], 1.0, 7.0)

@@ -1,0 +1,116 @@
+"""Problems, the space, and the tables, without a GPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fusedres import triton as backend
+from fusedres.ops.conv import ConvGeometry
+from fusedres.triton import tuning
+from fusedres.triton.tuning import Entry, Problem, Tiles
+
+pytestmark = pytest.mark.skipif(backend.missing() is not None, reason=str(backend.missing()))
+
+ONE = ConvGeometry((1, 1), (0, 0), (1, 1), 1)
+THREE = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
+HALF = ConvGeometry((2, 2), (0, 0), (1, 1), 1)
+CPU = torch.device("cpu")
+ENTRY = Entry(Tiles(64, 32, 32, 4, 2), 1.0, 2.0)
+
+
+def problem(
+    kind="fprop", shape=(8, 64, 56, 56), filters=256, kernel=(1, 1), g=ONE, dtype=torch.bfloat16, prologue=True
+):
+    return Problem(kind, dtype, shape, filters, kernel, g, prologue)
+
+
+PROBLEMS = [
+    problem(kind, kernel=kernel, g=g, dtype=dtype)
+    for kind in ("fprop", "dgrad", "wgrad")
+    for kernel, g in (((1, 1), ONE), ((3, 3), THREE), ((1, 1), HALF))
+    for dtype in (torch.bfloat16, torch.float32)
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("FUSEDRES_CACHE", str(tmp_path))
+    tuning._table.cache_clear()
+    tuning._looked_up.cache_clear()
+    yield
+    tuning._table.cache_clear()
+    tuning._looked_up.cache_clear()
+
+
+@pytest.mark.parametrize("each", PROBLEMS, ids=lambda each: each.key)
+def test_a_key_is_its_problem(each):
+    assert tuning.problem_of(each.key) == each
+
+
+@pytest.mark.parametrize("each", PROBLEMS, ids=lambda each: each.key)
+def test_the_space_fits_the_device(each):
+    found = tuning.space(each)
+    assert found and len(set(found)) == len(found)
+    for tiles in [*found, tuning.heuristic(each)]:
+        assert tuning.shared_bytes(each, tiles) <= 227 * 1024
+        assert tiles.rows * tiles.columns // (32 * tiles.warps) <= 128
+
+
+def test_products_and_traffic_of_a_pointwise_convolution():
+    n, pixels = 8, 56 * 56
+    assert problem().gemm == (n * pixels, 256, 64)
+    assert problem("dgrad").gemm == (n * pixels, 64, 256)
+    assert problem("wgrad").gemm == (256, 64, n * pixels)
+    inputs, outputs, weights = n * 64 * pixels, n * 256 * pixels, 64 * 256
+    flops = 2 * n * pixels * 64 * 256
+    assert tuning.bytes_and_flops(problem()) == (2 * (inputs + outputs + weights), flops)
+    assert tuning.bytes_and_flops(problem("dgrad")) == (2 * (2 * inputs + 2 * outputs + weights), flops)
+    assert tuning.bytes_and_flops(problem("wgrad")) == (2 * (inputs + 2 * outputs + weights), flops)
+    assert tuning.bytes_and_flops(problem(g=HALF))[0] == 2 * ((inputs + outputs) // 4 + weights)
+
+
+def test_what_was_measured_is_taken_and_the_vendor_is_a_candidate():
+    each = problem()
+    assert tuning.configuration(each, CPU) == tuning.heuristic(each)
+    assert tuning.vendor_is_faster(each, CPU) is None
+    tuning.record("cpu", {each.key: ENTRY})
+    assert tuning.configuration(each, CPU) == ENTRY.tiles
+    assert tuning.vendor_is_faster(each, CPU) is False
+    tuning.record("cpu", {each.key: ENTRY._replace(vendor_milliseconds=0.5)})
+    assert tuning.vendor_is_faster(each, CPU) is True
+
+
+def test_the_nearest_shape_of_the_same_family():
+    tuning.record("cpu", {problem().key: ENTRY})
+    assert tuning.lookup(problem(shape=(16, 64, 56, 56)), CPU) == ENTRY
+    assert tuning.lookup(problem(shape=(16, 128, 56, 56), filters=512), CPU) is None  # too far
+    for other in (problem("dgrad"), problem(dtype=torch.float16), problem(g=HALF), problem(prologue=False)):
+        assert tuning.lookup(other, CPU) is None
+
+
+def test_tables_of_other_kernels_and_damaged_ones_are_ignored():
+    path = tuning.record("cpu", {problem().key: ENTRY})
+    text = json.loads(path.read_text())
+    for damaged in (json.dumps(text | {"source": "other"}), "{", json.dumps({"source": tuning.source_hash()})):
+        path.write_text(damaged)
+        tuning._table.cache_clear()
+        tuning._looked_up.cache_clear()
+        assert tuning.lookup(problem(), CPU) is None
+    tuning.record("cpu", {problem().key: ENTRY})
+    assert tuning.lookup(problem(), CPU) == ENTRY
+
+
+def test_entries_are_added_to_those_that_are_there():
+    tuning.record("cpu", {problem().key: ENTRY})
+    tuning.record("cpu", {problem("dgrad").key: ENTRY})
+    assert tuning.lookup(problem(), CPU) == tuning.lookup(problem("dgrad"), CPU) == ENTRY
+
+
+def test_what_is_asked_for_is_observed():
+    with tuning.observed() as problems:
+        tuning.configuration(problem(), CPU)
+    tuning.configuration(problem("dgrad"), CPU)
+    assert problems == {problem()}
