@@ -142,8 +142,9 @@ void reduce_contiguous(const JoinReduceArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// The arguments are a copy: what a reference refers to might change with every store, and would be read as often.
 template <class T, class Act, Residual kKind, bool kPerLane>
-void apply_spans(const JoinApplyArgs& a, int64_t begin, int64_t end) {
+void apply_spans(const JoinApplyArgs a, int64_t begin, int64_t end) {
   const Vec param(a.act_param);
   const int64_t inner = a.inner;
   for (int64_t span = begin; span < end;) {

@@ -7,8 +7,9 @@ namespace fusedres {
 namespace FUSEDRES_ISA {
 namespace {
 
+// The arguments are a copy: what a reference refers to might change with every store, and would be read as often.
 template <class T, class Act, Residual kKind, bool kPerLane>
-void join_spans(const JoinArgs& a, int64_t begin, int64_t end) {
+void join_spans(const JoinArgs a, int64_t begin, int64_t end) {
   const Vec param(a.act_param);
   const int64_t inner = a.inner;
   for (int64_t span = begin; span < end;) {

@@ -112,12 +112,12 @@ FR_INLINE Vec where_bits(const uint8_t* bits, int64_t at, Vec a) {
 }
 
 FR_INLINE __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
-// A bfloat16 is the upper half of a float: each word goes there, or comes from there, in one permutation.
+// A bfloat16 is the upper half of a float: each word goes there, or comes from there, in one permutation. Word 16, of
+// what lies behind the sixteen, is zero.
 FR_INLINE Vec widen(__m256i half, BFloat16) {
-  const __m512i to_upper = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4,
-                                            0, 3, 0, 2, 0, 1, 0, 0, 0);
-  const __m512i words = _mm512_castsi256_si512(half);
-  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, to_upper, words));
+  const __m512i to_upper = _mm512_set_epi16(15, 16, 14, 16, 13, 16, 12, 16, 11, 16, 10, 16, 9, 16, 8, 16, 7, 16, 6, 16,
+                                            5, 16, 4, 16, 3, 16, 2, 16, 1, 16, 0, 16);
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(to_upper, _mm512_zextsi256_si512(half)));
 }
 FR_INLINE Vec widen(__m256i half, Float16) { return _mm512_cvtph_ps(half); }
 FR_INLINE __m256i narrow(Vec a, BFloat16) {
