@@ -42,7 +42,7 @@ HEAD = (
 )
 """The columns of :func:`cells`."""
 
-_CHECKED = (4, 96)
+_CHECKED = (2, 64)
 """Images and resolution of the check against float64."""
 
 KINDS = ("convolutions", "passes", "rest")
