@@ -38,6 +38,9 @@ constexpr int64_t kSinglePixels = 512;
 // Pixels in a row of a picture whose pixels do not see each other.
 constexpr int64_t kFlatWidth = 128;
 
+// Filters of a task below which packing x once more for it costs more than even tasks bring.
+constexpr int64_t kFewestFilters = 64;
+
 void set_geometry(WgradArgs& a, const Tensor& x, const Tensor& grad, const std::vector<int64_t>& stride,
                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
   a.channels = x.size(1);
@@ -74,7 +77,12 @@ std::pair<int64_t, int64_t> task_extent(const WgradArgs& a) {
     else
       c = divide_up(c / 2, kTileC) * kTileC;
   }
-  return {k, c};
+  // Tasks of one size, as many for each thread: a small rest would leave a thread waiting.
+  int64_t k_tasks = divide_up(a.filters, k);
+  const int64_t c_tasks = divide_up(a.channels, c), even = divide_up(k_tasks, threads) * threads;
+  if (k_tasks * c_tasks % threads != 0 && a.filters / even >= kFewestFilters) k_tasks = even;
+  return {divide_up(divide_up(a.filters, k_tasks), kTileK) * kTileK,
+          divide_up(divide_up(a.channels, c_tasks), kTileC) * kTileC};
 }
 
 void set_output(WgradArgs& a, Tensor& out, const char* op) {
