@@ -50,13 +50,14 @@ class _Settings:
     inference_turns: int
     grid_turns: int
     grid_dtypes: tuple[torch.dtype | None, ...]
+    grid_blocks: tuple[str, ...]
 
     def turns(self, workload: Workload) -> int:
         return self.train_turns if workload.training else self.inference_turns
 
 
-_QUICK = _Settings(5, 9, 7, (None,))
-_FULL = _Settings(11, 25, 15, (None, torch.bfloat16))
+_QUICK = _Settings(5, 9, 7, (None,), ("conv-bn-relu", "basic", "bottleneck"))
+_FULL = _Settings(11, 25, 15, (None, torch.bfloat16), tuple(grid.BLOCKS))
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -133,7 +134,7 @@ def _compile_budget(args: Namespace) -> CompileBudget:
 
 
 def _measure(settings: _Settings, budget: CompileBudget) -> tuple[tuple[Row, ...], list[grid.Cell]]:
-    cases = list(grid.cases(settings.grid_dtypes))
+    cases = list(grid.cases(settings.grid_dtypes, settings.grid_blocks))
     with stages(len(_GOALS) + 3 + len(cases) // len(grid.SHAPES), "bench") as begin:
         begin("patch()")
         torch.manual_seed(0)

@@ -104,11 +104,12 @@ class Cell:
         return {"case": str(self.case), "ratio": self.ratio, "check": self.check, "seconds": times}
 
 
-def cases(dtypes: Iterable[torch.dtype | None] = (None,)) -> Iterator[Case]:
-    """Every block on every shape, in training and inference."""
+def cases(dtypes: Iterable[torch.dtype | None] = (None,), blocks: Iterable[str] = tuple(BLOCKS)) -> Iterator[Case]:
+    """Every one of these blocks on every shape, in training and inference."""
+    blocks = tuple(blocks)
     for dtype in dtypes:
         for training in (True, False):
-            for block in BLOCKS:
+            for block in blocks:
                 for shape in SHAPES:
                     yield Case(block, shape, training, dtype)
 

@@ -40,7 +40,10 @@ def execute_dense(program: DenseProgram, x: Tensor, tensors: Operands, folded: d
     """Runs a dense block: ``[N, C, H, W]`` to ``[N, C + growth, H, W]``; arguments as in :func:`execute`."""
     inference = is_constant(program.links) and not needs_gradient((x, *tensors))
     n, channels, h, w = x.shape
-    if is_for_stock(program, x, n * program.bounds(channels, tensors)[-1] * h * w, inference):
+    elements = n * program.bounds(channels, tensors)[-1] * h * w
+    if len(program.layers) <= 2 and not inference:
+        elements = 0  # copies into and out of the buffer cost what the concatenations of two layers do
+    if is_for_stock(program, x, elements, inference):
         return stock_dense(program.layers, x, tensors)
     if inference:
         return infer_dense(program, x, tensors, {} if folded is None else folded)

@@ -30,6 +30,10 @@ _SCHEMA = (
 # Channels below which part of a tile of the kernel would be padding.
 _FEWEST_CHANNELS = 32
 
+# Pixels of a result above which the vendor's weight gradient of a bfloat16 convolution with several taps is ahead, by
+# about what it costs to give it the applied value.
+_MOST_PIXELS = 100
+
 
 def _reference(
     grad: Tensor,
@@ -75,6 +79,7 @@ def fuses_wgrad(backend: str, x: Tensor, grad: Tensor, weight: Tensor, g: ConvGe
         and min(weight.shape[0], weight.shape[1]) >= _FEWEST_CHANNELS
         and x.dtype == grad.dtype
         and _instructions_suit(x.dtype)
+        and (x.dtype != torch.bfloat16 or weight.shape[2:] == (1, 1) or grad.shape[2] * grad.shape[3] <= _MOST_PIXELS)
         and x.is_contiguous(memory_format=torch.channels_last)
         and grad.is_contiguous(memory_format=torch.channels_last)
     )
