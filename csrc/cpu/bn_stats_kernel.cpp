@@ -1,5 +1,3 @@
-#include <type_traits>
-
 #include "cpu/bn_stats.h"
 #include "cpu/dispatch.h"
 #include "cpu/vec.h"
@@ -19,9 +17,6 @@ FR_INLINE double mean_of(const StatsPartials& p, int64_t i) {
 // Two passes, of which the second reads cache. Floats are summed in double: a mean near zero is then as accurate as one
 // that is not. It is kept as a float m and what m lacks, e, and M2 = sum d^2 - n e^2 with d = x - m, so that a large
 // mean costs a small variance nothing. The sums of narrower types are as good as exact in a float.
-template <class T>
-using Sum = std::conditional_t<sizeof(T) == sizeof(float), Wide, Vec>;
-
 FR_INLINE void split_mean(const Wide& sum, int64_t n, Vec& mean, Vec& correction) {
   double lanes[Vec::kWidth];
   float high[Vec::kWidth], low[Vec::kWidth];

@@ -45,10 +45,11 @@ class Dropout {
     seed_ = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
     if (p == 1) return;  // whatever is drawn, its scale is zero
     threshold_ = static_cast<uint32_t>(std::floor(p * 0x1p32));
-    scale_ = static_cast<float>(1 / (1 - p));
+    scale_ = 1 / (1 - p);
   }
 
   bool active() const { return active_; }
+  double scale() const { return scale_; }  // of what is kept
 
   // The mask of a block, whose first span counts as span 0 and first element as element 0.
   Keep draw(const Spans& spans, const Block& block, std::vector<uint64_t>& room) const {
@@ -59,7 +60,7 @@ class Dropout {
       const int64_t count = first + (block.end - block.begin - 1) * channels + block.size - from;
       room.resize(words_for(count) + 1);  // a vector's bits are read as a whole 32-bit word
       run({seed_, threshold_, static_cast<uint64_t>(from), 1, count, room.data()});
-      return {reinterpret_cast<const uint8_t*>(room.data()), first - from, channels, scale_};
+      return {reinterpret_cast<const uint8_t*>(room.data()), first - from, channels, static_cast<float>(scale_)};
     }
     const int64_t words = words_for(block.size);
     room.resize((block.end - block.begin) * words + 1);
@@ -69,7 +70,7 @@ class Dropout {
       uint64_t* bits = room.data() + (span - block.begin) * words;
       run({seed_, threshold_, from, static_cast<uint64_t>(channels), block.size, bits});
     }
-    return {reinterpret_cast<const uint8_t*>(room.data()), 0, words * 64, scale_};
+    return {reinterpret_cast<const uint8_t*>(room.data()), 0, words * 64, static_cast<float>(scale_)};
   }
 
   // Multiplies a block of a tensor that begins at `base` by its mask.
@@ -97,7 +98,7 @@ class Dropout {
   bool active_ = false;
   uint64_t seed_ = 0;
   uint32_t threshold_ = 0;
-  float scale_ = 0.f;
+  double scale_ = 0;
 };
 
 // Calls run(block) for the spans [begin, end), in blocks that stay in the nearest cache.

@@ -82,15 +82,18 @@ Block block_of(const Spans& spans, const Piece& piece, int64_t run_length) {
   return {piece.run * spans.channels, (piece.run + 1) * spans.channels, piece.offset, piece.size};
 }
 
-// Partials [begin, end) where there is a dropout.
+// Partials [begin, end) where there is a dropout, but for its scale: that is a factor of the sums, which so take no
+// rounded products.
 void reduce_masked(const Dropout& dropout, const Spans& spans, const JoinReduceArgs& args, ReduceKernel* run,
                    int64_t begin, int64_t end) {
   BlockRoom room;
   for (int64_t part = begin; part < end; ++part) {
     const Block block = block_of(spans, piece_at(args.pieces, part), args.pieces.length);
     const Keep keep = dropout.draw(spans, block, room.bits);
+    Keep unscaled = keep;
+    unscaled.scale = 1.f;
     JoinReduceArgs masked = args;
-    dropout.mask_gradient(keep, block, masked, room.gradient);
+    dropout.mask_gradient(unscaled, block, masked, room.gradient);
     run(masked, part, part + 1);
     if (args.emit) dropout.multiply(keep, block, args.dtype, args.emit, spans.inner);
   }
@@ -134,6 +137,7 @@ std::tuple<Tensor, Tensor> join_backward_reduce_cpu(const Tensor& grad, const Te
                                   args.sums,
                                   operands.main.rstd(),
                                   operands.side.rstd(),
+                                  drop.active() ? drop.scale() : 1.0,
                                   out.mutable_data_ptr<float>()};
   const auto run_merge = FR_FOR_ACTIVE_ISA(join_reduce_merge_range);
   parallel_over(cut.groups * args.channels, per_group,

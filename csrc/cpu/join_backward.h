@@ -43,7 +43,8 @@ struct JoinReduceMergeArgs {
   int64_t parts;
   const float* sums;  // [kReduceSums, groups * parts, channels]
   const float *rstd, *res_rstd;
-  float* out;  // [kReduceSums, groups, channels]: sum g, rstd sum g (y - mean), res_rstd sum g (r - res_mean)
+  double factor;  // of all sums
+  float* out;     // [kReduceSums, groups, channels]: sum g, rstd sum g (y - mean), res_rstd sum g (r - res_mean)
 };
 
 // dy = scale g + slope (y - mean) + offset + addend, and for the residual the same without an addend.

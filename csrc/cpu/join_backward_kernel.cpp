@@ -69,7 +69,7 @@ struct Tile {
 // Sums over `rows` rows of kVectors vectors each.
 template <class T, class Act, Residual kKind, bool kPerLane, int kVectors, class Extent>
 FR_INLINE void reduce_tile(const JoinReduceArgs& a, const Tile<T>& tile, int64_t channel, int64_t row_of_parameters,
-                           int64_t rows, Extent extent, Vec (&sums)[kReduceSums][kVectors]) {
+                           int64_t rows, Extent extent, Sum<T> (&sums)[kReduceSums][kVectors]) {
   using Parameters = Held<kVectors>;  // read once: loads are what there is least room for
   const Vec param(a.act_param);
   const Affines<kPerLane> p(a, channel, row_of_parameters);
@@ -111,11 +111,11 @@ void reduce_channels_last(const JoinReduceArgs& a, int64_t begin, int64_t end) {
     const Tile<T> tile = Tile<T>::of_pixels(a, pixel);
     const auto strip = [&](int64_t channel, auto vectors, auto extent) {
       constexpr int kStrip = decltype(vectors)::value;
-      Vec sums[kReduceSums][kStrip];
+      Sum<T> sums[kReduceSums][kStrip];
       reduce_tile<T, Act, kKind, true, kStrip>(a, tile.from(channel), channel, row + channel, piece.size, extent, sums);
       for (int s = 0; s < kReduceSums; ++s)
         for (int k = 0; k < kStrip; ++k)
-          store(a.sums + (s * a.parts + part) * c + channel + k * Vec::kWidth, sums[s][k], extent);
+          store(a.sums + (s * a.parts + part) * c + channel + k * Vec::kWidth, rounded(sums[s][k]), extent);
     };
     int64_t i = 0;
     for (; i + kVectors * Vec::kWidth <= c; i += kVectors * Vec::kWidth) strip(i, Constant<kVectors>{}, Whole{});
@@ -131,13 +131,13 @@ void reduce_contiguous(const JoinReduceArgs& a, int64_t begin, int64_t end) {
     for (int64_t channel = 0; channel < a.channels; ++channel) {
       const int64_t span = piece.run * a.channels + channel, row = a.per_sample ? span : channel;
       const Tile<T> tile = Tile<T>::of_plane(a, span, piece.offset);
-      Vec sums[kReduceSums][1];
+      Sum<T> sums[kReduceSums][1];
       reduce_tile<T, Act, kKind, false, 1>(a, tile, channel, row, vectors, Whole{}, sums);
       const int64_t done = vectors * Vec::kWidth;
       if (rest)  // lanes past the end load a gradient of zero
         reduce_tile<T, Act, kKind, false, 1>(a, tile.from(done), channel, row, 1, Tail{rest}, sums);
       for (int s = 0; s < kReduceSums; ++s)
-        a.sums[(s * a.parts + part) * a.channels + channel] = horizontal_sum(sums[s][0]);
+        a.sums[(s * a.parts + part) * a.channels + channel] = static_cast<float>(horizontal_sum(sums[s][0]));
     }
   }
 }
@@ -225,7 +225,10 @@ void join_reduce_merge_range(const JoinReduceMergeArgs& a, int64_t begin, int64_
       }
       const float* scale = s == 1 ? a.rstd : a.res_rstd;
       float* out = a.out + s * a.groups * a.channels + column;
-      for (int64_t i = 0; i < width; ++i) out[i] = static_cast<float>(s == 0 ? total[i] : scale[c + i] * total[i]);
+      for (int64_t i = 0; i < width; ++i) {
+        const double sum = a.factor * total[i];
+        out[i] = static_cast<float>(s == 0 ? sum : scale[c + i] * sum);
+      }
     }
   }
 }

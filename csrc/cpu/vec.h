@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(FUSEDRES_ISA_AVX2) || defined(FUSEDRES_ISA_AVX512)
 #include <immintrin.h>
@@ -162,6 +163,9 @@ FR_INLINE Wide operator+(Wide a, Vec b) {
   return {_mm512_add_pd(a.low, _mm512_cvtps_pd(_mm512_castps512_ps256(b.v))),
           _mm512_add_pd(a.high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(b.v, 1)))};
 }
+FR_INLINE Vec rounded(Wide a) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(a.low)), _mm512_cvtpd_ps(a.high), 1);
+}
 FR_INLINE void store(double* p, Wide a) {
   _mm512_storeu_pd(p, a.low);
   _mm512_storeu_pd(p + 8, a.high);
@@ -253,6 +257,9 @@ FR_INLINE Wide operator+(Wide a, Vec b) {
   return {_mm256_add_pd(a.low, _mm256_cvtps_pd(_mm256_castps256_ps128(b.v))),
           _mm256_add_pd(a.high, _mm256_cvtps_pd(_mm256_extractf128_ps(b.v, 1)))};
 }
+FR_INLINE Vec rounded(Wide a) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps(a.low)), _mm256_cvtpd_ps(a.high), 1);
+}
 FR_INLINE void store(double* p, Wide a) {
   _mm256_storeu_pd(p, a.low);
   _mm256_storeu_pd(p + 4, a.high);
@@ -297,6 +304,7 @@ struct Wide {
   double v = 0;
 };
 FR_INLINE Wide operator+(Wide a, Vec b) { return {a.v + static_cast<double>(b.v)}; }
+FR_INLINE Vec rounded(Wide a) { return static_cast<float>(a.v); }
 FR_INLINE void store(double* p, Wide a) { *p = a.v; }
 
 #endif
@@ -304,6 +312,12 @@ FR_INLINE void store(double* p, Wide a) { *p = a.v; }
 // ---------------------------------------------------------------------------------------------------------------------
 // What follows from the operations above
 // ---------------------------------------------------------------------------------------------------------------------
+
+// What sums of T are kept in: those of narrower types are as good as exact in a float.
+template <class T>
+using Sum = std::conditional_t<sizeof(T) == sizeof(float), Wide, Vec>;
+
+FR_INLINE Vec rounded(Vec a) { return a; }
 
 FR_INLINE double horizontal_sum(Wide a) {
   double lanes[Vec::kWidth];

@@ -85,7 +85,7 @@ class Case:
             if norm is None:
                 return x
             dtype = torch.promote_types(x.dtype, torch.float32)
-            gamma, beta = (t.to(dtype).requires_grad_(leaves is not None) for t in norm)
+            gamma, beta = (t.to(dtype, copy=True).requires_grad_(leaves is not None) for t in norm)
             if leaves is not None:
                 leaves.extend((gamma, beta))
             if self.training:
@@ -98,7 +98,7 @@ class Case:
             squeezed.append(z)
         side = None if residual is None else normalised(residual, self.side)
         if self.gain is not None:
-            gain = self.gain.to(z.dtype).requires_grad_(leaves is not None)
+            gain = self.gain.to(z.dtype, copy=True).requires_grad_(leaves is not None)
             if leaves is not None:
                 leaves.append(gain)
             z = z * gain[:, :, None, None]
