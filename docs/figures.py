@@ -16,7 +16,8 @@ from pathlib import Path
 from torch import nn
 
 from fusedres import nn as blocks
-from fusedres.block import Act, Block, Conv, Dense, Dropout, DropPath, Norm, SqueezeExcite, Step
+from fusedres.block import Act, Conv, Dense, Dropout, DropPath, Norm, SqueezeExcite, Step
+from fusedres.ode.tableau import Tableau
 from fusedres.ops.activations import IDENTITY
 
 __all__ = ["FIGURES", "draw"]
@@ -27,6 +28,7 @@ CONVOLUTION, STOCK, FUSED, SMALL = (
     ("#dff0dc", "#3f8f3a"),
     ("#eeeeee", "#888888"),
 )
+GIVEN = ("#ffffff", "#888888")  # the user's own function
 KEPT = "#7a4fa3"
 
 
@@ -109,8 +111,15 @@ def fused(module: nn.Module, steps: tuple[Step, ...], width: int, end: list[str]
         yield Box(" + ".join(pending + end), FUSED)
 
 
-def columns(module: nn.Module, block: Block | Dense, width: int) -> list[tuple[str, int, list[Box]]]:
+def columns(module: nn.Module, width: int) -> list[tuple[str, int, list[Box]]]:
     """Both columns: title, width of the input, boxes."""
+    if isinstance(module, blocks.HighwaySkip):
+        return [("Stock, training", width, _gated_stock(width)), ("fusedres, training", width, _gated_fused(width))]
+    if isinstance(module, blocks.ODEBlock):
+        method = module.settings.tableau
+        titles = (f"{who}, a step of {method.name}" for who in ("Stock", "fusedres"))
+        return [(title, width, _stages(method, fuses)) for title, fuses in zip(titles, (False, True))]
+    block = module._block
     if isinstance(block, Dense):
         return [("Stock, training", width, _dense_stock(module, block)), _dense_fused(module, block, width)]
     joins = block.shortcut is not None
@@ -118,6 +127,29 @@ def columns(module: nn.Module, block: Block | Dense, width: int) -> list[tuple[s
     plain = [*stock(module, block.branch, width), *(Box(label, STOCK) for label in [*(["add"] * joins), *after])]
     mine = list(fused(module, block.branch, width, (["add"] if joins else []) + after))
     return [("Stock, training", width, plain), ("fusedres, training", width, mine)]
+
+
+def _gated_stock(width: int) -> list[Box]:
+    boxes = [Box("F(x)", GIVEN, width), Box("conv 1x1", CONVOLUTION), Box("sigmoid", STOCK, width)]
+    return [*boxes, Box("g * F(x)", STOCK), Box("1 - g", STOCK, width), Box("(1 - g) * x", STOCK), Box("add", STOCK)]
+
+
+def _gated_fused(width: int) -> list[Box]:
+    boxes = [Box("F(x)", GIVEN, width), Box("conv 1x1", CONVOLUTION, width)]
+    return [*boxes, Box("sigmoid + mix", FUSED)]
+
+
+def _stages(method: Tableau, fuses: bool) -> list[Box]:
+    """Every stage's function, and the passes that make its argument; with the adjoint method nothing inside is kept."""
+    boxes = []
+    for i, row in enumerate((*method.a[1:], method.b), 1):
+        boxes.append(Box(f"k{i} = f(t, y)", GIVEN))
+        terms = sum(weight != 0 for weight in row)
+        if fuses:
+            boxes.append(Box("combine", FUSED))
+        else:
+            boxes += [Box(f"scale and add, term {j}", STOCK) for j in range(1, terms + 1)]
+    return boxes
 
 
 def _running(module: nn.Module, steps: tuple[Step, ...]) -> tuple[Step, ...]:
@@ -149,9 +181,9 @@ def _dense_fused(module: nn.Module, dense: Dense, width: int) -> tuple[str, int,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw(module: nn.Module, block: Block | Dense, width: int) -> str:
+def draw(module: nn.Module, width: int) -> str:
     """The figure as SVG."""
-    both = columns(module, block, width)
+    both = columns(module, width)
     unit = min([width, *(box.keeps for _, _, boxes in both for box in boxes if box.keeps)])
     height = 150 + 40 * max(len(boxes) for _, _, boxes in both)
     name = type(module).__name__
@@ -218,13 +250,15 @@ FIGURES: dict[str, tuple[nn.Module, int]] = {
     "dense": (blocks.DenseBlock(3, 16, 8), 16),
     "dense_bottleneck": (blocks.DenseBottleneckBlock(2, 16, 8), 16),
     "transition": (blocks.Transition(16), 16),
+    "gated": (blocks.HighwaySkip(nn.Identity(), 8), 8),
+    "ode": (blocks.ODEBlock(nn.Identity(), method="rk4", adjoint=True), 8),
 }
 """Each figure's block, and the channels of its input."""
 
 
 def main() -> None:
     for name, (module, width) in FIGURES.items():
-        (Path(__file__).parent / "blocks" / f"{name}.svg").write_text(draw(module, module._block, width))
+        (Path(__file__).parent / "blocks" / f"{name}.svg").write_text(draw(module, width))
 
 
 if __name__ == "__main__":

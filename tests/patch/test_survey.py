@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import survey_blocks as survey
+import torch
 from torch import nn
+
+import fusedres
+from fusedres.testing import channels_last, compare
 
 from .blocks import images
 from .chance import check_seeded
@@ -96,3 +100,32 @@ def test_network(name):
 def test_every_block_is_in_the_table():
     made = {type(make()).__name__ for make, _ in (*BLOCKS.values(), *NETWORKS.values())}
     assert made == set(survey.__all__)
+
+
+class OdeFunction(nn.Module):
+    """The right-hand side as a user of torchdiffeq writes it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+
+    def forward(self, t, x):
+        return self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+
+
+class OdeBlock(nn.Module):
+    def __init__(self, odefunc: nn.Module) -> None:
+        super().__init__()
+        self.odefunc = odefunc
+
+    def forward(self, x):
+        torchdiffeq = pytest.importorskip("torchdiffeq")
+        return torchdiffeq.odeint(self.odefunc, x, torch.tensor([0.0, 1.0]), method="rk4")[-1]
+
+
+def test_the_function_of_a_differential_equation_is_fused_inside_its_solver():
+    model = OdeBlock(OdeFunction(8)).train()
+    report = fusedres.explain(model)
+    assert report.coverage == 1.0 and [site.path for site in report.fused] == ["odefunc"]
+    compare(model, fusedres.patch, lambda seed: [channels_last((3, 8, 14, 14), seed=seed)]).check()
