@@ -66,6 +66,11 @@ struct Tile {
   }
 };
 
+// Terms that are added up in a float before their sum is added to the rest: in floats themselves each such addition
+// costs digits that stock PyTorch, which sums in double, has.
+template <class T>
+constexpr int64_t kTerms = sizeof(T) == sizeof(float) ? 2 : kRun;
+
 // Sums over `rows` rows of kVectors vectors each.
 template <class T, class Act, Residual kKind, bool kPerLane, int kVectors, class Extent>
 FR_INLINE void reduce_tile(const JoinReduceArgs& a, const Tile<T>& tile, int64_t channel, int64_t row_of_parameters,
@@ -78,7 +83,7 @@ FR_INLINE void reduce_tile(const JoinReduceArgs& a, const Tile<T>& tile, int64_t
   const Parameters mean(Parameter<kPerLane>{a.mean + channel}, extent);
   const Parameters res_mean(Parameter<kPerLane>{a.res_mean + channel}, extent);
   for (int64_t row = 0; row < rows;) {
-    const int64_t stop = rows - row < kRun ? rows : row + kRun;
+    const int64_t stop = rows - row < kTerms<T> ? rows : row + kTerms<T>;
     Vec run[kReduceSums][kVectors];
     for (; row < stop; ++row) {
       const T *grad = tile.grad + row * tile.grad_step, *y = tile.y + row * tile.y_step;
