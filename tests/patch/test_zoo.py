@@ -93,7 +93,7 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "torchvision, DenseNet": (lambda: torchvision_models().DenseNet(8, (3, 2, 2), 16, 2, num_classes=7), 1.0),
     "torchvision, RegNet-Y": (regnet, 1.0),
     "torchvision, ShuffleNetV2": (
-        lambda: torchvision_models().ShuffleNetV2([2, 2, 2], [8, 16, 32, 64, 64], num_classes=7),
+        lambda: torchvision_models().ShuffleNetV2([2, 2, 2], [16, 48, 96, 192, 64], num_classes=7),
         1.0,
     ),
     "torchvision, MobileNetV2": (mobilenet_v2, 1.0),
@@ -111,9 +111,9 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "timm, LCNet": (timm("lcnet_035"), 1.0),
 }
 
-# Where a pass is within rounding of a kink in every draw, or chance differs between dtypes, a float32 run says nothing.
+# Held in float64 alone. Stochastic depth draws by dtype; MobileNetV2 in float32 goes over in gradients that all but
+# cancel, for a reason that is not proven yet.
 EXACT_ONLY = {
-    "torchvision, ShuffleNetV2",
     "torchvision, MobileNetV2",
     "torchvision, EfficientNet",
     "timm, ResNetV2 with stochastic depth",
