@@ -2,34 +2,11 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <cstdlib>
-#include <memory>
-
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 
 namespace fusedres {
 namespace {
-
-// Memory for one thread's panels, aligned to cache lines and kept for its next call: fresh pages cost more than the
-// work.
-class Scratch {
- public:
-  void* reserve(size_t bytes) {
-    if (bytes > size_) {
-      memory_.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-      STD_TORCH_CHECK(memory_ != nullptr, "conv_wgrad_cpu: out of memory");
-      size_ = bytes;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<void, Free> memory_;
-  size_t size_ = 0;
-};
 
 // Pixels that a block holds at least: enough to make reading and writing the sums cheap, few enough to stay in cache.
 constexpr int64_t kBlockPixels = 224;
@@ -106,9 +83,9 @@ void run_tasks(const WgradArgs& a) {
   const size_t element = dot ? 2 : 4;
   torch::stable::parallel_for(0, k_tasks * c_tasks, 1, [&](int64_t begin, int64_t end) {
     static thread_local Scratch x, grad, sums;
-    void* x_panels = x.reserve(room.x_panels * element);
-    void* grad_panels = grad.reserve(room.grad_panels * element);
-    auto* task_sums = static_cast<float*>(sums.reserve(room.sums * sizeof(float)));
+    void* x_panels = x.reserve("conv_wgrad_cpu", room.x_panels * element);
+    void* grad_panels = grad.reserve("conv_wgrad_cpu", room.grad_panels * element);
+    auto* task_sums = sums.reserve<float>("conv_wgrad_cpu", room.sums * sizeof(float));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t k = i / c_tasks * k_step, c = i % c_tasks * c_step;
       const int64_t k_end = std::min(k + k_step, a.filters), c_end = std::min(c + c_step, a.channels);

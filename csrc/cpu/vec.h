@@ -102,6 +102,7 @@ FR_INLINE Vec select_gt(Vec a, Vec b, Vec x, Vec y) {
 FR_INLINE Vec select_le(Vec a, Vec b, Vec x, Vec y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ), y.v, x.v);
 }
+FR_INLINE bool any_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q) != 0; }
 FR_INLINE Vec round_to_int(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 FR_INLINE Vec scale_by_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
 
@@ -193,6 +194,7 @@ FR_INLINE Vec select_gt(Vec a, Vec b, Vec x, Vec y) {
 FR_INLINE Vec select_le(Vec a, Vec b, Vec x, Vec y) {
   return _mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ));
 }
+FR_INLINE bool any_nan(Vec a) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)) != 0; }
 FR_INLINE Vec round_to_int(Vec a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 FR_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {
   // In two halves, so that results near the ends of the exponent's range are reached without overflow on the way.
@@ -282,6 +284,7 @@ FR_INLINE Vec vmax(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
 FR_INLINE Vec vmin(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
 FR_INLINE Vec select_gt(Vec a, Vec b, Vec x, Vec y) { return a.v > b.v ? x : y; }
 FR_INLINE Vec select_le(Vec a, Vec b, Vec x, Vec y) { return a.v <= b.v ? x : y; }
+FR_INLINE bool any_nan(Vec a) { return a.v != a.v; }
 FR_INLINE Vec where_bits(const uint8_t* bits, int64_t at, Vec a) { return bits[at >> 3] >> (at & 7) & 1 ? a : Vec(); }
 template <class T>
 FR_INLINE Vec load(const T* p) {

@@ -114,7 +114,7 @@ CONV_FUSED_FPROP = declare(
     f"({_INPUT}, {_GEOMETRY}, bool want_stats, Tensor(a!)? into=None) -> (Tensor, Tensor)",
     reference=_fprop_reference,
     fake=_fprop_fake,
-    kernels=("triton",),
+    kernels=("cpu", "triton"),
 )
 """``(y, stats)``: ``y`` channels_last, or empty where it is written to ``into``, a channel slice of a channels_last
 buffer; ``stats`` is ``[2, K]``, the rows mean and M2, or empty where they are not wanted."""
@@ -176,7 +176,7 @@ CONV_FUSED_JOIN = declare(
     "Tensor(a!)? into=None) -> Tensor",
     reference=_join_reference,
     fake=_join_fake,
-    kernels=("triton",),
+    kernels=("cpu", "triton"),
 )
 """``out``, channels_last, or empty where it is written to ``into``. ``residual`` has the shape and dtype of ``out``."""
 

@@ -146,7 +146,7 @@ CONV_FUSED_DGRAD = declare(
     f"{_GEOMETRY}, Tensor? addend=None, Tensor(a!)? into=None) -> (Tensor, Tensor)",
     reference=_dgrad_reference,
     fake=_dgrad_fake,
-    kernels=("triton",),
+    kernels=("cpu", "triton"),
 )
 """``(dx, sums)``: ``dx`` channels_last, or empty where it is written to ``into``, which may be the addend itself;
 ``sums`` is ``[2, C]``, or empty without a norm. ``addend`` is a gradient that reaches ``z`` another way, such as the
