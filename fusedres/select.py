@@ -10,12 +10,15 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
 from . import env, triton
+from .ops.conv import ConvGeometry
+from .ops.conv_fused import conv_fused_refuses
 from .ops.registry import OPS
 
 __all__ = [
@@ -153,7 +156,9 @@ def _resolve(device_type: str, dtype: torch.dtype, forced: str) -> str:
 def kernels(device_type: str, dtype: torch.dtype, forced: str = "auto") -> SimpleNamespace:
     """Every op of :data:`fusedres.ops.registry.OPS` by its stem, from the backend chosen for this device and dtype.
 
-    The namespace also names its ``backend``. An op that the backend lacks comes from the reference.
+    The namespace also names its ``backend``. An op that the backend lacks comes from the reference. ``fuses`` is
+    ``None`` where the backend has no fused convolutions; else ``fuses(kind, x, weight, geometry, prologue)`` says
+    whether to call one, see :func:`fusedres.ops.conv_fused.conv_fused_refuses`.
 
     Raises:
         RuntimeError: where a forced backend cannot run, with the reason.
@@ -167,4 +172,9 @@ def _kernels(device_type: str, dtype: torch.dtype, forced: str) -> SimpleNamespa
     if backend == "triton":
         triton.load()
     chosen = {name: op.overload(backend if backend in op.kernels else "reference") for name, op in OPS.items()}
-    return SimpleNamespace(backend=backend, **chosen)
+    fuses = partial(_fuses, backend) if backend in OPS["conv_fused_fprop"].kernels else None
+    return SimpleNamespace(backend=backend, fuses=fuses, **chosen)
+
+
+def _fuses(backend: str, kind: str, x: Tensor, weight: Tensor, g: ConvGeometry, prologue: bool) -> bool:
+    return conv_fused_refuses(kind, backend, x, weight, g, prologue=prologue) is None
