@@ -24,7 +24,9 @@ from .ops.registry import OPS
 __all__ = [
     "BACKENDS",
     "FEWEST_ELEMENTS",
+    "MEASURED",
     "backend_for",
+    "by_measurement",
     "forced_backend",
     "kernels",
     "too_small",
@@ -80,10 +82,12 @@ BACKENDS = {
     "reference": _reference_refuses,
 }
 
-# What "auto" goes through, fastest first. The CUDA backend's speed has not been measured yet: it runs when it is asked
-# for.
+# What "auto" goes through, fastest first. Elsewhere a block is stock until :func:`fusedres.tune` has measured it there:
+# what is faster depends on device and shape.
 _AUTOMATIC = {"cpu": ("cpu", "reference")}
 _AUTOMATIC_ELSEWHERE = ("stock",)
+MEASURED = ("triton", "cuda")
+"""The backends that a measurement may choose."""
 
 
 # Elements of the input below which a block runs as stock: what its passes save there is less than what one more call
@@ -97,6 +101,11 @@ def too_small(elements: int, mode: str, forced: str = "auto") -> bool:
     A forced backend is never second-guessed.
     """
     return elements < FEWEST_ELEMENTS[mode] and forced == "auto" and forced_backend() == "auto"
+
+
+def by_measurement(device_type: str, forced: str = "auto") -> bool:
+    """Whether what a device's measurements say decides which backend runs a block."""
+    return device_type not in _AUTOMATIC and forced == "auto" and forced_backend() == "auto"
 
 
 def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
