@@ -29,9 +29,10 @@ from .engine import (
     execute_dense,
     is_constant,
 )
+from .engine.verdict import judged
 from .ops.activations import IDENTITY, RELU, Activation
 from .ops.conv import geometry
-from .select import too_small
+from .select import by_measurement, too_small
 
 __all__ = [
     "Act",
@@ -45,6 +46,7 @@ __all__ = [
     "Step",
     "dense_plans",
     "link_plans",
+    "measured_backends",
     "run",
     "run_dense",
     "unsupported",
@@ -305,15 +307,12 @@ def run(
         return _call_modules(block, root, x, residual)
     plan = link_plans(block)
     mode = "training" if torch.is_grad_enabled() else "inference"
-    if memory != "low" and too_small(x.numel(), mode, backend):  # asked here too, before the work of binding
+    # Asked here too, before the work of binding.
+    if memory != "low" and too_small(x.numel(), mode, backend) and not by_measurement(x.device.type):
         return _call_modules(block, root, x, residual)
     binder = _Binder(root)
     try:
-        branch = binder.chain(plan.branch)
-        if plan.shortcut is None:
-            shortcut = None
-        else:
-            shortcut = IDENTITY_SHORTCUT if len(plan.shortcut) == 1 else binder.chain(plan.shortcut)
+        branch, shortcut = binder.chains(plan)
     except _NotOurs:
         return _call_modules(block, root, x, residual)
     if not binder.suits(x):
@@ -337,6 +336,25 @@ def run_dense(dense: Dense, root: nn.Module, x: Tensor, *, backend: str = "auto"
     binder.count_batch()
     program = DenseProgram(layers, memory, backend)
     return execute_dense(program, x, binder.tensors, _folded(root, dense, is_constant(program.links)))
+
+
+def measured_backends(block: Block | Dense, root: nn.Module, device: torch.device) -> str:
+    """What runs a block on a device where measurements decide: the backends that won, by shape, or stock."""
+    binder = _Binder(root)
+    try:
+        program = _bound(block, binder)
+    except _NotOurs:
+        return "stock"
+    found = judged(program, binder.tensors, device)
+    return " or ".join(sorted(found, key=lambda name: name == "stock")) or "stock, until fusedres.tune has measured it"
+
+
+def _bound(block: Block | Dense, binder: _Binder) -> Program | DenseProgram:
+    if isinstance(block, Dense):
+        return DenseProgram(tuple(map(binder.chain, dense_plans(block))))
+    plan = link_plans(block)
+    branch, shortcut = binder.chains(plan)
+    return Program(branch, shortcut, block.act, block.in_place, shares=plan.shares)
 
 
 def _folded(root: nn.Module, block: Block | Dense, constant: bool) -> dict[int, Any] | None:
@@ -446,6 +464,13 @@ class _Binder:
         """Counts this batch in the norms that count batches; the last thing before it runs."""
         for counter in self.counters:
             counter.add_(1)
+
+    def chains(self, plan: _Plan) -> tuple[tuple[Link, ...], tuple[Link, ...] | None]:
+        """The branch, and the shortcut if there is a join."""
+        branch = self.chain(plan.branch)
+        if plan.shortcut is None:
+            return branch, None
+        return branch, IDENTITY_SHORTCUT if len(plan.shortcut) == 1 else self.chain(plan.shortcut)
 
     def chain(self, plans: tuple[_LinkPlan, ...]) -> tuple[Link, ...]:
         return tuple(

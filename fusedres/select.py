@@ -10,18 +10,23 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
 from . import env, triton
+from .ops.conv import ConvGeometry
+from .ops.conv_fused import conv_fused_refuses
 from .ops.registry import OPS
 
 __all__ = [
     "BACKENDS",
     "FEWEST_ELEMENTS",
+    "MEASURED",
     "backend_for",
+    "by_measurement",
     "forced_backend",
     "kernels",
     "too_small",
@@ -77,10 +82,12 @@ BACKENDS = {
     "reference": _reference_refuses,
 }
 
-# What "auto" goes through, fastest first. The CUDA backend's speed has not been measured yet: it runs when it is asked
-# for.
+# What "auto" goes through, fastest first. Elsewhere a block is stock until :func:`fusedres.tune` has measured it there:
+# what is faster depends on device and shape.
 _AUTOMATIC = {"cpu": ("cpu", "reference")}
 _AUTOMATIC_ELSEWHERE = ("stock",)
+MEASURED = ("triton", "cuda")
+"""The backends that a measurement may choose."""
 
 
 # Elements of the input below which a block runs as stock: what its passes save there is less than what one more call
@@ -94,6 +101,11 @@ def too_small(elements: int, mode: str, forced: str = "auto") -> bool:
     A forced backend is never second-guessed.
     """
     return elements < FEWEST_ELEMENTS[mode] and forced == "auto" and forced_backend() == "auto"
+
+
+def by_measurement(device_type: str, forced: str = "auto") -> bool:
+    """Whether what a device's measurements say decides which backend runs a block."""
+    return device_type not in _AUTOMATIC and forced == "auto" and forced_backend() == "auto"
 
 
 def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -153,7 +165,9 @@ def _resolve(device_type: str, dtype: torch.dtype, forced: str) -> str:
 def kernels(device_type: str, dtype: torch.dtype, forced: str = "auto") -> SimpleNamespace:
     """Every op of :data:`fusedres.ops.registry.OPS` by its stem, from the backend chosen for this device and dtype.
 
-    The namespace also names its ``backend``. An op that the backend lacks comes from the reference.
+    The namespace also names its ``backend``. An op that the backend lacks comes from the reference. ``fuses`` is
+    ``None`` where the backend has no fused convolutions; else ``fuses(kind, x, weight, geometry, prologue)`` says
+    whether to call one, see :func:`fusedres.ops.conv_fused.conv_fused_refuses`.
 
     Raises:
         RuntimeError: where a forced backend cannot run, with the reason.
@@ -167,4 +181,9 @@ def _kernels(device_type: str, dtype: torch.dtype, forced: str) -> SimpleNamespa
     if backend == "triton":
         triton.load()
     chosen = {name: op.overload(backend if backend in op.kernels else "reference") for name, op in OPS.items()}
-    return SimpleNamespace(backend=backend, **chosen)
+    fuses = partial(_fuses, backend) if backend in OPS["conv_fused_fprop"].kernels else None
+    return SimpleNamespace(backend=backend, fuses=fuses, **chosen)
+
+
+def _fuses(backend: str, kind: str, x: Tensor, weight: Tensor, g: ConvGeometry, prologue: bool) -> bool:
+    return conv_fused_refuses(kind, backend, x, weight, g, prologue=prologue) is None

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..ops.layout import dense
 from ..select import kernels
-from .gradients import Chain, Gradients
+from .convolution import Chain, convolved, run_chain
+from .gradients import Gradients, RawGradient
 from .inference import infer_chain, swallows
-from .pending import Raw, applied, cast_weights, compute_dtype, norm_rows, pend, run_chain
+from .pending import Raw, applied, cast_weights, compute_dtype, norm_rows, pend
 from .program import Operands, weight_indices
 from .training import refuse_second_derivatives
 
@@ -64,14 +65,20 @@ class _Buffer:
         self.stats: Tensor | None = None
         self.filled, self.k, self.measures = 0, k, measures
 
-    def append(self, y: Tensor) -> None:
+    def room(self, channels: int) -> Tensor:
+        """Where the next channels go."""
+        return self.tensor[:, self.filled : self.filled + channels]
+
+    def append(self, y: Tensor, into: Tensor, stats: Tensor | None = None) -> None:
+        """Appends ``y``, which may be the room ``into`` itself, written by what made it and measured if need be."""
         start, self.filled = self.filled, self.filled + y.shape[1]
-        into = self.tensor[:, start : self.filled]
         if not self.measures:
-            into.copy_(y)
+            if y is not into:
+                into.copy_(y)
             return
-        y = y.to(self.tensor.dtype).contiguous(memory_format=torch.channels_last)
-        stats = self.k.bn_stats(y, False, into)
+        if y is not into:
+            y = y.to(self.tensor.dtype).contiguous(memory_format=torch.channels_last)
+            stats = self.k.bn_stats(y, False, into)
         if self.stats is None:
             self.stats = stats.new_empty((2, self.tensor.shape[1]))
         self.stats[:, start : self.filled] = stats
@@ -81,21 +88,29 @@ class _Buffer:
         return self.tensor[:, : self.filled], stats
 
 
+# From a layer, the channels before it, their statistics and the room for its own to its channels, which may be that
+# room, and their statistics where they are known.
+_Run = Callable[[Chain, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor | None]]
+
+
 def _grow(
     program: DenseProgram,
     x: Tensor,
     tensors: Operands,
     dtype: torch.dtype,
     k: SimpleNamespace,
-    run: Callable[[Chain, Tensor, Tensor | None], Tensor],
+    run: _Run,
 ) -> Tensor:
-    """The buffer after all layers; ``run`` makes a layer's channels from those before it and their statistics."""
+    """The buffer after all layers; ``run`` runs one."""
     dtype = torch.promote_types(x.dtype, dtype)
     measures = any(layer[0].norm.batch_statistics for layer in program.layers)
-    buffer = _Buffer(x, program.bounds(x.shape[1], tensors)[-1], dtype, k, measures)
-    buffer.append(x)
-    for layer in program.layers:
-        buffer.append(run(layer, *buffer.read()))
+    bounds = program.bounds(x.shape[1], tensors)
+    buffer = _Buffer(x, bounds[-1], dtype, k, measures)
+    buffer.append(x, buffer.room(x.shape[1]))
+    for layer, start, stop in zip(program.layers, bounds, bounds[1:]):
+        into = buffer.room(stop - start)
+        made, made_stats = run(layer, *buffer.read(), into)
+        buffer.append(made, into, made_stats)
     return buffer.tensor
 
 
@@ -118,8 +133,8 @@ def infer_dense(program: DenseProgram, x: Tensor, tensors: Operands, folded: dic
         operands = cast_weights(program.links, tensors, dtype)
         return _in_layout_of(x, _forward(program, x, operands, dtype, k)[0])
 
-    def run(layer: Chain, channels: Tensor, stats: Tensor | None) -> Tensor:
-        return infer_chain(layer, channels, None, layer[-1].act, dtype, tensors, folded, k)
+    def run(layer: Chain, channels: Tensor, stats: Tensor | None, into: Tensor) -> tuple[Tensor, Tensor | None]:
+        return infer_chain(layer, channels, None, layer[-1].act, dtype, tensors, folded, k, into), None
 
     return _in_layout_of(x, _grow(program, x, tensors, dtype, k, run))
 
@@ -130,12 +145,15 @@ def _forward(
     """The buffer, and every layer's raw tensors."""
     kept = []
 
-    def run(layer: Chain, channels: Tensor, stats: Tensor | None) -> Tensor:
-        first, norm = layer[0], layer[0].norm
+    def run(layer: Chain, channels: Tensor, stats: Tensor | None, into: Tensor) -> tuple[Tensor, Tensor | None]:
+        first, norm, last = layer[0], layer[0].norm, layer[-1]
         rows = norm_rows(norm, channels, tensors, k, stats if norm.batch_statistics else None)
-        raws = run_chain(layer, pend(first, channels, tensors, k, rows), None, tensors, k)
+        raws = run_chain(layer[:-1], pend(first, channels, tensors, k, rows), None, tensors, k)
+        fits = last.plain and into.dtype == dtype
+        made = convolved(layer[-2], raws[-1], None, tensors, k, fits and stats is not None, into=into if fits else None)
+        raws.append(pend(last, made[0], tensors, k))
         kept.append(raws)
-        return applied(layer[-1], raws[-1], k)
+        return (applied(last, raws[-1], k), None) if last.dropout else made
 
     return _grow(program, x, tensors, dtype, k, run), kept
 
@@ -221,12 +239,12 @@ class _DenseBackward(Gradients):
 
     def _layer(self, layer: Chain, raws: list[Raw], total: Tensor, start: int, stop: int, needed: bool) -> None:
         """Adds the gradient of the channels before the layer to ``total``, from that of the channels it made."""
-        self._complete(layer, raws, len(raws))
+        path = self._path(layer, self._complete(layer, raws, len(raws)), needed)
         grad, last = total[:, start:stop].contiguous(memory_format=torch.channels_last), len(layer) - 1
         if layer[last].plain:
             self._bias(layer, last, None, None, grad)
+            behind = RawGradient(grad)
         else:
-            grad = self._pending(layer, last, raws[last], grad, layer[last].act)[0]
-        grad = self._chain(layer, raws, grad, needs_input=True, stop=1)
+            behind = self._pending(layer, last, raws[last], grad, layer[last].act)[0]
         before = total[:, :start]
-        self._link(layer, 0, raws[0], grad, needed or self._norm_needed(layer[0]), before, before)
+        self._link(path, 0, self._links(path, behind, 1), needed or self._norm_needed(layer[0]), before, before)

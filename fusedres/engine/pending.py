@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..ops.activations import Activation
 from ..ops.bn_stats import statistics_dtype
-from ..ops.conv import conv_fprop
 from ..ops.dropout import draw_seed
 from ..ops.layout import like
 from .program import GATES, ExciteSlot, Link, NormSlot, Operands, weight_indices
@@ -64,17 +63,24 @@ def aligned(y: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return y, like(residual, y)
 
 
-def pend(link: Link, tensor: Tensor, tensors: Operands, k: SimpleNamespace, rows: Tensor | None = None) -> Raw:
+def pend(
+    link: Link,
+    tensor: Tensor,
+    tensors: Operands,
+    k: SimpleNamespace,
+    rows: Tensor | None = None,
+    stats: Tensor | None = None,
+) -> Raw:
     """A raw tensor with what ``link`` makes pending on it: statistics are taken, masks and seeds drawn.
 
-    ``rows`` are those of the norm where they are known.
+    ``rows`` are those of the norm, and ``stats`` those of the batch, where they are known.
     """
     if link.gain is None:
-        rows = norm_rows(link.norm, tensor, tensors, k) if rows is None else rows
+        rows = norm_rows(link.norm, tensor, tensors, k, stats) if rows is None else rows
         return Raw(tensor, rows, seed=draw_seed() if link.dropout else None)
     means = None
     if link.gain.excite is None:
-        rows = norm_rows(link.norm, tensor, tensors, k) if rows is None else rows
+        rows = norm_rows(link.norm, tensor, tensors, k, stats) if rows is None else rows
     else:  # one pass for the batch's statistics and the squeeze
         stats = k.bn_stats(tensor, True)
         means, rows = stats[0], norm_rows(link.norm, tensor, tensors, k, stats)
@@ -145,23 +151,3 @@ def apply_pending(link: Link, raw: Raw, act: Activation, k: SimpleNamespace, *si
 def applied(link: Link, raw: Raw, k: SimpleNamespace) -> Tensor:
     """The pending value, applied."""
     return raw.tensor if link.plain else apply_pending(link, raw, link.act, k)
-
-
-def next_raw(link: Link, value: Tensor, tensors: Operands) -> Tensor:
-    """What ``link`` makes of its value: the raw tensor of the next link."""
-    if link.conv is None:
-        return value
-    weight, bias = tensors[link.conv.first : link.conv.first + 2]
-    return conv_fprop(value.to(weight.dtype), weight, bias, link.conv.geometry)
-
-
-def run_chain(
-    chain: tuple[Link, ...], first: Raw, value: Tensor | None, tensors: Operands, k: SimpleNamespace
-) -> list[Raw]:
-    """The raw tensors of a chain, each with what is pending on it; ``value`` is the first one's, if it is there yet."""
-    raws = [first]
-    for link, reader in zip(chain, chain[1:]):
-        value = applied(link, raws[-1], k) if value is None else value
-        raws.append(pend(reader, next_raw(link, value, tensors), tensors, k))
-        value = None
-    return raws

@@ -29,7 +29,7 @@ from .conv import ConvGeometry, output_size
 from .join import BY_CODE, JOIN, join_argument
 from .registry import declare
 
-__all__ = ["CONV_FUSED_FPROP", "CONV_FUSED_JOIN", "conv_fused_refuses", "pending_value"]
+__all__ = ["CONV_FUSED_FPROP", "CONV_FUSED_JOIN", "conv_fused_refuses", "conv_fused_unsuited", "pending_value"]
 
 _INPUT = "Tensor x, Tensor? norm, int act, float act_param, Tensor weight, Tensor? bias"
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation"
@@ -205,7 +205,9 @@ def conv_fused_refuses(
     """
     if kind not in ("fprop", "dgrad", "wgrad"):
         raise ValueError(f"kind must be 'fprop', 'dgrad' or 'wgrad', got {kind!r}")
-    reason = _cannot(kind, backend, x, weight, g, pending_addend)
+    if backend not in CONV_FUSED_FPROP.kernels:
+        return f"backend {backend!r} has no fused convolutions"
+    reason = conv_fused_unsuited(kind, x, weight, g, pending_addend)
     if reason is not None:
         return reason
     from ..triton.tuning import Problem, vendor_is_faster
@@ -220,9 +222,10 @@ def conv_fused_refuses(
     return None
 
 
-def _cannot(kind: str, backend: str, x: Tensor, weight: Tensor, g: ConvGeometry, pending_addend: bool) -> str | None:
-    if backend not in CONV_FUSED_FPROP.kernels:
-        return f"backend {backend!r} has no fused convolutions"
+def conv_fused_unsuited(
+    kind: str, x: Tensor, weight: Tensor, g: ConvGeometry, pending_addend: bool = False
+) -> str | None:
+    """``None`` where the kernels take these operands, else why not; arguments as of :func:`conv_fused_refuses`."""
     if g.groups != 1:
         return f"a fused convolution has no groups, this one has {g.groups}"
     if x.dtype != weight.dtype:
