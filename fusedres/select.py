@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from types import SimpleNamespace
@@ -28,6 +28,7 @@ __all__ = [
     "backend_for",
     "by_measurement",
     "forced_backend",
+    "fused_references",
     "kernels",
     "too_small",
     "use_backend",
@@ -167,12 +168,30 @@ def kernels(device_type: str, dtype: torch.dtype, forced: str = "auto") -> Simpl
 
     The namespace also names its ``backend``. An op that the backend lacks comes from the reference. ``fuses`` is
     ``None`` where the backend has no fused convolutions; else ``fuses(kind, x, weight, geometry, prologue)`` says
-    whether to call one, see :func:`fusedres.ops.conv_fused.conv_fused_refuses`.
+    whether to call one, see :func:`fusedres.ops.conv_fused.conv_fused_refuses`. ``folds`` is whether inference folds
+    norms into weights: only on a CPU, since to see that folded weights are still true takes a look at them.
 
     Raises:
         RuntimeError: where a forced backend cannot run, with the reason.
     """
-    return _kernels(device_type, dtype, forced if forced != "auto" else forced_backend())
+    found = _kernels(device_type, dtype, forced if forced != "auto" else forced_backend())
+    fuses = getattr(_forced, "fuses", None)
+    return found if fuses is None else SimpleNamespace(**(vars(found) | {"fuses": fuses, "folds": False}))
+
+
+@contextmanager
+def fused_references(fuses: Callable[[str, Tensor, Tensor, ConvGeometry, bool], bool]) -> Iterator[None]:
+    """Forces the reference backend, with the fused convolutions for which ``fuses`` says so; see :func:`kernels`.
+
+    What a GPU's backend would run, pass by pass, without its GPU: to count it, and to test the engine.
+    """
+    before = getattr(_forced, "fuses", None)
+    with use_backend("reference"):
+        _forced.fuses = fuses
+        try:
+            yield
+        finally:
+            _forced.fuses = before
 
 
 @cache
@@ -182,7 +201,8 @@ def _kernels(device_type: str, dtype: torch.dtype, forced: str) -> SimpleNamespa
         triton.load()
     chosen = {name: op.overload(backend if backend in op.kernels else "reference") for name, op in OPS.items()}
     fuses = partial(_fuses, backend) if backend in OPS["conv_fused_fprop"].kernels else None
-    return SimpleNamespace(backend=backend, fuses=fuses, **chosen)
+    folds = fuses is None and device_type == "cpu"
+    return SimpleNamespace(backend=backend, fuses=fuses, folds=folds, **chosen)
 
 
 def _fuses(backend: str, kind: str, x: Tensor, weight: Tensor, g: ConvGeometry, prologue: bool) -> bool:

@@ -56,17 +56,18 @@ def measures(reader: Link) -> bool:
 def read_by(
     link: Link, raw: Raw, value: Tensor | None, weight: Tensor, epilogue: bool, k: SimpleNamespace
 ) -> tuple[Operand, bool]:
-    """What a link's convolution reads, on a backend that has fused ones, and whether it is one of them.
+    """What a link's convolution reads, and whether it is a fused one.
 
     Args:
         value: the pending value, if it is there yet.
         epilogue: whether there is something to fuse behind the convolution.
     """
-    pending = value is None and not link.plain and absorbs(link, raw, weight)
-    if pending and k.fuses("fprop", raw.tensor, weight, link.conv.geometry, True):
+    has_fused, g = k.fuses is not None, link.conv.geometry
+    pending = has_fused and value is None and not link.plain and absorbs(link, raw, weight)
+    if pending and k.fuses("fprop", raw.tensor, weight, g, True):
         return pending_operand(link, raw), True
     value = (applied(link, raw, k) if value is None else value).to(weight.dtype)
-    return Operand(value), epilogue and k.fuses("fprop", value, weight, link.conv.geometry, False)
+    return Operand(value), has_fused and epilogue and k.fuses("fprop", value, weight, g, False)
 
 
 def convolved(
@@ -91,7 +92,7 @@ def convolved(
         return applied(link, raw, k) if value is None else value, None
     weight, bias = tensors[link.conv.first : link.conv.first + 2]
     g = link.conv.geometry
-    if k.fuses is None:
+    if k.fuses is None:  # a call less
         value = applied(link, raw, k) if value is None else value
         return conv_fprop(value.to(weight.dtype), weight, bias, g), None
     operand, fused = read_by(link, raw, value, weight, measured, k)

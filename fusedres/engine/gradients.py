@@ -12,9 +12,10 @@ from torch import Tensor
 from ..ops.activations import IDENTITY, Activation
 from ..ops.conv import adds_pointwise_dgrad, conv_backward, pointwise_dgrad_add_
 from ..ops.conv_wgrad import fuses_wgrad
+from ..ops.excite import squeezed
 from ..ops.layout import like
 from .convolution import UNFUSED, Chain, Fusion, Operand, convolved, fusion_of, measures, pending_operand
-from .pending import Raw, applied, excitation, squeezed
+from .pending import Raw, applied, excitation
 from .program import ConvSlot, ExciteSlot, Link, NormSlot, Operands
 
 

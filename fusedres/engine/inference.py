@@ -1,8 +1,8 @@
 """Inference: norms, residual and activation inside the convolutions.
 
-Where the library's convolutions have them in their epilogues, norms are folded into weights that are packed and kept.
-Where the backend has fused convolutions, nothing is folded: a norm is in the epilogue of the convolution before it, or,
-if that is the vendor's, pending until the convolution behind it loads it.
+On a CPU, where the library's convolutions have them in their epilogues, norms are folded into weights that are packed
+and kept. Elsewhere nothing is folded: a norm is in the epilogue of a fused convolution before it, or pending until what
+is behind it loads it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def infer(program: Program, x: Tensor, residual: Tensor | None, tensors: Operand
 
 def swallows(k: SimpleNamespace, dtype: torch.dtype, x: Tensor, residual: Tensor | None = None) -> bool:
     """Whether oneDNN's fused convolutions, which turn NaN into 0, would run on an input that may hold some."""
-    if k.fuses is not None or not x.is_contiguous(memory_format=torch.channels_last):
+    if not k.folds or not x.is_contiguous(memory_format=torch.channels_last):
         return False
     if onednn_refuses(x.device.type, dtype) is not None:
         return False
@@ -65,7 +65,7 @@ def infer_chain(
     into: Tensor | None = None,
 ) -> Tensor:
     """``act(chain(x) + side)`` with constant norms; perhaps written ``into`` a slice of a buffer, then that is it."""
-    if k.fuses is not None:
+    if not k.folds:
         return _infer_pending(chain, x, side, act, dtype, cast_weights(chain, tensors, dtype), k, into)
     first = chain[0]
     value = x if first.plain else applied(first, pend(first, x, tensors, k), k)
@@ -105,7 +105,7 @@ def _infer_pending(
     k: SimpleNamespace,
     into: Tensor | None,
 ) -> Tensor:
-    """:func:`infer_chain` where convolutions take what is pending before them and behind them."""
+    """:func:`infer_chain` without folding: fused convolutions take what is pending before and behind them."""
     link, raw = chain[0], pend(chain[0], x, tensors, k)
     for index, reader in enumerate(chain[1:], 1):
         last = index == len(chain) - 1

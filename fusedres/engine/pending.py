@@ -12,8 +12,9 @@ from torch import Tensor
 from ..ops.activations import Activation
 from ..ops.bn_stats import statistics_dtype
 from ..ops.dropout import draw_seed
+from ..ops.excite import EXCITE, GATES, squeezed
 from ..ops.layout import like
-from .program import GATES, ExciteSlot, Link, NormSlot, Operands, weight_indices
+from .program import ExciteSlot, Link, NormSlot, Operands, weight_indices
 
 
 class Raw(NamedTuple):
@@ -85,7 +86,7 @@ def pend(
         stats = k.bn_stats(tensor, True)
         means, rows = stats[0], norm_rows(link.norm, tensor, tensors, k, stats)
     mask = survivors(tensor, link.gain.drop_path)
-    gain = gain_of(link.gain.excite, rows, means, mask, tensors, tensor)
+    gain = gain_of(link.gain.excite, rows, means, mask, tensors, tensor, k)
     return Raw(tensor, rows, gain, mask, means, draw_seed() if link.dropout else None)
 
 
@@ -122,16 +123,15 @@ def gain_of(
     mask: Tensor | None,
     tensors: Operands,
     raw: Tensor,
+    k: SimpleNamespace,
 ) -> Tensor:
     if excite is None:
         return mask.expand(raw.shape[:2]).contiguous()
+    if k.backend in EXCITE.kernels:
+        operands = tensors[excite.first : excite.first + 4]
+        return k.excite(means, rows, *operands, excite.act.code, excite.act.param, excite.gate, mask)
     gate = excitation(excite, squeezed(rows, means), tensors[excite.first : excite.first + 4]).to(means.dtype)
     return gate if mask is None else gate * mask
-
-
-def squeezed(rows: Tensor | None, means: Tensor) -> Tensor:
-    """The mean of a batch-normalised tensor is the affine of the raw tensor's mean."""
-    return means if rows is None else torch.addcmul(rows[3], rows[2], means)
 
 
 def excitation(slot: ExciteSlot, squeeze: Tensor, tensors: Operands) -> Tensor:

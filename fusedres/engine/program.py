@@ -6,14 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.activations import IDENTITY, Activation
 from ..ops.conv import ConvGeometry
-
-# What may end an excitation.
-GATES = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
 
 
 class ConvSlot(NamedTuple):
@@ -42,7 +38,7 @@ class ExciteSlot(NamedTuple):
 
     Attributes:
         act: between the layers.
-        gate: behind them, a key of :data:`GATES`.
+        gate: behind them, a key of :data:`fusedres.ops.excite.GATES`.
     """
 
     first: int

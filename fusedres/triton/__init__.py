@@ -23,6 +23,7 @@ KERNEL_MODULES = (
     "conv_fused_backward",
     "gated_join",
     "rk_combine",
+    "excite",
 )
 """The modules of this package that hold kernels, by the stem of their op."""
 

@@ -7,17 +7,17 @@ give a block's numbers. The kernels themselves run whole blocks in ``tests/trito
 from __future__ import annotations
 
 from collections import Counter
-from types import SimpleNamespace
+from contextlib import ExitStack
 from zlib import crc32
 
 import pytest
 import torch
 from described import BLOCKS, DenseBlock, Described, basic, bottleneck, fuse, norms
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedres import select
 from fusedres.ops.conv_fused import conv_fused_unsuited
-from fusedres.ops.registry import OPS
 from fusedres.testing import INPUTS, channels_last, compare
 
 EVERY = BLOCKS | {
@@ -27,6 +27,7 @@ EVERY = BLOCKS | {
 }
 CHOICES = {  # whether a pass that could be fused is
     "all": lambda *pass_: True,
+    "none": lambda *pass_: False,
     "1x1": lambda kind, x, weight, *rest: weight.shape[2:] == (1, 1),
     "forward": lambda kind, *rest: kind == "fprop",
     "data gradients": lambda kind, *rest: kind == "dgrad",
@@ -47,29 +48,32 @@ def _signature(kind, x, weight, g, prologue):
     return kind, tuple(x.shape), tuple(weight.shape), g, prologue
 
 
+class Counting(TorchDispatchMode):
+    """How often each of our ops is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fusedres":
+            self.calls[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.fixture
-def choose(monkeypatch):
-    """``choose(choice)``: from then on a backend with fused convolutions runs; yields a count of its calls by op."""
-    calls = Counter()
+def choose():
+    """``choose(choice)``: from then on a backend with fused convolutions runs, by its ops' references."""
+    with ExitStack() as stack:
 
-    def counted(name, function):
-        def call(*args):
-            calls[name] += 1
-            return function(*args)
+        def begin(choice):
+            def fuses(kind, x, weight, g, prologue):
+                fits = conv_fused_unsuited(kind, x, weight, g) is None
+                return fits and CHOICES[choice](kind, x, weight, g, prologue)
 
-        return call
+            stack.enter_context(select.fused_references(fuses))
 
-    def begin(choice):
-        def fuses(kind, x, weight, g, prologue):
-            fits = conv_fused_unsuited(kind, x, weight, g) is None
-            return fits and CHOICES[choice](kind, x, weight, g, prologue)
-
-        ops = {name: counted(name, op.overload("reference")) for name, op in OPS.items()}
-        found = SimpleNamespace(backend="reference", fuses=fuses, **ops)
-        monkeypatch.setattr(select, "_kernels", lambda device_type, dtype, forced: found)
-        return calls
-
-    return begin
+        yield begin
 
 
 def inputs_of(block: nn.Module, make=channels_last, size: int = 14):
@@ -191,12 +195,13 @@ def test_a_single_convolution_beside_its_identity(choose):
 
 def passes(choose, block, choice: str = "all", backward: bool = True) -> dict[str, int]:
     """How often each op runs."""
-    calls = choose(choice)
+    choose(choice)
     fuse(block)
-    out = block(inputs_of(block)(0)[0].requires_grad_(backward))
-    if backward:
-        out.backward(torch.ones_like(out))
-    return {name: count for name, count in calls.items() if name not in ("bn_norm", "bn_grad_rows")}
+    with Counting() as counting:
+        out = block(inputs_of(block)(0)[0].requires_grad_(backward))
+        if backward:
+            out.backward(torch.ones_like(out))
+    return {name: count for name, count in counting.calls.items() if name not in ("bn_norm", "bn_grad_rows")}
 
 
 def test_a_bottleneck_has_one_pass_of_its_own_each_way(choose):
@@ -221,8 +226,14 @@ def test_beside_a_vendors_3x3(choose):
 def test_inference_has_no_pass_of_its_own(choose):
     with torch.no_grad():
         assert passes(choose, bottleneck(24, 48, 2).eval(), backward=False) == {"conv_fused_join": 4}
-        choose("all").clear()
         assert passes(choose, BLOCKS["pre-activation"]().eval(), backward=False) == {"conv_fused_join": 2}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_inference_without_folding_nor_fusing(choose, name):
+    """As on a device whose backend has no fused convolutions."""
+    choose("none")
+    check(EVERY[name]().eval(), backward=False)
 
 
 def test_inference_beside_a_vendors_3x3_has_none_either(choose):
