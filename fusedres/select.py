@@ -168,7 +168,8 @@ def kernels(device_type: str, dtype: torch.dtype, forced: str = "auto") -> Simpl
 
     The namespace also names its ``backend``. An op that the backend lacks comes from the reference. ``fuses`` is
     ``None`` where the backend has no fused convolutions; else ``fuses(kind, x, weight, geometry, prologue)`` says
-    whether to call one, see :func:`fusedres.ops.conv_fused.conv_fused_refuses`. ``folds`` is whether inference folds
+    whether to call one, see :func:`fusedres.ops.conv_fused.conv_fused_refuses`. ``fuses_alone`` is whether
+    that holds as well where nothing is around a convolution that could be fused. ``folds`` is whether inference folds
     norms into weights: only on a CPU, since to see that folded weights are still true takes a look at them.
 
     Raises:
@@ -176,7 +177,9 @@ def kernels(device_type: str, dtype: torch.dtype, forced: str = "auto") -> Simpl
     """
     found = _kernels(device_type, dtype, forced if forced != "auto" else forced_backend())
     fuses = getattr(_forced, "fuses", None)
-    return found if fuses is None else SimpleNamespace(**(vars(found) | {"fuses": fuses, "folds": False}))
+    if fuses is None:
+        return found
+    return SimpleNamespace(**(vars(found) | {"fuses": fuses, "fuses_alone": False, "folds": False}))
 
 
 @contextmanager
@@ -200,9 +203,11 @@ def _kernels(device_type: str, dtype: torch.dtype, forced: str) -> SimpleNamespa
     if backend == "triton":
         triton.load()
     chosen = {name: op.overload(backend if backend in op.kernels else "reference") for name, op in OPS.items()}
-    fuses = partial(_fuses, backend) if backend in OPS["conv_fused_fprop"].kernels else None
-    folds = fuses is None and device_type == "cpu"
-    return SimpleNamespace(backend=backend, fuses=fuses, folds=folds, **chosen)
+    # On a CPU they are for the arithmetic of float32: see fusedres.ops.conv_winograd.
+    has_fused = backend in OPS["conv_fused_fprop"].kernels and (backend != "cpu" or dtype == torch.float32)
+    fuses = partial(_fuses, backend) if has_fused else None
+    folds = device_type == "cpu" and backend != "triton"
+    return SimpleNamespace(backend=backend, fuses=fuses, fuses_alone=backend == "cpu", folds=folds, **chosen)
 
 
 def _fuses(backend: str, kind: str, x: Tensor, weight: Tensor, g: ConvGeometry, prologue: bool) -> bool:

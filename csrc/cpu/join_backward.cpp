@@ -182,12 +182,13 @@ class StatsTerms {
   std::vector<float> slope_, offset_;
 };
 
-void check_sums(const char* op, const Tensor& sums, const Tensor& y, bool all) {
-  const bool rows = sums.dim() == 2 && (sums.size(0) == kReduceSums || sums.size(0) == kReduceSums + 1);
-  STD_TORCH_CHECK(rows && sums.size(1) == y.size(1) && sums.is_contiguous() && sums.scalar_type() == kFloat, op,
-                  ": sums must be a contiguous float32 tensor of shape [3, ", y.size(1), "] or [4, ", y.size(1), "]");
-  STD_TORCH_CHECK(!all || sums.size(0) > kReduceSums, op,
-                  ": sums must have a fourth row, where the residual's norm is in training beside a gain or an offset");
+// `side`: whether the residual's norm has sums too; `apart`: whether its sum of the gradient is not the main operand's.
+void check_sums(const char* op, const Tensor& sums, const Tensor& y, bool side, bool apart) {
+  const int64_t least = apart ? kReduceSums + 1 : side ? kReduceSums : kReduceSums - 1;
+  STD_TORCH_CHECK(sums.dim() == 2 && sums.size(0) >= least && sums.size(0) <= kReduceSums + 1 &&
+                      sums.size(1) == y.size(1) && sums.is_contiguous() && sums.scalar_type() == kFloat,
+                  op, ": sums must be a contiguous float32 tensor of shape [R, ", y.size(1), "] with R from ", least,
+                  " to ", kReduceSums + 1, apart ? ": the residual's norm is in training beside a gain or an offset" : "");
 }
 
 std::tuple<Tensor, Tensor> join_backward_apply_cpu(const Tensor& grad, const Tensor& y, std::optional<Tensor> norm,
@@ -207,7 +208,7 @@ std::tuple<Tensor, Tensor> join_backward_apply_cpu(const Tensor& grad, const Ten
   training = training && norm.has_value();
   res_training = res_training && residual.has_value() && res_norm.has_value();
   STD_TORCH_CHECK(sums.has_value() || !(training || res_training), kOp, ": batch statistics need the sums");
-  if (sums) check_sums(kOp, *sums, y, res_training && per_sample);
+  if (sums) check_sums(kOp, *sums, y, res_training, res_training && per_sample);
   const Dropout drop(kOp, dropout, seed);
 
   const bool writes_residual = residual.has_value() && need_residual;

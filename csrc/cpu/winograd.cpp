@@ -145,6 +145,25 @@ void set_geometry(WinogradArgs& a, const char* op, const Tensor& source, int64_t
   a.blocks = block_count(a);
 }
 
+void set_bias(WinogradArgs& a, const char* op, const std::optional<Tensor>& bias) {
+  if (!bias) return;
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == a.filters && bias->is_contiguous() &&
+                      bias->scalar_type() == torch::headeronly::ScalarType::Float,
+                  op, ": bias must be a contiguous float32 tensor of shape [", a.filters, "]");
+  a.bias = bias->const_data_ptr<float>();
+}
+
+Tensor set_output(WinogradArgs& a, const char* op, const Tensor& x, const std::optional<Tensor>& into) {
+  const int64_t shape[] = {x.size(0), a.filters, a.out_height, a.out_width};
+  Tensor out = into ? *into : new_channels_last(x, shape[0], shape[1], shape[2], shape[3]);
+  for (int64_t d = 0; d < 4; ++d)
+    STD_TORCH_CHECK(out.dim() == 4 && out.size(d) == shape[d], op, ": into must be [", shape[0], ", ", shape[1], ", ",
+                    shape[2], ", ", shape[3], "]");
+  a.out_pitch = pixels_of(op, "into", out).pitch;
+  a.out = out.mutable_data_ptr<float>();
+  return out;
+}
+
 void run_winograd(const char* op, WinogradArgs a, float* stats, float* sums, const float* rstd) {
   const int64_t size = a.blocks * a.filters;
   std::vector<float> partials(stats ? 3 * size : sums ? 2 * size : 0);

@@ -5,7 +5,7 @@
 //
 // summed over channels, which makes a matrix product for each of the 16 points. A block of tiles goes through all three
 // steps while it is in a core's cache. What the source is, and what becomes of the result, is read and written on the
-// way; see fusedres/ops/conv_fused.py and conv_fused_backward.py.
+// way; see fusedres/ops/conv_fused.py, conv_fused_backward.py and conv_winograd.py.
 //
 // The transforms mix neighbouring pixels, so a NaN or an infinity would spread to results that do not see it. A tile
 // with a result that is not finite is therefore computed once more, from the definition.
@@ -35,7 +35,7 @@ enum class WinogradSource : int {
 };
 enum class WinogradResult : int {
   kStatistics,  // result + bias, and its statistics where partials are given
-  kJoin,        // act(scale (result + bias) + shift + residual)
+  kJoin,        // act(result + bias + residual)
   kGradient,    // g = (result + addend) act'(scale x + shift), and the sums of g and g (x - mean) where room is given
 };
 
@@ -60,12 +60,9 @@ struct WinogradArgs {
   float* out;
   int64_t out_pitch;
   const float* bias;  // or null
-  const float *out_scale, *out_shift;
-  Residual residual_kind;
   Pixels residual;  // or the addend, or null
-  const float *res_scale, *res_shift;
-  Pixels pending;         // x of kGradient
-  const float* out_mean;  // of kGradient
+  Pixels pending;   // x of kGradient, and its rows
+  const float *out_mean, *out_scale, *out_shift;
   bool statistics;
   StatsPartials partials;  // of kStatistics, a row for every block
   float* sums;             // of kGradient, [2][blocks][filters]

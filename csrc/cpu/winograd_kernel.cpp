@@ -230,28 +230,15 @@ class StatisticsResult {
   int64_t count_ = 0;
 };
 
-template <class Act, Residual kKind, class Extent>
+template <class Act, bool kAdds, class Extent>
 class JoinResult {
  public:
   FR_INLINE JoinResult(const WinogradArgs& a, const WinogradTask&, int64_t k, Extent extent)
-      : a_(a),
-        k_(k),
-        extent_(extent),
-        param_(a.out_act_param),
-        scale_(load(a.out_scale + k, extent)),
-        shift_(fma(scale_, load_or_zero(a.bias, k, extent), load(a.out_shift + k, extent))) {
-    if constexpr (kKind == Residual::kAffine) {
-      res_scale_ = load(a.res_scale + k, extent);
-      res_shift_ = load(a.res_shift + k, extent);
-    }
-  }
+      : a_(a), k_(k), extent_(extent), param_(a.out_act_param), bias_(load_or_zero(a.bias, k, extent)) {}
 
   FR_INLINE void put(int64_t pixel, Vec value) const {
-    Vec z = fma(scale_, value, shift_);
-    if constexpr (kKind != Residual::kNone) {
-      const Vec residual = load(a_.residual.data + pixel * a_.residual.pitch + k_, extent_);
-      z = z + (kKind == Residual::kAffine ? fma(residual, res_scale_, res_shift_) : residual);
-    }
+    Vec z = value + bias_;
+    if constexpr (kAdds) z = z + load(a_.residual.data + pixel * a_.residual.pitch + k_, extent_);
     store(a_.out + pixel * a_.out_pitch + k_, Act::forward(z, param_), extent_);
   }
 
@@ -261,8 +248,7 @@ class JoinResult {
   const WinogradArgs& a_;
   const int64_t k_;
   const Extent extent_;
-  const Vec param_, scale_, shift_;
-  Vec res_scale_, res_shift_;
+  const Vec param_, bias_;
 };
 
 template <class Act, class Extent>
@@ -411,10 +397,12 @@ void write_results(const WinogradArgs& a, const WinogradTask& t) {
       return for_each_filter_vector(t, [&](int64_t k, auto extent) {
         transform_results(a, t, k, GradientResult<Act, decltype(extent)>(a, t, k, extent));
       });
-    dispatch_residual(a.residual_kind, [&](auto kind) {
-      for_each_filter_vector(t, [&](int64_t k, auto extent) {
-        transform_results(a, t, k, JoinResult<Act, decltype(kind)::value, decltype(extent)>(a, t, k, extent));
-      });
+    for_each_filter_vector(t, [&](int64_t k, auto extent) {
+      using Extent = decltype(extent);
+      if (a.residual.data)
+        transform_results(a, t, k, JoinResult<Act, true, Extent>(a, t, k, extent));
+      else
+        transform_results(a, t, k, JoinResult<Act, false, Extent>(a, t, k, extent));
     });
   });
 }

@@ -33,6 +33,11 @@ Pixels pixels_of(const char* op, const char* name, const Tensor& t);
 void set_geometry(WinogradArgs& args, const char* op, const Tensor& source, int64_t filters, int64_t pad_h,
                   int64_t pad_w);
 
+void set_bias(WinogradArgs& args, const char* op, const std::optional<Tensor>& bias);
+
+// Where the result goes, of a source with the samples of x: `into`, or a new tensor. Returns which.
+Tensor set_output(WinogradArgs& args, const char* op, const Tensor& x, const std::optional<Tensor>& into);
+
 // Runs all tiles. Where statistics are wanted, `stats` is [2, K]; where sums are, `sums` is [2, K] and the second row is
 // multiplied by `rstd`.
 void run_winograd(const char* op, WinogradArgs args, float* stats, float* sums, const float* rstd);

@@ -67,7 +67,7 @@ def read_by(
     if pending and k.fuses("fprop", raw.tensor, weight, g, True):
         return pending_operand(link, raw), True
     value = (applied(link, raw, k) if value is None else value).to(weight.dtype)
-    return Operand(value), has_fused and epilogue and k.fuses("fprop", value, weight, g, False)
+    return Operand(value), has_fused and (epilogue or k.fuses_alone) and k.fuses("fprop", value, weight, g, False)
 
 
 def convolved(
@@ -160,11 +160,12 @@ def fusion_of(
         wgrad = needs_weight and k.fuses("wgrad", x, weight, g, True)
         if (dgrad, wgrad) == (needs_input, needs_weight):
             return Fusion(True, dgrad, wgrad, takes)
-    if link.plain or not takes:
+    around = takes and not link.plain
+    if not (around or k.fuses_alone):
         return UNFUSED  # a gradient that is there, of a value that is there: nothing to fuse
     dgrad = needs_input and k.fuses("dgrad", x, weight, g, False)
-    wgrad = needs_weight and k.fuses("wgrad", x, weight, g, True)
-    return Fusion(False, dgrad, wgrad, True)
+    wgrad = needs_weight and k.fuses("wgrad", x, weight, g, around)
+    return Fusion(False, dgrad, wgrad, takes) if dgrad or wgrad else UNFUSED
 
 
 def _stays_pending(reader: Link, made: Tensor, weight: Tensor) -> bool:

@@ -354,6 +354,8 @@ class Gradients:
         weight = self.tensors[conv.first]
         if fusion.dgrad:
             g, _ = self._fused_dgrad(conv, grad, Operand(x), addend, into)
+            if needs_weight:
+                self._wgrad(conv, grad, x, fusion)
         else:
             x = x.to(weight.dtype) if needs_weight else x
             g, dweight = conv_backward(grad.g, x, weight, conv.geometry, True, needs_weight)

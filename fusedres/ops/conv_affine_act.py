@@ -4,7 +4,8 @@
 
 With constant statistics the norm is an affine per output channel, folded into the weights,
 :math:`w'_k = scale_k w_k` and :math:`b'_k = scale_k b_k + shift_k`, in float32 and rounded once. oneDNN then adds the
-residual and applies the activation on the accumulator, from weights that were packed into its own layout beforehand.
+residual and applies the activation on the accumulator, from weights that were packed into its own layout beforehand;
+3x3 convolutions in float32 run by minimal filtering where that is faster (:mod:`fusedres.ops.conv_winograd`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from .activations import IDENTITY, RELU, Activation
 from .conv import ConvGeometry, conv_fprop, onednn_refuses
+from .conv_winograd import CONV_WINOGRAD, CONV_WINOGRAD_PACK, winograd_unsuited
 
 __all__ = ["FoldedConv", "fold"]
 
@@ -36,19 +38,24 @@ class FoldedConv(NamedTuple):
     """A convolution with its norm folded in, ready to run.
 
     Attributes:
-        weight: ``[K, C / groups, R, S]``, the norm's scale included; in oneDNN's own layout if ``packed``.
+        weight: ``[K, C / groups, R, S]``, the norm's scale included, or that packed for what runs it.
         bias: ``[K]``, the norm's shift included.
-        packed: whether oneDNN's fused convolution runs it. It then takes channels_last inputs only.
+        filters: ``K``.
+        runs: ``"stock"``; or, for channels_last inputs only, ``"onednn"``'s fused convolution or ``"winograd"``.
     """
 
     weight: Tensor
     bias: Tensor | None
     geometry: ConvGeometry
-    packed: bool
+    filters: int
+    runs: str
 
     def __call__(self, x: Tensor, residual: Tensor | None, act: Activation, join: Callable[..., Tensor]) -> Tensor:
         """``act(conv(x) + residual)``; ``join`` applies what the convolution cannot take into its epilogue."""
-        if not self.packed:
+        if self.runs == "winograd":
+            operands = (x, self.weight, self.filters, self.bias, residual, act.code, act.param)
+            return CONV_WINOGRAD.overload("cpu")(*operands, self.geometry.padding)
+        if self.runs == "stock":
             y = conv_fprop(x, self.weight, self.bias, self.geometry)
             return y if residual is None and act == IDENTITY else join(y, None, residual, None, act.code, act.param)
         g = self.geometry
@@ -79,10 +86,14 @@ def fold(weight: Tensor, bias: Tensor | None, norm: Tensor | None, g: ConvGeomet
     packs = x.is_contiguous(memory_format=torch.channels_last) and onednn_refuses(x.device.type, x.dtype) is None
     # oneDNN's ReLU turns NaN into 0: weights that make NaN are for the stock convolution.
     packs = packs and bool(torch.isfinite(folded).all()) and (bias is None or bool(torch.isfinite(bias).all()))
+    filters = weight.shape[0]
     if not packs:
-        return FoldedConv(folded, None if bias is None else bias.detach().to(x.dtype), g, packed=False)
+        return FoldedConv(folded, None if bias is None else bias.detach().to(x.dtype), g, filters, "stock")
+    # What packs adds the bias to the accumulator, so it keeps all of float32.
+    bias = None if bias is None else bias.detach().float()
+    if winograd_unsuited(x, folded, g) is None:
+        return FoldedConv(CONV_WINOGRAD_PACK.overload("cpu")(folded), bias, g, filters, "winograd")
     packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
         folded.to_mkldnn(), g.padding, g.stride, g.dilation, g.groups, list(x.shape)
     )
-    # oneDNN adds the bias to the accumulator, so it keeps all of float32.
-    return FoldedConv(packed, None if bias is None else bias.detach().float(), g, packed=True)
+    return FoldedConv(packed, bias, g, filters, "onednn")

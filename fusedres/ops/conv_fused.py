@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .bn_stats import BN_STATS
 from .conv import ConvGeometry, output_size
+from .conv_winograd import winograd_unsuited
 from .join import BY_CODE, JOIN, join_argument
 from .registry import declare
 
@@ -176,7 +177,7 @@ CONV_FUSED_JOIN = declare(
     "Tensor(a!)? into=None) -> Tensor",
     reference=_join_reference,
     fake=_join_fake,
-    kernels=("cpu", "triton"),
+    kernels=("triton",),
 )
 """``out``, channels_last, or empty where it is written to ``into``. ``residual`` has the shape and dtype of ``out``."""
 
@@ -187,12 +188,20 @@ CONV_FUSED_JOIN = declare(
 
 
 def conv_fused_refuses(
-    kind: str, backend: str, x: Tensor, weight: Tensor, g: ConvGeometry, *, prologue: bool, pending_addend: bool = False
+    kind: str,
+    backend: str,
+    x: Tensor,
+    weight: Tensor,
+    g: ConvGeometry,
+    *,
+    prologue: bool,
+    pending_addend: bool = False,
 ) -> str | None:
     """``None`` where ``backend`` runs this pass fused and is expected to beat the vendor's convolution, else why not.
 
-    What was measured for this shape or one near it (:func:`fusedres.tune`) decides; without a measurement, 1x1
-    convolutions, which are matrix products, are fused, and larger kernels are left to the vendor.
+    On a GPU, what was measured for this shape or one near it (:func:`fusedres.tune`) decides; without a measurement,
+    1x1 convolutions, which are matrix products, are fused, and larger kernels are left to the vendor. On a CPU, see
+    :func:`fusedres.ops.conv_winograd.winograd_unsuited`: there the arithmetic wins, also with nothing to fuse.
 
     Args:
         kind: ``"fprop"`` (both forward ops), ``"dgrad"`` or ``"wgrad"``.
@@ -207,6 +216,8 @@ def conv_fused_refuses(
         raise ValueError(f"kind must be 'fprop', 'dgrad' or 'wgrad', got {kind!r}")
     if backend not in CONV_FUSED_FPROP.kernels:
         return f"backend {backend!r} has no fused convolutions"
+    if backend == "cpu":
+        return _cpu_unsuited(kind, x, weight, g)
     reason = conv_fused_unsuited(kind, x, weight, g, pending_addend)
     if reason is not None:
         return reason
@@ -220,6 +231,16 @@ def conv_fused_refuses(
     if measured is None and kernel != (1, 1):
         return f"no measurement says that {kernel[0]}x{kernel[1]} {kind} beats the vendor's: see fusedres.tune"
     return None
+
+
+def _cpu_unsuited(kind: str, x: Tensor, weight: Tensor, g: ConvGeometry) -> str | None:
+    if kind == "wgrad":
+        return "the CPU's weight gradient is conv_wgrad"
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return "x is not channels_last"
+    if kind == "dgrad" and max(g.padding) > 2:
+        return f"dgrad takes padding up to 2, this is {g.padding}"
+    return winograd_unsuited(x, weight, g)
 
 
 def conv_fused_unsuited(
