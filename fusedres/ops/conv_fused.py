@@ -24,6 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..triton import tuning
 from .bn_stats import BN_STATS
 from .conv import ConvGeometry, output_size
 from .join import BY_CODE, JOIN, join_argument
@@ -210,14 +211,12 @@ def conv_fused_refuses(
     reason = conv_fused_unsuited(kind, x, weight, g, pending_addend)
     if reason is not None:
         return reason
-    from ..triton.tuning import Problem, vendor_is_faster
-
-    kernel = (weight.shape[2], weight.shape[3])
-    problem = Problem(kind, x.dtype, tuple(x.shape), weight.shape[0], kernel, g, prologue)
-    measured = vendor_is_faster(problem, x.device)
+    filters, _, *kernel = weight.shape
+    problem = tuning.Problem(kind, x.dtype, tuple(x.shape), filters, tuple(kernel), g, prologue)
+    measured = tuning.vendor_is_faster(problem, x.device)
     if measured:
         return f"the vendor's {kind} was measured faster for this shape"
-    if measured is None and kernel != (1, 1):
+    if measured is None and kernel != [1, 1]:
         return f"no measurement says that {kernel[0]}x{kernel[1]} {kind} beats the vendor's: see fusedres.tune"
     return None
 
@@ -232,9 +231,10 @@ def conv_fused_unsuited(
         return f"x is {x.dtype}, the weight {weight.dtype}"
     if not x.is_contiguous(memory_format=torch.channels_last) and x.stride(1) != 1:
         return "x is not channels_last"
-    if x.shape[1] % 8 or weight.shape[0] % 8:
-        return f"{x.shape[1]} and {weight.shape[0]} channels do not divide into loads of 16 bytes"
-    pointwise = tuple(weight.shape[2:]) == (1, 1)
+    filters, channels, *kernel = weight.shape
+    if channels % 8 or filters % 8:
+        return f"{channels} and {filters} channels do not divide into loads of 16 bytes"
+    pointwise = kernel == [1, 1]
     if kind == "dgrad" and pointwise and any(g.padding):
         return "dgrad takes no padding around a 1x1 kernel"
     if kind == "dgrad" and g.stride != (1, 1):
