@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.bn_stats import statistics_dtype
 from ..ops.layout import dense
 from ..select import kernels
 from .gradients import Chain, Gradients
 from .inference import infer_chain, swallows
-from .pending import Raw, applied, cast_weights, compute_dtype, norm_rows, pend, run_chain
+from .pending import Raw, Statistics, applied, cast_weights, compute_dtype, pend, run_chain
 from .program import Operands, weight_indices
+from .synchronised import GroupStatistics, merge
 from .training import refuse_second_derivatives
 
 __all__ = ["DenseFunction", "DenseProgram", "infer_dense"]
@@ -56,13 +58,20 @@ class DenseProgram(NamedTuple):
 
 
 class _Buffer:
-    """Channels appended so far, and their statistics where a norm wants the batch's."""
+    """Channels appended so far, and their statistics where a norm wants the batch's.
 
-    def __init__(self, x: Tensor, channels: int, dtype: torch.dtype, k: SimpleNamespace, measures: bool) -> None:
+    Where one group of processes shares all of these, every channel's are merged once, as it is appended.
+    """
+
+    def __init__(self, program: DenseProgram, x: Tensor, channels: int, dtype: torch.dtype, k: SimpleNamespace) -> None:
         n, _, h, w = x.shape
         self.tensor = torch.empty((n, channels, h, w), dtype=dtype, device=x.device, memory_format=torch.channels_last)
-        self.stats: Tensor | None = None
-        self.filled, self.k, self.measures = 0, k, measures
+        norms = [layer[0].norm for layer in program.layers if layer[0].norm.batch_statistics]
+        self.measures, groups = bool(norms), {norm.group for norm in norms}
+        self.group = groups.pop() if len(groups) == 1 else None
+        self.own: Tensor | None = None
+        self.merged: GroupStatistics | None = None
+        self.filled, self.k = 0, k
 
     def append(self, y: Tensor) -> None:
         start, self.filled = self.filled, self.filled + y.shape[1]
@@ -71,14 +80,29 @@ class _Buffer:
             into.copy_(y)
             return
         y = y.to(self.tensor.dtype).contiguous(memory_format=torch.channels_last)
-        stats = self.k.bn_stats(y, False, into)
-        if self.stats is None:
-            self.stats = stats.new_empty((2, self.tensor.shape[1]))
-        self.stats[:, start : self.filled] = stats
+        if y.numel():
+            own = self.k.bn_stats(y, False, into)
+        else:
+            own = y.new_zeros((2, y.shape[1]), dtype=statistics_dtype(y.dtype))
+        self.own = self._with(self.own, own, start)
+        if self.group is not None:
+            part = merge(self.group, [(own, y.numel() // y.shape[1])])[0]
+            known = None if self.merged is None else self.merged.values
+            self.merged = GroupStatistics(self._with(known, part.values, start), part.count)
 
-    def read(self) -> tuple[Tensor, Tensor | None]:
-        stats = None if self.stats is None else self.stats[:, : self.filled].contiguous()
-        return self.tensor[:, : self.filled], stats
+    def _with(self, stats: Tensor | None, of_new: Tensor, start: int) -> Tensor:
+        stats = of_new.new_empty((2, self.tensor.shape[1])) if stats is None else stats
+        stats[:, start : self.filled] = of_new
+        return stats
+
+    def read(self) -> tuple[Tensor, Statistics | None]:
+        channels = self.tensor[:, : self.filled]
+        if self.own is None:
+            return channels, None
+        own, merged = self.own[:, : self.filled].contiguous(), self.merged
+        if merged is not None:
+            merged = merged._replace(values=merged.values[:, : self.filled])
+        return channels, Statistics(own, merged)
 
 
 def _grow(
@@ -87,12 +111,11 @@ def _grow(
     tensors: Operands,
     dtype: torch.dtype,
     k: SimpleNamespace,
-    run: Callable[[Chain, Tensor, Tensor | None], Tensor],
+    run: Callable[[Chain, Tensor, Statistics | None], Tensor],
 ) -> Tensor:
     """The buffer after all layers; ``run`` makes a layer's channels from those before it and their statistics."""
     dtype = torch.promote_types(x.dtype, dtype)
-    measures = any(layer[0].norm.batch_statistics for layer in program.layers)
-    buffer = _Buffer(x, program.bounds(x.shape[1], tensors)[-1], dtype, k, measures)
+    buffer = _Buffer(program, x, program.bounds(x.shape[1], tensors)[-1], dtype, k)
     buffer.append(x)
     for layer in program.layers:
         buffer.append(run(layer, *buffer.read()))
@@ -118,7 +141,7 @@ def infer_dense(program: DenseProgram, x: Tensor, tensors: Operands, folded: dic
         operands = cast_weights(program.links, tensors, dtype)
         return _in_layout_of(x, _forward(program, x, operands, dtype, k)[0])
 
-    def run(layer: Chain, channels: Tensor, stats: Tensor | None) -> Tensor:
+    def run(layer: Chain, channels: Tensor, stats: Statistics | None) -> Tensor:
         return infer_chain(layer, channels, None, layer[-1].act, dtype, tensors, folded, k)
 
     return _in_layout_of(x, _grow(program, x, tensors, dtype, k, run))
@@ -130,10 +153,10 @@ def _forward(
     """The buffer, and every layer's raw tensors."""
     kept = []
 
-    def run(layer: Chain, channels: Tensor, stats: Tensor | None) -> Tensor:
-        first, norm = layer[0], layer[0].norm
-        rows = norm_rows(norm, channels, tensors, k, stats if norm.batch_statistics else None)
-        raws = run_chain(layer, pend(first, channels, tensors, k, rows), None, tensors, k)
+    def run(layer: Chain, channels: Tensor, stats: Statistics | None) -> Tensor:
+        first = layer[0]
+        known = stats if first.norm.batch_statistics and not first.excites else None
+        raws = run_chain(layer, pend(first, channels, tensors, k, known), None, tensors, k)
         kept.append(raws)
         return applied(layer[-1], raws[-1], k)
 
