@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,11 +98,27 @@ def _folded(
     key = (_identity_of(operands, k), x.dtype, last, norm.eps if norm else None, conv.geometry)
     entry = cache.get(conv.first)
     if entry is None or entry[0] != key or key[0] is None:
-        rows = None if norm is None else k.bn_norm(None, 1.0, *affine, 0.0, norm.eps)
-        # The operands and their memory are held on to, so that nothing else can come to lie at their addresses.
-        held = [(t, t.detach()) for t in operands if t is not None]
-        entry = cache[conv.first] = (key, fold(weight, bias, rows, conv.geometry, x), held)
+        with _folding:
+            entry = cache.get(conv.first)  # another thread may have come first
+            if entry is None or entry[0] != key or key[0] is None:
+                rows = None if norm is None else k.bn_norm(None, 1.0, *affine, 0.0, norm.eps)
+                # The operands and their memory are held on to, so that nothing else can come to lie at their addresses.
+                held = [(t, t.detach()) for t in operands if t is not None]
+                entry = cache[conv.first] = (key, fold(weight, bias, rows, conv.geometry, x), held)
     return entry[1]
+
+
+# However many threads infer, a weight is folded and packed once.
+_folding = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """In the child of a fork there is nobody to release a lock that another thread held."""
+    global _folding
+    _folding = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _identity_of(tensors: tuple[Tensor | None, ...], k: SimpleNamespace) -> tuple[Any, ...] | None:
