@@ -93,7 +93,9 @@ def main() -> None:
     if REPORT not in exercise("planted", str(BUILD / "planted.so")):
         sys.exit("ThreadSanitizer does not see the planted race")
     reports = re.findall(rf"{REPORT}.*?={{18}}", exercise("fused"), re.DOTALL)
-    if reports := [report for report in reports if "_C.so" in report]:  # others are between parts of libtorch
+    # Others are between parts of libtorch; and the linker frees a thread's own memory once the thread has ended.
+    reports = [report for report in reports if "_C.so" in report and "_dl_deallocate_tls" not in report]
+    if reports:
         sys.exit(f"{len(reports)} reports, the first:\n{reports[0]}")
     print("ThreadSanitizer: the planted race is seen, the kernels have none")
 
