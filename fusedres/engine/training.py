@@ -14,7 +14,7 @@ from ..ops.layout import dense
 from ..select import kernels
 from .convolution import run_chain
 from .gradients import Gradients, Path, RawGradient, Side, sum_
-from .pending import Raw, aligned, applied, apply_pending, cast_weights, compute_dtype, pend
+from .pending import Raw, aligned, applied, apply_pending, cast_weights, compute_dtype, pend, pend_ends
 from .program import IDENTITY_SHORTCUT, Link, Operands, Program, weight_indices
 
 
@@ -55,12 +55,15 @@ def forward_block(
     """The block's output, and the raw tensors of its two chains."""
     first = pend(program.branch[0], x, tensors, k)
     value = applied(program.branch[0], first, k) if program.shares else None
-    branch = run_chain(program.branch, first, value, tensors, k)
-    last, raw = program.branch[-1], branch[-1]
+    apart, last = not program.exchanges_once, program.branch[-1]
+    branch = run_chain(program.branch, first, value, tensors, k, apart)
     if program.shortcut is None:
-        return applied(last, raw, k), branch, []
+        return applied(last, branch[-1], k), branch, []
     side_input = value if program.shares else x if residual is None else dense(residual)
-    shortcut = run_chain(program.shortcut, pend(program.shortcut[0], side_input, tensors, k), None, tensors, k)
+    shortcut = run_chain(program.shortcut, pend(program.shortcut[0], side_input, tensors, k), None, tensors, k, apart)
+    if not apart:
+        pend_ends(program, branch, shortcut, tensors, k)
+    raw = branch[-1]
     y, side = aligned(raw.tensor, shortcut[-1].tensor)
     out = apply_pending(last, raw._replace(tensor=y), program.act, k, side, shortcut[-1].rows)
     return out.to(raw.tensor.dtype) if program.in_place else out, branch, shortcut
