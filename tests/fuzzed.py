@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -232,7 +232,7 @@ def _decides_nothing(case: Case) -> bool:
     for module in exact.modules():
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
             module.register_forward_pre_hook(look)
-    _life(exact, case, 0)
+    _life(exact, replace(case, dtype=torch.float64), 0)
     return any(found)
 
 
