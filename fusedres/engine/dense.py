@@ -229,4 +229,4 @@ class _DenseBackward(Gradients):
             grad = self._pending(layer, last, raws[last], grad, layer[last].act)[0]
         grad = self._chain(layer, raws, grad, needs_input=True, stop=1)
         before = total[:, :start]
-        self._link(layer, 0, raws[0], grad, needed or self._norm_needed(layer[0]), before, before)
+        self._link(layer, 0, raws[0], grad, needed or self._makers_needed(layer[0]), before, before)

@@ -190,7 +190,7 @@ class Gradients:
         Or to that of raw tensor ``stop``.
         """
         for index in range(len(chain) - 2, stop - 1, -1):
-            needed = index > 0 or needs_input or self._norm_needed(chain[0])
+            needed = index > 0 or needs_input or self._makers_needed(chain[0])
             if index == 0 and needed and onto is not None:
                 return self._first_link(chain, raws[0], grad, onto)
             grad = self._link(chain, index, raws[index], grad, needed)
@@ -208,8 +208,12 @@ class Gradients:
             return onto + self._link(chain, 0, raw, grad, True)
         return self._link(chain, 0, raw, grad, True, like(onto, raw.tensor))
 
-    def _norm_needed(self, link: Link) -> bool:
-        return link.norm is not None and (self.needs[link.norm.first] or self.needs[link.norm.first + 1])
+    def _makers_needed(self, link: Link) -> bool:
+        """Whether the gradient of a parameter is wanted that makes the link's value: its norm's or excitation's."""
+        slots = [] if link.norm is None else [(link.norm.first, 2)]
+        if link.gain is not None and link.gain.excite is not None:
+            slots.append((link.gain.excite.first, 4))
+        return any(self.needs[first + i] for first, count in slots for i in range(count))
 
     def _link(
         self,

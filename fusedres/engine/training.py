@@ -130,11 +130,10 @@ class _Backward(Gradients):
     def run(self, grad: Tensor) -> tuple[Any, ...]:
         program, has_shortcut = self.program, self.program.shortcut is not None
         branch = self._raws(program.branch, self.x)
-        side_input = self.x if self.residual is None else self.residual
-        shortcut = self._raws(program.shortcut, side_input) if has_shortcut else []
+        shortcut = self._raws(program.shortcut, self._side_input(branch)) if has_shortcut else []
         needs_side_input = self.needs_x if self.residual is None else self.needs_residual
         if program.shares:
-            needs_side_input = needs_side_input or self._norm_needed(program.branch[0])
+            needs_side_input = needs_side_input or self._makers_needed(program.branch[0])
         needs_side = has_shortcut and (needs_side_input or self._any_needed(program.shortcut))
 
         grad_y, grad_side = self._join(grad, branch[-1], shortcut[-1] if has_shortcut else None, needs_side)
@@ -147,6 +146,15 @@ class _Backward(Gradients):
         # Both chains read x: the branch adds its gradient to the shortcut's.
         onto = grad_side if needs_side else None
         return (None, self._chain(program.branch, branch, grad_y, self.needs_x, onto), None, *self.grads)
+
+    def _side_input(self, branch: list[Raw]) -> Tensor:
+        """The shortcut's first raw tensor; of a shared value, which is not kept, only where others are made from it."""
+        program, shortcut = self.program, self.program.shortcut
+        if program.shares and not only_adds(program):
+            inner = range(1, len(shortcut))
+            if any(recomputes(shortcut, index, program.memory, self.tensors) for index in inner):
+                return applied(program.branch[0], branch[0], self.k)
+        return self.x if self.residual is None else self.residual
 
     def _raws(self, chain: tuple[Link, ...], x: Tensor) -> list[Raw]:
         """A chain's raw tensors as the forward had them, those recomputed that were dropped."""

@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from described import Described, conv, fuse, norm
+from described import Described, Gate, conv, fuse, norm
 from fuzzed import Case, Written, cases, check, described_blocks, written_models
 from hypothesis import HealthCheck, given, settings
 from torch import nn
@@ -17,7 +17,7 @@ from torch import nn
 import fusedres
 from fusedres.block import Act, Block, Conv, Norm, unsupported
 from fusedres.ops.activations import RELU
-from fusedres.testing import channels_last, compare
+from fusedres.testing import channels_last, compare, contiguous
 
 FUZZING = settings.get_current_profile_name() == "fuzz"
 
@@ -99,3 +99,30 @@ def test_a_pickled_block_has_the_hash_of_the_process_that_loads_it():
     block = Block((Conv("a"), Norm("b")))
     object.__setattr__(block, "_hash", 1)  # as another process, with another seed for strings, would have it
     assert hash(pickle.loads(pickle.dumps(block))) == hash(Block((Conv("a"), Norm("b"))))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("training", [True, False])
+def test_low_memory_recomputes_a_projection_from_the_shared_value(training, dropout):
+    """It was recomputed from the block's input: every gradient was wrong."""
+    branch = [norm(8), "relu", nn.Dropout(dropout), conv(8, 16, 3), norm(16)]
+    block = Described(branch, [conv(8, 16, 1), norm(16)], residual="pending", memory="low")
+    compare(block.train(training), fuse, inputs).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("make", [channels_last, contiguous])
+def test_inference_on_one_channel(make, dtype):
+    """The layout of a convolution's result was taken for its input's, which of one channel are both."""
+    block = Described([conv(1, 4, 3)], [conv(1, 4, 1)], "silu").eval()
+    compare(block, fuse, lambda seed: [make((1, 1, 7, 5), seed=seed)], dtype=dtype, backward=False).check()
+
+
+@pytest.mark.parametrize("residual", ["input", "pending"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_gate_on_an_input_that_needs_no_gradient(training, residual):
+    """Behind a norm without parameters, or none, the gate's own got no gradient."""
+    for first in ([norm(8, affine=False)], []):
+        branch = [*first, Gate(8, 2), "relu", conv(8, 8, 3), norm(8)]
+        block = Described(branch, [conv(8, 8, 1)], residual=residual)
+        compare(block.train(training), fuse, inputs, input_gradients=False).check()
