@@ -67,14 +67,14 @@ def test_modes_and_batch_sizes_compile_once_each():
     assert fusedres.patch(model).coverage == 1.0
     compile_(model, dynamic=True)
     for training in (True, False):
-        run_and_collect(model.train(training), [channels_last((sizes[0], 3, 48, 48)).requires_grad_()])
+        run_and_collect(model.train(training), [channels_last((sizes[0], 3, 40, 40)).requires_grad_()])
 
     def calls(one: nn.Module, seed: int, like: Results | None = None) -> Results:
-        """In training, in evaluation and in training again, with every batch size."""
+        """In training and in evaluation with every batch size, and in training again."""
         found: Results = {}
-        for call, (training, batch) in enumerate(itertools.product((True, False, True), sizes)):
+        for call, (training, batch) in enumerate([*itertools.product((True, False), sizes), (True, sizes[0])]):
             one.train(training).zero_grad()
-            x = channels_last((batch, 3, 48, 48), next(one.parameters()).dtype, 10 * seed + call).requires_grad_()
+            x = channels_last((batch, 3, 40, 40), next(one.parameters()).dtype, 10 * seed + call).requires_grad_()
             results = run_and_collect(one, [x], like=None if like is None else like[f"{call}: output"])
             found |= {f"{call}: {name}": t for name, t in results.items()}
         return found
