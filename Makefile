@@ -1,6 +1,8 @@
 # make install   a virtual environment in .venv, with the library built in place; does nothing when nothing changed
 # make test      install, linters, tests
 # make wheel     dist/*.whl: one wheel for every Python 3 and torch from 2.10 on, CPU and CUDA builds
+# make gpu       all tests and benchmarks on a GPU, with this machine's own Python and nothing installed: docs/gpu.md
+# make report    docs/benchmarks.md with its figures, and README's tables, from bench/results/
 # make demo bench bench-quick format clean
 
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.10
@@ -23,7 +25,7 @@ FORMATTED = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '
 # Developers build strictly; a user's compiler may warn.
 export FUSEDRES_WERROR := 1
 
-.PHONY: install demo test bench bench-quick wheel format clean
+.PHONY: install demo test bench bench-quick gpu report wheel format clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.library
@@ -58,6 +60,14 @@ bench: install
 
 bench-quick: install
 	$(PY) -m fusedres bench --quick
+
+# Not through install: such a machine may have no network. For example: make gpu GPU="--budget 300 --only tests"
+gpu:
+	$(PYTHON) -m tools.gpu $(GPU)
+
+report: install
+	$(PY) bench/update_readme.py
+	$(PY) -m fusedres report bench/results/*/*.json
 
 wheel: install
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +22,7 @@ from .console import stages
 from .ops.conv import ConvGeometry
 from .testing import rms
 
-__all__ = ["TuneReport", "convolutions", "measure", "tune"]
+__all__ = ["TuneReport", "contestants", "convolutions", "measure", "tune"]
 
 _CANDIDATES = 10  # tiles that are timed per problem: each is a compilation
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,24 +33,30 @@ class TuneReport(NamedTuple):
 
     entries: dict[str, Any]
     path: str
+    left: int = 0
+    """Problems for which there was no time."""
 
     def __str__(self) -> str:
         lines = [
             f"{key}: {entry.milliseconds:.4f} ms with {tuple(entry.tiles)}, vendor {entry.vendor_milliseconds:.4f} ms"
             for key, entry in self.entries.items()
         ]
+        if self.left:
+            lines.append(f"{self.left} more were not measured for want of time")
         return "\n".join([*lines, f"kept in {self.path}"])
 
 
-def tune(model: nn.Module, example: Any, *, backward: bool = True) -> TuneReport:
+def tune(model: nn.Module, example: Any, *, backward: bool = True, seconds: float = float("inf")) -> TuneReport:
     """Measures the convolutions of ``model`` on ``example`` and keeps what is best, for this and later processes.
 
-    The model's parameters, buffers and gradients are left as they were. Takes minutes: every candidate is compiled.
+    The model's parameters, buffers and gradients are left as they were. Takes minutes: every candidate is compiled. What
+    computes most is measured first, and each problem is kept as it is measured.
 
     Args:
         model: on a GPU, patched or not, under autocast where it will be.
         example: what it is called with: a tensor, or a tuple of arguments.
         backward: whether to measure the gradients' passes too.
+        seconds: after which no other problem is begun; one is measured in any case.
 
     Raises:
         RuntimeError: where the Triton kernels do not run here, with the reason.
@@ -56,16 +64,21 @@ def tune(model: nn.Module, example: Any, *, backward: bool = True) -> TuneReport
     if reason := env.triton_missing():
         raise RuntimeError(f"tune: {reason}")
     triton.load()
-    from .triton.tuning import device_name, record
+    from .triton.tuning import bytes_and_flops, cache_path, device_name, record
 
-    found = convolutions(model, example, backward)
+    started = perf_counter()
+    found = sorted(convolutions(model, example, backward), key=lambda problem: -bytes_and_flops(problem)[1])
     device = next((x.device for x in _arguments(example) if isinstance(x, Tensor)), torch.device("cpu"))
-    entries = {}
+    name = device_name(device)
+    entries: dict[str, Any] = {}
     with stages(len(found), "tuning") as begin:
         for problem in found:
+            if entries and perf_counter() - started > seconds:
+                break
             begin(problem.key)
             entries[problem.key] = measure(problem, device)
-    return TuneReport(entries, str(record(device_name(device), entries)))
+            record(name, {problem.key: entries[problem.key]})
+    return TuneReport(entries, str(cache_path(name)), len(found) - len(entries))
 
 
 def _arguments(example: Any) -> tuple[Any, ...]:
@@ -116,12 +129,14 @@ def measure(problem: Any, device: torch.device, timer: Callable[[Callable[[], An
     """Times the candidates of a problem and the vendor's way; the :class:`~fusedres.triton.tuning.Entry` of the best.
 
     Args:
-        timer: from a call to its milliseconds; by default the median of several runs between events on the device.
+        timer: from a call to its milliseconds; by default the median of several runs, on a GPU between events.
     """
+    from triton.errors import TritonError
+
     from .triton.tuning import Entry, heuristic, space
 
-    timer = timer or _milliseconds
-    ours, vendor = _contestants(problem, device)
+    timer = timer or (_milliseconds if device.type == "cuda" else _milliseconds_on_the_cpu)
+    ours, vendor = contestants(problem, device)
     expected = vendor()
     # Two roundings of each side, the pending value's and the result's.
     allowed = 4 * torch.finfo(problem.dtype).eps * rms(expected)
@@ -129,8 +144,9 @@ def measure(problem: Any, device: torch.device, timer: Callable[[Callable[[], An
     candidates = dict.fromkeys([heuristic(problem), *space(problem, capability)])
     times = {}
     for tiles in list(candidates)[:_CANDIDATES]:
-        if rms(ours(tiles) - expected) <= allowed:
-            times[tiles] = timer(lambda tiles=tiles: ours(tiles))
+        with suppress(TritonError):  # the model of shared memory and registers lets through what a device refuses
+            if rms(ours(tiles) - expected) <= allowed:
+                times[tiles] = timer(lambda tiles=tiles: ours(tiles))
     best = min(times, key=times.__getitem__, default=heuristic(problem))
     return Entry(best, times.get(best, float("inf")), timer(vendor))
 
@@ -147,7 +163,17 @@ def _milliseconds(call: Callable[[], Any], runs: int = 20) -> float:
     return sorted(begin.elapsed_time(end) for begin, end in events)[runs // 2]
 
 
-def _contestants(problem: Any, device: torch.device) -> tuple[Callable[[Any], Tensor], Callable[[], Tensor]]:
+def _milliseconds_on_the_cpu(call: Callable[[], Any], runs: int = 3) -> float:
+    """For Triton's interpreter, whose times say nothing of a GPU's."""
+    times = []
+    for _ in range(runs):
+        start = perf_counter()
+        call()
+        times.append(1e3 * (perf_counter() - start))
+    return sorted(times)[runs // 2]
+
+
+def contestants(problem: Any, device: torch.device) -> tuple[Callable[[Any], Tensor], Callable[[], Tensor]]:
     """The pass by our kernel with given tiles, and by the vendor's with the passes of the backend around it.
 
     Both yield the tensor that the pass is for, and also do what comes with it: statistics, sums, masks.

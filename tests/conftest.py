@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from importlib.abc import MetaPathFinder
 from typing import Any
 
 import pytest
@@ -10,6 +12,17 @@ import torch
 from torch.utils import deterministic
 
 from fusedres import env, select
+
+
+class WithoutHypothesis(MetaPathFinder):
+    """Skips a file that needs hypothesis where that is not installed, as on a machine with no more than a GPU."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name == "hypothesis":  # asked last, so that it is nowhere else
+            pytest.skip("needs hypothesis, which is not installed", allow_module_level=True)
+
+
+sys.meta_path.append(WithoutHypothesis())
 
 
 @pytest.fixture(autouse=True)

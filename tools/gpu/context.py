@@ -36,7 +36,6 @@ class Context:
     note: Callable[[Outcome], None] = lambda outcome: None
     probed: dict[str, Any] = field(default_factory=dict)
     wheel: Path | None = None
-    models: tuple[str, ...] = ()
 
     @property
     def device(self) -> str:

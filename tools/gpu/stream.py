@@ -28,7 +28,9 @@ def look(device: str) -> dict[str, object]:
     loaded = hasattr(ctypes.CDLL(None), SYMBOL) or _in_torch()
     if device == "cpu":
         wanted = torch.version.cuda is not None
-        problems = [] if loaded is wanted else [f"{SYMBOL} {'exists' if loaded else 'is missing'} in this build of torch"]
+        problems = (
+            [] if loaded is wanted else [f"{SYMBOL} {'exists' if loaded else 'is missing'} in this build of torch"]
+        )
         return {"told": "there" if loaded else "null, as it must be in a CPU build of torch", "problems": problems}
     problems = [] if loaded else [f"{SYMBOL} is not in libtorch_cuda.so"]
     if reason := env.cuda_missing():

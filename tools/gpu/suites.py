@@ -57,8 +57,8 @@ class File:
 def files(dry: bool) -> list[File]:
     """The files in the order in which they are begun: what takes longest first, the CPU's last."""
     if dry:  # one of each sort
-        interpreted = File("tests/triton/cases/case_measure.py", {"TRITON_INTERPRET": "1"})
-        return [interpreted, File("tests/test_device_zoo.py"), File("tests/ops/test_fingerprint.py")]
+        interpreted = File("tests/triton/cases/case_blocks.py", {"TRITON_INTERPRET": "1"})
+        return [interpreted, File("tests/ops/test_fingerprint.py")]
     cases = [_relative(path) for path in sorted((ROOT / "tests" / "triton" / "cases").glob("case_*.py"))]
     # Not the one that would run these cases once more.
     device = [_relative(path) for path in sorted((ROOT / "tests" / "cuda").glob("test_*.py"))]
