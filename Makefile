@@ -2,6 +2,7 @@
 # make test      install, linters, tests
 # make wheel     dist/*.whl: one wheel for every Python 3 and torch from 2.10 on, CPU and CUDA builds
 # make gpu       all tests and benchmarks on a GPU, with this machine's own Python and nothing installed: docs/gpu.md
+# make results   measures this machine for bench/results/, then make report
 # make report    docs/benchmarks.md with its figures, and README's tables, from bench/results/
 # make demo bench bench-quick format clean
 
@@ -25,7 +26,7 @@ FORMATTED = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '
 # Developers build strictly; a user's compiler may warn.
 export FUSEDRES_WERROR := 1
 
-.PHONY: install demo test bench bench-quick gpu report wheel format clean
+.PHONY: install demo test bench bench-quick gpu results report wheel format clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.library
@@ -64,6 +65,13 @@ bench-quick: install
 # Not through install: such a machine may have no network. For example: make gpu GPU="--budget 300 --only tests"
 gpu:
 	$(PYTHON) -m tools.gpu $(GPU)
+
+# On a quiet machine: everything that README and docs/benchmarks.md tell of this one.
+results: install
+	$(PY) -m fusedres bench --json
+	$(PY) -m fusedres bench --architectures --json
+	$(PY) -m fusedres growth --json
+	$(MAKE) report
 
 report: install
 	$(PY) bench/update_readme.py

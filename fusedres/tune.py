@@ -49,8 +49,8 @@ class TuneReport(NamedTuple):
 def tune(model: nn.Module, example: Any, *, backward: bool = True, seconds: float = float("inf")) -> TuneReport:
     """Measures the convolutions of ``model`` on ``example`` and keeps what is best, for this and later processes.
 
-    The model's parameters, buffers and gradients are left as they were. Takes minutes: every candidate is compiled. What
-    computes most is measured first, and each problem is kept as it is measured.
+    The model's parameters, buffers and gradients are left as they were. Takes minutes: every candidate is compiled.
+    What computes most is measured first, and each problem is kept as it is measured.
 
     Args:
         model: on a GPU, patched or not, under autocast where it will be.

@@ -83,6 +83,11 @@ def jobs(networks: tuple[str, ...] = NETWORKS, large: int = 256, resolution: int
     return found + [job for network in networks for job in of("autotuned", network, small=False)]
 
 
+def smoke_jobs() -> list[Job]:
+    """A small network's, of the kinds that take no compiler."""
+    return [job for job in jobs(("cifar_resnet",), large=2, resolution=32) if job.kind in ("plain", "kernels")]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Contestants
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,7 +105,7 @@ def contestants_of(job: Job, device: str) -> list[str]:
     """In the order in which memory is given to them."""
     names = [EAGER, *backends_of(device)]
     names += [f"{name}, captured" for name in names]
-    return names + {"plain": [], "compiled": [COMPILED], "autotuned": [AUTOTUNED]}[job.kind]
+    return names + {"compiled": [COMPILED], "autotuned": [AUTOTUNED]}.get(job.kind, [])
 
 
 def _step_of(name: str, job: Job, model: nn.Module, batch: Batch) -> Callable[[], Any]:
@@ -171,7 +176,7 @@ class Bench:
         self._expected = dict(_SECONDS)
         self._checks: dict[tuple[str, str, str], str] = {}
         self._costs: dict[tuple[str, int], dict[str, Cost]] = {}
-        self.results = Results.load(path) if path.exists() else Results(this_machine(device), _settings())
+        self.results = Results.load(path) if path.exists() else _nothing_yet(self.device)
         self._note_what_it_died_of()
 
     def run(self, found: list[Job]) -> None:
@@ -186,7 +191,7 @@ class Bench:
             self._run(job)
 
     def _run(self, job: Job) -> None:
-        limit = _HANGS * self._expected[job.kind] + 30
+        limit = _HANGS * max(self._expected[job.kind], _SECONDS[job.kind]) + 30
         faulthandler.dump_traceback_later(limit, exit=True)
         print(f"begin: {job} (up to {limit:.0f} s)", flush=True)
         self._save(begun=str(job))
@@ -251,15 +256,13 @@ class Bench:
         key = (job.network, job.workload.name, base)
         if key not in self._checks:
             workload = job.workload
-            size, resolution = _CHECKED
+            size, resolution = _CHECKED[0], min(_CHECKED[1], job.resolution)
             with _nothing_too_small():
                 self._checks[key] = verdict(
                     compare(
                         model.train(workload.training),
                         partial(patch, backend=backend),
-                        lambda seed: [
-                            _on(self.device, Batch.random(size, min(resolution, job.resolution), seed)).images
-                        ],
+                        lambda seed: [_on(self.device, Batch.random(size, resolution, seed)).images],
                         dtype=workload.dtype,
                         autocast=workload.autocast,
                         backward=workload.training,
@@ -351,8 +354,14 @@ class Bench:
         return self._costs[key][schedule]
 
 
-def _settings() -> dict[str, Any]:
-    return {"done": [], "begun": "", "left_out": [], "cudnn.benchmark": True, "layout": "channels_last"}
+def _nothing_yet(device: torch.device) -> Results:
+    settings = {"done": [], "begun": "", "left_out": [], "cudnn.benchmark": True, "layout": "channels_last"}
+    known = _known_device(device)
+    roofline = {}
+    if known is not None:
+        arithmetic = {str(dtype).removeprefix("torch."): peak for dtype, peak in known.arithmetic.items()}
+        roofline = {"name": known.name, "bandwidth": known.bandwidth, "arithmetic": arithmetic}
+    return Results(this_machine(device), settings, roofline=roofline)
 
 
 def _known_device(device: torch.device) -> Any:
@@ -390,7 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     torch.backends.cudnn.benchmark = True
     bench = Bench(args.out, args.device, args.seconds, args.smoke)
-    bench.run(jobs(("cifar_resnet",), large=2, resolution=32) if args.smoke else jobs())
+    bench.run(smoke_jobs() if args.smoke else jobs())
     return 0
 
 

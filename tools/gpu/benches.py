@@ -61,16 +61,14 @@ def _read(path: Path, outcome: Outcome) -> None:
         return
     content = json.loads(path.read_text())
     measured = [m for m in content["measurements"] if m["seconds"]]
-    red = [
-        f"{m['subject']} {m['workload']}, {m['contestant']}: {m['check']}" for m in content["measurements"] if _red(m)
-    ]
+    red = [_red(m) for m in content["measurements"] if m["check"].startswith("RED")]
     left_out = content["settings"].get("left_out", [])
     outcome.details |= {"results": path.name, "measurements": len(measured), "left_out": left_out, "red": red}
     outcome.summary = "; ".join(filter(None, (_headline(measured), f"{len(measured)} measurements in {path.name}")))
 
 
-def _red(measurement: dict[str, Any]) -> bool:
-    return measurement["check"].startswith("RED")
+def _red(m: dict[str, Any]) -> str:
+    return f"{m['subject']} {m['workload']}, {m['contestant']}: {m['check']}"
 
 
 def _headline(measured: list[dict[str, Any]]) -> str:

@@ -1,8 +1,8 @@
 """The stage ``layouts``: what the emulator assumes of the hardware, and what the library assumes of torch.
 
-The program ``tests/csrc/emulator/semantics.cu`` loads and multiplies matrices with every instruction that the emulator
-knows and compares each lane's fragment with the definition; the tests without a GPU run it in the emulator. Here it runs
-on the GPU: the same answers mean that the fragments lie as the kernels, tested in the emulator, take them to lie.
+The program ``tests/csrc/emulator/semantics.cu`` loads and multiplies matrices with every instruction that the
+emulator knows and compares each lane's fragment with the definition; the tests without a GPU run it in the emulator.
+Here it runs on the GPU: the same answers mean that the fragments lie where the kernels, tested in the emulator, look.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from .record import CUT_OFF, FAILED, OK, UNAVAILABLE, Outcome
 __all__ = ["layouts"]
 
 _PROGRAM = ROOT / "tests" / "csrc" / "emulator" / "semantics.cu"
+_OLDEST = "80"
+"""The architecture that the program needs at least, where nobody says what the GPU is."""
+
 _EMULATE = ROOT / "csrc" / "emulator" / "emulate.py"
 
 
@@ -61,11 +64,10 @@ def _fragments(context: Context, outcome: Outcome, deadline: float) -> None:
 def _compile_command(context: Context, program: Path) -> list[str] | None:
     if context.dry:
         return [sys.executable, str(_EMULATE), str(_PROGRAM), "--program", "-o", str(program)]
-    nvcc, arch = which("nvcc"), arch_of(capability(context.probed))
+    nvcc, arch = which("nvcc"), arch_of(capability(context.probed)) or _OLDEST
     if nvcc is None:
         return None
-    target = [f"-arch=sm_{arch}"] if arch else []
-    return [nvcc, "-std=c++17", *target, "--expt-relaxed-constexpr", str(_PROGRAM), "-o", str(program)]
+    return [nvcc, "-std=c++17", f"-arch=sm_{arch}", "--expt-relaxed-constexpr", str(_PROGRAM), "-o", str(program)]
 
 
 def _stream(context: Context, outcome: Outcome, deadline: float) -> None:

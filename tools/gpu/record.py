@@ -19,8 +19,8 @@ class Outcome:
     """How a stage ended.
 
     Attributes:
-        status: :data:`OK`, :data:`FAILED`, :data:`CUT_OFF` for want of time, :data:`UNAVAILABLE` where the machine lacks
-            something, or :data:`RUNNING`.
+        status: :data:`OK`, :data:`FAILED`, :data:`CUT_OFF` for want of time, :data:`UNAVAILABLE` where the machine
+            lacks something, or :data:`RUNNING`.
         summary: what was found, in a few words.
         problems: what went wrong, the first thing first, a line each.
         details: whatever else is worth keeping.

@@ -44,7 +44,7 @@ class Findings:
 
     _SUMMARY = re.compile(r"=+ (?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards? displayed)")
     _REPORT = re.compile(
-        r"=+ ((?:Invalid|Misaligned|Uninitialized|Program hit|Out-of-bounds|Error:|Warning:.*hazard|.*[Rr]ace reported).*)"
+        r"=+ ((?:Invalid|Misaligned|Uninitialized|Program hit|Out-of-bounds|Error:|.*[Rr]ace reported|.*hazard).*)"
     )
     _REFUSAL = re.compile(r"=+ (?:Error: )?(.*(?:not supported|Unable to|Failed to|No attachable process).*)", re.I)
     _IN_KERNEL = re.compile(r"=+\s+at (.*)")
@@ -107,8 +107,8 @@ def sanitizer(context: Context, deadline: float) -> Outcome:
 def _prefix(context: Context, path: str | None, tool: str, deadline: float, backend: str) -> list[str]:
     if context.dry:
         return [sys.executable, str(_STAND_IN), tool]
-    # The vendor's kernels are not ours to judge, and watching them takes longest; nor are calls of the API that fail, as
-    # PyTorch makes some to find out what there is.
+    # The vendor's kernels are not ours to judge, and watching them takes longest; nor are calls of the API that fail,
+    # as PyTorch makes some to find out what there is.
     names = context.python("kernels", ["-m", "tools.gpu.exercise", "--kernels", backend], deadline).last_line().split()
     filters = [part for name in names for part in ("--kernel-name", f"kernel_substring={name}")]
     return [path, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", "--report-api-errors", "no", *filters]

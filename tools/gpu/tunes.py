@@ -19,8 +19,8 @@ _DRY_SECONDS = 1.0
 
 
 def tune(context: Context, deadline: float) -> Outcome:
-    """Runs ``python -m fusedres tune`` for the time that there is: it measures the largest convolutions first, and keeps
-    each as it is measured."""
+    """Runs ``python -m fusedres tune`` for the time that there is: it measures the largest convolutions first, and
+    keeps each as it is measured."""
     seconds = deadline - time.monotonic() - _RESERVE
     if seconds <= 0:
         return Outcome(CUT_OFF, "no time left")
