@@ -44,14 +44,14 @@ def test_a_red_check_has_no_times(monkeypatch):
 
 
 def test_first_steps_are_taken_in_processes_of_their_own():
-    eager, ours = first_steps(("resnet18",), (1, 32), ("eager", "fusedres"))
+    eager, ours = first_steps(("resnet18",), (2, 32), ("eager", "fusedres"))
     assert eager.first_step > 0 and ours.first_step > 0 and ours.contestant == "fusedres"
-    (absent,) = first_steps(("resnet18",), (1, 32), ("no such contestant",))
+    (absent,) = first_steps(("resnet18",), (2, 32), ("no such contestant",))
     assert absent.first_step is None and "KeyError" in absent.missing
 
 
 def test_the_command_writes_results(tmp_path, monkeypatch):
-    for name, value in (("BATCHES", (1, 1, 2)), ("DEPTHS", (8,)), ("_FIRST_BATCH", (1, 32)), ("_DEPTH_BATCH", 2)):
+    for name, value in (("BATCHES", (2, 2, 4)), ("DEPTHS", (8,)), ("_FIRST_BATCH", (2, 32)), ("_DEPTH_BATCH", 2)):
         monkeypatch.setattr(growth, name, value)
     monkeypatch.setattr(growth, "_BATCH_RESOLUTION", 32)
     path = tmp_path / "growth.json"

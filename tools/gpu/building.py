@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -96,7 +97,7 @@ def _library(context: Context, root: Path, deadline: float) -> str | None:
 
 def _what_went_wrong(finished: Finished, root: Path, with_cuda: bool) -> str | None:
     if not finished.ok:
-        telling = [line for line in finished.lines if "error" in line.lower() or line.startswith("fusedres:")]
+        telling = [line for line in finished.lines if re.search(r"\berror\b|^fusedres:", line, re.I)]
         return f"the build: {finished.ending}: {telling[0].strip() if telling else finished.last_line()}"
     record = json.loads((root / "fusedres" / "_build.json").read_text())
     if not record["built"]:

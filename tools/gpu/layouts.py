@@ -50,7 +50,7 @@ def _fragments(context: Context, outcome: Outcome, deadline: float) -> None:
         return
     built = context.run("semantics: build", command, deadline)
     if not built.ok:
-        errors = [line for line in built.lines if "error" in line.lower()]
+        errors = [line for line in built.lines if "error:" in line]
         outcome.details["fragments"] = "no time left" if built.status is None else "not built"
         outcome.problems.append(f"semantics.cu: {built.ending}: {errors[0].strip() if errors else built.last_line()}")
         return
