@@ -13,9 +13,11 @@ import gc
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models, select
-from ..analysis.devices import DEVICES
+from ..analysis.devices import DEVICES, Device
 from ..analysis.traffic import Cost, traffic
 from ..capture import capture
 from ..patch import patch
@@ -47,6 +49,9 @@ _SECONDS = {"plain": 15.0, "compiled": 75.0, "autotuned": 260.0, "kernels": 25.0
 
 _HANGS = 3.0
 """A job that takes so many times what was expected, and half a minute, is ended."""
+
+_COUNTED_SECONDS = 60.0
+"""How long to wait, after a job, for the count of its traffic."""
 
 _CHECKED = (8, 96)
 """Images and resolution of the check against float64."""
@@ -175,7 +180,8 @@ class Bench:
         self._deadline = perf_counter() + seconds
         self._expected = dict(_SECONDS)
         self._checks: dict[tuple[str, str, str], str] = {}
-        self._costs: dict[tuple[str, int], dict[str, Cost]] = {}
+        self._costs: dict[tuple[str, int, int, bool], Future[dict[str, Cost]]] = {}
+        self._pool: ProcessPoolExecutor | None = None
         self.results = Results.load(path) if path.exists() else _nothing_yet(self.device)
         self._note_what_it_died_of()
 
@@ -237,6 +243,7 @@ class Bench:
     # -- whole networks ------------------------------------------------------------------------------------------------
 
     def _networks(self, job: Job) -> list[Measurement]:
+        self._ask_for_costs(job)
         torch.manual_seed(0)
         model = getattr(models, job.network)(fused=False).to(self.device, memory_format=torch.channels_last)
         batch = _on(self.device, Batch.random(job.batch, job.resolution, num_classes=10))
@@ -339,19 +346,36 @@ class Bench:
             **known,
         )
 
-    def _cost(self, job: Job, name: str) -> Cost | None:
-        """What the model of traffic says of a training step of this contestant's schedule."""
+    def _ask_for_costs(self, job: Job) -> None:
+        """Lets another process count what the model of traffic says of a job, while this one measures it."""
         known = _known_device(self.device)
-        if known is None or not job.workload.training:
+        if known is not None and (key := _key(job)) not in self._costs:
+            self._pool = self._pool or ProcessPoolExecutor(1, get_context("spawn"))
+            self._costs[key] = self._pool.submit(_costs_of, *key, known)
+
+    def _cost(self, job: Job, name: str) -> Cost | None:
+        """The cost of this contestant's schedule, where the device's peaks are known."""
+        if (asked := self._costs.get(_key(job))) is None:
             return None
-        key = (job.network, job.batch)
-        if key not in self._costs:
-            model = getattr(models, job.network)(fused=False)
-            counted = traffic(model, (job.batch, 3, job.resolution, job.resolution), torch.bfloat16, known)
-            self._costs[key] = {schedule: counted.total(schedule) for schedule in ("stock", "inductor", "fused")}
+        try:
+            costs = asked.result(_COUNTED_SECONDS)
+        except Exception as error:  # whatever came of the other process
+            del self._costs[_key(job)]
+            self._leave_out(f"traffic of {job}: {_in_a_line(error)}")
+            return None
         base = name.removesuffix(", captured")
-        schedule = {EAGER: "stock", COMPILED: "inductor", AUTOTUNED: "inductor"}.get(base, "fused")
-        return self._costs[key][schedule]
+        return costs[{EAGER: "stock", COMPILED: "inductor", AUTOTUNED: "inductor"}.get(base, "fused")]
+
+
+def _key(job: Job) -> tuple[str, int, int, bool]:
+    return job.network, job.batch, job.resolution, job.workload.training
+
+
+def _costs_of(network: str, batch: int, resolution: int, training: bool, device: Device) -> dict[str, Cost]:
+    """By schedule, what a step costs at least."""
+    model = getattr(models, network)(fused=False)
+    counted = traffic(model, (batch, 3, resolution, resolution), torch.bfloat16, device, training=training)
+    return {schedule: counted.total(schedule) for schedule in ("stock", "inductor", "fused")}
 
 
 def _nothing_yet(device: torch.device) -> Results:
@@ -364,7 +388,7 @@ def _nothing_yet(device: torch.device) -> Results:
     return Results(this_machine(device), settings, roofline=roofline)
 
 
-def _known_device(device: torch.device) -> Any:
+def _known_device(device: torch.device) -> Device | None:
     """The device's published peaks, if its name says that they are in the table."""
     name = torch.cuda.get_device_name(device).replace(" ", "") if device.type == "cuda" else ""
     return next((known for key, known in DEVICES.items() if key in name), None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
 import torch
 
 from fusedres import env
+from fusedres.analysis.devices import DEVICES
 from fusedres.benchmarking import device
 from fusedres.benchmarking.device import AUTOTUNED, COMPILED, Bench, Job, contestants_of, jobs, smoke_jobs
 from fusedres.benchmarking.results import Results
@@ -110,6 +112,27 @@ def test_too_little_memory_costs_the_last_contestant_alone(path, monkeypatch):
     assert calls == [["eager", "fusedres"], ["eager"]]
     by_name = {m.contestant: m for m in Results.load(path).measurements}
     assert "no memory beside the others" in by_name["fusedres"].missing and by_name["eager"].seconds
+
+
+@pytest.mark.parametrize("job", [TRAIN, INFER], ids=str)
+def test_a_known_device_has_a_bound(path, monkeypatch, job):
+    monkeypatch.setattr(device, "_known_device", lambda of: DEVICES["H100"])
+    Bench(path, "cpu", 600, smoke=True).run([job])
+    results = Results.load(path)
+    assert results.settings["left_out"] == [] and results.roofline["bandwidth"] == 3.35e12
+    eager, ours = (next(m for m in results.measurements if m.contestant == name) for name in ("eager", "fusedres"))
+    assert 0 < ours.moved < eager.moved and 0 < ours.of_roofline < 1 and ours.flops == eager.flops > 0
+
+
+def test_a_count_that_fails_costs_no_measurement(path, monkeypatch):
+    monkeypatch.setattr(device, "_known_device", lambda of: DEVICES["H100"])
+    bench = Bench(path, "cpu", 600, smoke=True)
+    failed = Future()
+    failed.set_exception(RuntimeError("died"))
+    bench._costs[device._key(INFER)] = failed
+    bench.run([INFER])
+    assert settings(path)["left_out"] == [f"traffic of {INFER}: RuntimeError: died"]
+    assert next(m for m in Results.load(path).measurements if m.contestant == "eager").seconds
 
 
 def test_the_kernels_are_checked(path):
