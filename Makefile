@@ -1,6 +1,7 @@
 # make install   a virtual environment in .venv, with the library built in place; does nothing when nothing changed
 # make test      install, linters, tests
 # make wheel     dist/*.whl: one wheel for every Python 3 and torch from 2.10 on, CPU and CUDA builds
+# make results   measures this machine for bench/results/, and writes README's tables; under twenty minutes
 # make demo bench bench-quick format clean
 
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.10
@@ -23,7 +24,7 @@ FORMATTED = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '
 # Developers build strictly; a user's compiler may warn.
 export FUSEDRES_WERROR := 1
 
-.PHONY: install demo test bench bench-quick wheel format clean
+.PHONY: install demo test bench bench-quick results wheel format clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.library
@@ -58,6 +59,12 @@ bench: install
 
 bench-quick: install
 	$(PY) -m fusedres bench --quick
+
+results: install
+	$(PY) -m fusedres bench --json
+	$(PY) -m fusedres bench --architectures --json
+	$(PY) -m fusedres memory resnet50 densenet121 seresnet50 preresnet50 --json --budget 60 --out docs/memory.svg
+	$(PY) bench/update_readme.py
 
 wheel: install
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
