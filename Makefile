@@ -2,7 +2,7 @@
 # make test      install, linters, tests
 # make wheel     dist/*.whl: one wheel for every Python 3 and torch from 2.10 on, CPU and CUDA builds
 # make gpu       all tests and benchmarks on a GPU, with this machine's own Python and nothing installed: docs/gpu.md
-# make results   measures this machine for bench/results/, then make report
+# make results   measures this machine for bench/results/, then make report; under half an hour
 # make report    docs/benchmarks.md with its figures, and README's tables, from bench/results/
 # make demo bench bench-quick format clean
 
@@ -70,6 +70,7 @@ gpu:
 results: install
 	$(PY) -m fusedres bench --json
 	$(PY) -m fusedres bench --architectures --json
+	$(PY) -m fusedres memory resnet50 densenet121 seresnet50 preresnet50 --json --budget 60 --out docs/memory.svg
 	$(PY) -m fusedres growth --json
 	$(MAKE) report
 

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "DRAWS",
     "FACTOR",
     "INPUTS",
     "Comparison",
@@ -159,6 +160,20 @@ class Comparison:
 
     entries: tuple[Entry, ...]
 
+    @classmethod
+    def of(
+        cls, ours: dict[str, Tensor | None], stock: dict[str, Tensor | None], exact: dict[str, Tensor | None]
+    ) -> Comparison:
+        """From three results of :func:`run_and_collect` on the same numbers."""
+        assert ours.keys() == stock.keys(), f"{sorted(ours)} against stock's {sorted(stock)}"
+        return cls(tuple(_entry(name, ours[name], stock[name], exact[name]) for name in stock))
+
+    @classmethod
+    def median(cls, draws: Sequence[Comparison]) -> Comparison:
+        """Each tensor in the draw where its error over its budget is the median."""
+        by_name = zip(*(draw.entries for draw in draws))
+        return cls(tuple(sorted(entries, key=Entry.excess)[len(draws) // 2] for entries in by_name))
+
     @property
     def ok(self) -> bool:
         return all(entry.ok for entry in self.entries)
@@ -211,7 +226,7 @@ def compare(
         return _draw(copy.deepcopy(stock).to(dtype), fuse, rounded, autocast, cotangent, backward)
 
     first = draw(0)
-    return first if first.ok else _median([first, *(draw(seed) for seed in range(1, DRAWS))])
+    return first if first.ok else Comparison.median([first, *(draw(seed) for seed in range(1, DRAWS))])
 
 
 def _draw(
@@ -231,18 +246,11 @@ def _draw(
         ours = run_and_collect(fused, inputs, cotangent, backward)
     exact_inputs = [_widened(x).detach().requires_grad_(x.requires_grad) for x in inputs]
     exact = run_and_collect(exact_module, exact_inputs, cotangent, backward, like=expected["output"])
-    assert ours.keys() == expected.keys(), f"{sorted(ours)} against stock's {sorted(expected)}"
-    return Comparison(tuple(_entry(name, ours[name], expected[name], exact[name]) for name in expected))
+    return Comparison.of(ours, expected, exact)
 
 
 def _widened(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
-
-
-def _median(draws: Sequence[Comparison]) -> Comparison:
-    """Each tensor in the draw where its error over its budget is the median."""
-    by_name = zip(*(draw.entries for draw in draws))
-    return Comparison(tuple(sorted(entries, key=Entry.excess)[len(draws) // 2] for entries in by_name))
 
 
 def run_and_collect(

@@ -16,6 +16,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from .output import COLOURS, add_output_arguments, new_figure, save_figure, shap
 from .phantom import Call, Recorder, phantom_input, phantom_model
 from .schedules import Kernel, eager, inductor_like
 
-__all__ = ["Cost", "Traffic", "add_arguments", "record_step", "run", "save_plot", "traffic"]
+__all__ = ["Cost", "Traffic", "add_arguments", "record_step", "run", "save_plot", "traffic", "traffic_on"]
 
 SCHEDULES = ("stock", "inductor", "fused")
 
@@ -134,29 +135,50 @@ def traffic(
     Raises:
         ValueError: for a device or dtype that is not in the table, or a model that reads values in its forward.
     """
+    return traffic_on([device], model, shape, dtype, memory=memory, training=training)[0]
+
+
+def traffic_on(
+    devices: Sequence[str | Device],
+    model: nn.Module,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    memory: str = "auto",
+    training: bool = True,
+) -> tuple[Traffic, ...]:
+    """:func:`traffic` on several devices; what they share is recorded once."""
     shape = tuple(shape)
-    device = device_named(device, dtype) if isinstance(device, str) else device
-    device.peak(dtype)  # an unknown dtype is told before any work
+    devices = [device_named(device, dtype) if isinstance(device, str) else device for device in devices]
+    for device in devices:
+        device.peak(dtype)  # an unknown dtype is told before any work
     stock = phantom_model(model, dtype).train(training)
     unpatch(stock)
     fused = phantom_model(stock)
     blocks = _units(stock, patch(fused, memory=memory))
-    on_cpu = device.name.startswith("this CPU")
-    backend = _fused_backend(dtype) if on_cpu else "reference"
-    if not training:
-        _fold(fused, shape, dtype, backend)
     calls = record_step(stock, phantom_input(shape, dtype), use_backend("stock"), blocks)
-    ours = record_step(fused, phantom_input(shape, dtype), use_backend(backend), blocks)
-    if not on_cpu:
-        ours = [call for call in ours if not call.op.startswith(_OF_ONEDNN)]
-    kernels = {"stock": eager(calls), "inductor": inductor_like(calls), "fused": eager(ours)}
-    costs = {
-        OUTSIDE if path is None else path: {
-            schedule: _cost([k for k in found if k.block == path], device, dtype) for schedule, found in kernels.items()
+    common = {"stock": eager(calls), "inductor": inductor_like(calls)}
+
+    @cache
+    def ours(on_cpu: bool) -> list[Kernel]:
+        backend = _fused_backend(dtype) if on_cpu else "reference"
+        if not training:
+            _fold(fused, shape, dtype, backend)
+        calls = record_step(fused, phantom_input(shape, dtype), use_backend(backend), blocks)
+        return eager(call for call in calls if on_cpu or not call.op.startswith(_OF_ONEDNN))
+
+    def on(device: Device) -> Traffic:
+        kernels = {**common, "fused": ours(device.name.startswith("this CPU"))}
+        costs = {
+            OUTSIDE if path is None else path: {
+                schedule: _cost([k for k in found if k.block == path], device, dtype)
+                for schedule, found in kernels.items()
+            }
+            for path in (*blocks, None)
         }
-        for path in (*blocks, None)
-    }
-    return Traffic(shape, dtype, device, costs, training)
+        return Traffic(shape, dtype, device, costs, training)
+
+    return tuple(map(on, devices))
 
 
 def _units(model: nn.Module, report: PatchReport) -> tuple[str, ...]:

@@ -33,6 +33,8 @@ from ..patch import patch
 from ..testing import compare
 from . import kernels
 from .agreement import verdict
+from .memory import peak_allocated
+from .peers import BASELINE, COMPILE, PEERS
 from .results import Measurement, Results, this_machine
 from .timing import Timing, interleave, speedup
 from .workloads import INFERENCE_BF16, TRAIN_BF16, Batch, Workload, settle
@@ -42,9 +44,12 @@ __all__ = ["Bench", "Job", "contestants_of", "jobs", "main"]
 NETWORKS = ("resnet50", "resnext50_32x4d", "wide_resnet50_2", "densenet121", "seresnet50", "preresnet50")
 """In the order of their importance."""
 
-EAGER, COMPILED, AUTOTUNED = "eager", "torch.compile", "torch.compile max-autotune"
+EAGER, COMPILED, AUTOTUNED = BASELINE.name, COMPILE.name, f"{COMPILE.name}, max-autotune"
 
-_SECONDS = {"plain": 15.0, "compiled": 75.0, "autotuned": 260.0, "kernels": 25.0}
+_PEERS = {peer.name: peer for peer in PEERS if peer.foreign}
+"""All but stock PyTorch and this library."""
+
+_SECONDS = {"plain": 15.0, "compiled": 75.0, "autotuned": 260.0, "peers": 60.0, "kernels": 25.0}
 """What a job takes, about, until one of its kind has been run here: with the compiling that its contestants need."""
 
 _HANGS = 3.0
@@ -82,7 +87,7 @@ def jobs(networks: tuple[str, ...] = NETWORKS, large: int = 256, resolution: int
         return both + single if small else both
 
     first, *others = networks
-    found = [*of("plain", first), Job("kernels"), *of("compiled", first)]
+    found = [*of("plain", first), Job("kernels"), *of("compiled", first), *of("peers", first)]
     found += [job for network in others for job in of("plain", network)]
     found += [job for network in others for job in of("compiled", network, small=False)]
     return found + [job for network in networks for job in of("autotuned", network, small=False)]
@@ -110,29 +115,23 @@ def contestants_of(job: Job, device: str) -> list[str]:
     """In the order in which memory is given to them."""
     names = [EAGER, *backends_of(device)]
     names += [f"{name}, captured" for name in names]
-    return names + {"compiled": [COMPILED], "autotuned": [AUTOTUNED]}.get(job.kind, [])
+    others = [name for name in _PEERS if name not in (COMPILED, AUTOTUNED)]
+    return names + {"compiled": [COMPILED], "autotuned": [AUTOTUNED], "peers": others}.get(job.kind, [])
 
 
 def _step_of(name: str, job: Job, model: nn.Module, batch: Batch) -> Callable[[], Any]:
-    """One step of a contestant, which waits for the device to have finished it."""
+    """One step of a contestant."""
+    workload = job.workload
     base = name.removesuffix(", captured")
-    twin = job.workload.prepared(model)
-    make = job.workload.stepper(batch)
+    twin = workload.prepared(model)
     backends = backends_of(batch.images.device.type)
     if base in backends:
         patch(twin, backend=backends[base])
-    if base in (COMPILED, AUTOTUNED):
-        call = make(_compiled(twin, job.workload.training, base == AUTOTUNED))
-    elif base != name:
-        call = _captured(twin, job.workload, batch)
-    else:
-        call = make(twin)
-    return partial(_finished, call, batch.images.device)
-
-
-def _compiled(model: nn.Module, training: bool, autotune: bool) -> nn.Module:
-    options = dict(torch._inductor.list_mode_options("max-autotune")) if autotune else {}
-    return torch.compile(model, options=options if training else {**options, "freezing": True})
+    if base != name:
+        return _captured(twin, workload, batch)
+    if (peer := _PEERS.get(name)) is None:
+        return workload.stepper(batch)(twin)
+    return workload.step(twin, peer.prepare(twin, batch.images.to(workload.dtype)), [batch])
 
 
 def _captured(model: nn.Module, workload: Workload, batch: Batch) -> Callable[[], Any]:
@@ -153,12 +152,6 @@ def _captured(model: nn.Module, workload: Workload, batch: Batch) -> Callable[[]
         optimizer.step()
 
     return step
-
-
-def _finished(call: Callable[[], Any], device: torch.device) -> None:
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,8 +239,8 @@ class Bench:
         self._ask_for_costs(job)
         torch.manual_seed(0)
         model = getattr(models, job.network)(fused=False).to(self.device, memory_format=torch.channels_last)
-        batch = _on(self.device, Batch.random(job.batch, job.resolution, num_classes=10))
-        settle(model, batch.images if job.batch > 1 else _on(self.device, Batch.random(8, job.resolution)).images)
+        batch = Batch.random(job.batch, job.resolution, num_classes=10, device=self.device)
+        settle(model, Batch.random(min(max(job.batch, 8), 64), job.resolution, device=self.device).images)
         names = contestants_of(job, self.device.type)
         checks = {name: self._check(job, model, name) for name in names}
         steps, found = self._prepared(job, model, batch, [name for name in names if checks[name] in ("", "ok")])
@@ -269,7 +262,7 @@ class Bench:
                     compare(
                         model.train(workload.training),
                         partial(patch, backend=backend),
-                        lambda seed: [_on(self.device, Batch.random(size, resolution, seed)).images],
+                        lambda seed: [Batch.random(size, resolution, seed, device=self.device).images],
                         dtype=workload.dtype,
                         autocast=workload.autocast,
                         backward=workload.training,
@@ -284,32 +277,31 @@ class Bench:
         steps: dict[str, Callable[[], Any]] = {}
         found: dict[str, dict[str, Any]] = {}
         for name in names:
+            if name in _PEERS and (reason := _PEERS[name].refuses(job.workload, self.device)):
+                found[name] = {"missing": reason}
+                continue
             began = perf_counter()
             try:
                 step = _step_of(name, job, model, batch)
                 step()
-                found[name] = {"first_step": perf_counter() - began, "peak": self._peak(step)}
+                self._wait()
+                found[name] = {"first_step": perf_counter() - began, "peak": peak_allocated(step, self.device)}
                 steps[name] = step
             except Exception as error:  # whatever a compiler, a capture or a lack of memory may raise
                 found[name] = {"missing": _in_a_line(error)}
                 self._make_room()
         return steps, found
 
-    def _peak(self, step: Callable[[], Any]) -> int | None:
-        """Bytes that a step allocates at its peak beyond what was there before."""
-        if self.device.type != "cuda":
-            return None
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        step()
-        return torch.cuda.max_memory_allocated(self.device) - before
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _times(self, steps: dict[str, Callable[[], Any]], found: dict[str, dict[str, Any]]) -> dict[str, Timing]:
         """Times what fits into memory together: while that is too little, the last that was prepared stands back."""
         while steps:
             try:
                 turns, seconds = (3, 0.0) if self.smoke else (9, 0.02)
-                return interleave(steps, turns=turns, warmup=3, sample_seconds=seconds)
+                return interleave(steps, turns=turns, warmup=3, sample_seconds=seconds, device=self.device)
             except torch.OutOfMemoryError as error:
                 name, _ = steps.popitem()
                 found[name] = {"missing": f"no memory beside the others: {_in_a_line(error)}"}
@@ -364,7 +356,8 @@ class Bench:
             self._leave_out(f"traffic of {job}: {_in_a_line(error)}")
             return None
         base = name.removesuffix(", captured")
-        return costs[{EAGER: "stock", COMPILED: "inductor", AUTOTUNED: "inductor"}.get(base, "fused")]
+        schedule = _PEERS[name].schedule if name in _PEERS else "stock" if base == EAGER else "fused"
+        return None if schedule is None else costs[schedule]
 
 
 def _key(job: Job) -> tuple[str, int, int, bool]:
@@ -392,10 +385,6 @@ def _known_device(device: torch.device) -> Device | None:
     """The device's published peaks, if its name says that they are in the table."""
     name = torch.cuda.get_device_name(device).replace(" ", "") if device.type == "cuda" else ""
     return next((known for key, known in DEVICES.items() if key in name), None)
-
-
-def _on(device: torch.device, batch: Batch) -> Batch:
-    return Batch(batch.images.to(device), batch.classes.to(device))
 
 
 def _in_a_line(error: Exception) -> str:

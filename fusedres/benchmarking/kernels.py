@@ -20,7 +20,7 @@ from ..ops.registry import OPS
 from ..testing import assert_within_budget, rms
 from ..tune import contestants as convolution_contestants
 from .results import Measurement
-from .timing import Timing, interleave
+from .timing import interleave
 
 __all__ = ["SHAPES", "SMOKE_SHAPES", "measure"]
 
@@ -187,22 +187,7 @@ def _timed(
     device: torch.device,
     turns: int,
 ) -> Iterator[Measurement]:
-    several = {name: partial(_several, call, device) for name, call in calls.items()}
-    times = interleave(several, turns=turns, warmup=3, sample_seconds=2e-3) if several else {}
+    times = interleave(calls, turns=turns, warmup=3, sample_seconds=2e-3, device=device) if calls else {}
     for name, check in checks.items():
-        seconds = None
-        if name in times:
-            seconds = Timing(tuple(sample / _launches(device) for sample in times[name].samples)).to_dict()
+        seconds = times[name].to_dict() if name in times else None
         yield plain(contestant=name, check=check, seconds=seconds, baseline=name == baseline)
-
-
-def _launches(device: torch.device) -> int:
-    """Launches between two waits for the device, so that the wait is no part of a short kernel's time."""
-    return 20 if device.type == "cuda" else 1
-
-
-def _several(call: Callable[[], Any], device: torch.device) -> None:
-    for _ in range(_launches(device)):
-        call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

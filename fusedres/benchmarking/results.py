@@ -170,6 +170,7 @@ class Measurement:
         missing: why there are no numbers; empty where there are.
         check: ``"ok"``, ``"RED: ..."``, or empty where nothing was compared.
         seconds: of a call: ``median``, ``min``, ``q1``, ``q3``, ``turns``.
+        note: what else there is to say, as that a compiler found its work done on disk.
         first_step: seconds until the first call had returned, preparation (patching, compiling, exporting) included.
         speedup: by contestant, how many times faster this one is: the median over turns of the ratio within a turn.
         moved: bytes that a call moves as the model of :mod:`fusedres.analysis.traffic` counts them for this
@@ -194,6 +195,7 @@ class Measurement:
     missing: str = ""
     check: str = ""
     seconds: dict[str, float] | None = None
+    note: str = ""
     first_step: float | None = None
     speedup: dict[str, float] = field(default_factory=dict)
     images: int | None = None
@@ -209,6 +211,13 @@ class Measurement:
         dtype = f"{self.dtype} autocast" if self.autocast else self.dtype
         shape = "x".join(map(str, self.shape))
         return ", ".join(part for part in (self.subject, self.variant, self.workload, dtype, shape) if part)
+
+    @property
+    def remark(self) -> str:
+        """Why it is missing, or in parentheses how long its first step took."""
+        if self.first_step is None:
+            return self.missing
+        return f"({self.first_step:.0f} s{f', {self.note}' if self.note else ''})"
 
     @property
     def images_per_second(self) -> float | None:

@@ -48,6 +48,12 @@ def test_contestants():
     assert contestants_of(Job("autotuned", "x", TRAIN_BF16), "cpu")[-1] == AUTOTUNED
 
 
+def test_peers_are_there_or_say_why_not(path):
+    Bench(path, "cpu", 600, smoke=True).run([replace(TRAIN, kind="peers")])
+    by_name = {m.contestant: m for m in Results.load(path).measurements}
+    assert by_name["TensorRT"].missing == "inference only" and by_name["eager"].seconds
+
+
 def test_a_backend_that_runs_here_is_a_contestant_where_auto_is_stock(monkeypatch):
     monkeypatch.setattr(device.select, "backend_for", lambda *args: "stock")
     monkeypatch.setattr(device.select, "why_not", lambda name, *args: "no nvcc" if name == "cuda" else None)
