@@ -11,14 +11,14 @@ from bench.shapes import NETWORKS, SMOKE_BATCH, name_of
 from fusedres.analysis.devices import device_of
 from fusedres.analysis.traffic import traffic_on
 from fusedres.benchmarking.contest import enter_all
-from fusedres.benchmarking.peers import PEERS
+from fusedres.benchmarking.peers import BASELINE, OURS, PEERS
 from fusedres.benchmarking.results import Measurement
 from fusedres.benchmarking.workloads import INFERENCE_BF16, INFERENCE_FP32, TRAIN_BF16, TRAIN_FP32, Batch, settle
 
 WORKLOADS = (TRAIN_BF16, TRAIN_FP32, INFERENCE_BF16, INFERENCE_FP32)
 CASES = [(name, batch) for name, network in NETWORKS.items() for batch in network.batches]
-QUICKLY_PREPARED = 1.0
-"""Seconds; the others are left out of smoke tests, and have tests of their own."""
+SMOKE_PEERS = (BASELINE, OURS)
+"""The others have tests of their own, of which some compile."""
 
 
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
@@ -27,14 +27,14 @@ QUICKLY_PREPARED = 1.0
     ("network", "batch"), CASES, ids=lambda value: value if isinstance(value, str) else name_of(value)
 )
 def test_model(enter, smoke, network, batch, workload, peer):
-    if smoke and max(peer.seconds) > QUICKLY_PREPARED:
-        pytest.skip("nothing is compiled or exported in a smoke test")
+    if smoke and peer not in SMOKE_PEERS:
+        pytest.skip("eager and we are enough for a smoke test")
     size, resolution = SMOKE_BATCH if smoke else batch
     dtype = str(workload.autocast or workload.dtype).removeprefix("torch.")
     kind = "train step" if workload.training else "inference"
     shape = (size, 3, resolution, resolution)
     group = Measurement("model", network, kind, dtype, shape, "", autocast=workload.autocast is not None)
-    peers = [p for p in PEERS if not smoke or max(p.seconds) <= QUICKLY_PREPARED]
+    peers = SMOKE_PEERS if smoke else PEERS
 
     def entrants():
         model, batches = prepared(network, size, resolution)

@@ -21,7 +21,7 @@ from ..nn import ODEBlock
 from ..patch import patch
 from .agreement import verdict
 from .contest import contest
-from .memory import saved_bytes
+from .memory import saved_bytes, silent_errors
 from .results import Goal, Measurement, Row, quantity, times
 from .shapes import BATCH as BATCH_AND_RESOLUTION
 from .workloads import INFERENCE_BF16, TRAIN_BF16, TRAIN_FP32, Batch, Workload, settle
@@ -158,7 +158,7 @@ def _workload_row(
 def _shares(step: Callable[[], object]) -> dict[str, float]:
     """Where a step's time goes, by kind of op."""
     step()  # the first one prepares
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+    with silent_errors(), profile(activities=[ProfilerActivity.CPU]) as profiled:
         step()
     seconds = dict.fromkeys(KINDS, 0.0)
     for event in profiled.key_averages():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["peak_allocated", "saved_bytes"]
+__all__ = ["peak_allocated", "saved_bytes", "silent_errors"]
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
@@ -47,7 +50,7 @@ def peak_allocated(call: Callable[[], Any], device: torch.device | str = "cpu") 
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with silent_errors(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
@@ -55,3 +58,17 @@ def peak_allocated(call: Callable[[], Any], device: torch.device | str = "cpu") 
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+@contextmanager
+def silent_errors() -> Iterator[None]:
+    """Inside, nothing reaches standard error, on which PyTorch's profiler tells of every start and stop."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
+import pytest
 import torch
 from torch import nn
 
 from fusedres import models
 from fusedres.benchmarking import saved_bytes
-from fusedres.benchmarking.memory import peak_allocated
+from fusedres.benchmarking.memory import peak_allocated, silent_errors
 from fusedres.patch import patch
 
 
@@ -49,3 +52,14 @@ def test_the_peak_is_what_is_alive_at_once():
     found = peak_allocated(call)
     assert 2 * x.nbytes <= found < 2.1 * x.nbytes
     assert peak_allocated(lambda: x.mul_(1)) < 1000
+
+
+def test_the_profiler_s_messages_are_not_seen(capfd):
+    with silent_errors():
+        os.write(2, b"unseen")
+    os.write(2, b"seen")
+    assert capfd.readouterr().err == "seen"
+    with pytest.raises(KeyError), silent_errors():
+        raise KeyError
+    os.write(2, b"again")
+    assert capfd.readouterr().err == "again"
