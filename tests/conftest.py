@@ -16,7 +16,7 @@ from fusedres import env, select
 
 
 class WithoutHypothesis(MetaPathFinder):
-    """Skips a file of tests that needs hypothesis where that is not installed, as on a machine lent for its GPU."""
+    """Skips a file of tests that needs hypothesis where that is not installed, as a machine with a GPU may be."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         # Asked last, so that it is nowhere else; and asked by others, too, who can do without.
