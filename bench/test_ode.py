@@ -20,7 +20,6 @@ from fusedres.benchmarking.results import Measurement
 from fusedres.benchmarking.rotation import copies
 from fusedres.models.ode import ODEFunction
 from fusedres.nn import ODEBlock
-from fusedres.select import use_backend
 from fusedres.testing import channels_last
 
 # The first step is given, since torchdiffeq differentiates its own choice of it where gradients go through the steps.
@@ -30,7 +29,7 @@ METHODS = {
     "dopri5": {"first_step": 1 / 8, "rtol": 1e-3, "atol": 1e-3},
 }
 PEER = Torchdiffeq()
-CONTESTANTS = ("eager", "fusedres", PEER.name)
+CONTESTANTS = (PEER.name, "fusedres")
 
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
@@ -44,33 +43,36 @@ def test_ode_block(enter, smoke, shape, method, adjoint, contestant):
     enter(group, contestant, lambda: entrants(group, method, adjoint, memory=not smoke))
 
 
+class Solved(ODEBlock):
+    """The block, solved by torchdiffeq."""
+
+    def forward(self, x):
+        return PEER.prepare(self, x)(x)
+
+
 def entrants(group, method, adjoint, memory):
-    """The block with its updates in plain PyTorch, which is the measure, the block as it is, and torchdiffeq."""
+    """torchdiffeq, which is the measure where it is installed, and the block."""
     torch.manual_seed(0)
-    block = ODEBlock(ODEFunction(group.shape[1]), method, adjoint=adjoint, **METHODS[method])
-    referee = Referee(block, lambda seed: channels_last(group.shape, seed=seed), input_gradients=True)
+    absent = PEER.available()
+    kind = Solved if absent is None else ODEBlock
+    stock = kind(ODEFunction(group.shape[1]), method, adjoint=adjoint, **METHODS[method])
+    block = ODEBlock(stock.odefunc, method, adjoint=adjoint, **METHODS[method])
+    referee = Referee(stock, lambda seed: channels_last(group.shape, seed=seed), input_gradients=True)
     xs = [channels_last(group.shape, seed=seed) for seed in range(copies(4 * torch.Size(group.shape).numel()))]
     found = []
     for name in CONTESTANTS:
-        about = replace(group, contestant=name, baseline=name == "eager", images=group.shape[0])
-        if name == PEER.name and (reason := PEER.available()):
-            found.append(Entrant(replace(about, missing=reason)))
+        about = replace(group, contestant=name, baseline=name == PEER.name, images=group.shape[0])
+        if about.baseline and absent is not None:
+            found.append(Entrant(replace(about, missing=absent)))
             continue
         twin = copy.deepcopy(block)
-        call = {"eager": partial(plain, twin), "fusedres": twin}.get(name) or PEER.prepare(twin, xs[0])
+        call = PEER.prepare(twin, xs[0]) if about.baseline else twin
         step = stepping(twin, call, xs)
         if memory:
             saved = saved_bytes(twin, lambda call=call: call(xs[0].detach().requires_grad_()))
             about = replace(about, saved=saved, peak=peak_allocated(step))
-        judge = None if about.baseline else partial(judged, referee, twin, call)
-        found.append(Entrant(about, step, judge))
+        found.append(Entrant(about, step, None if about.baseline else partial(judged, referee, twin, call)))
     return found
-
-
-def plain(block, x):
-    """Every update in plain PyTorch."""
-    with use_backend("stock"):
-        return block(x)
 
 
 def judged(referee, model, call):

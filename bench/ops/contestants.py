@@ -63,7 +63,8 @@ class Contest:
         return [self._entrant(name, make, sets) for name, make in self.calls.items()]
 
     def _entrant(self, name: str, make: Callable[[Any], Call], sets: Sequence[Any]) -> Entrant:
-        about = replace(self.group, contestant=name, baseline=name == "eager", moved=self.moved, flops=self.flops)
+        about = replace(self.group, contestant=name, baseline=name == "eager")
+        about = replace(about, moved=self.moved or None, flops=self.flops or None)
         if reason := self._missing(name):
             return Entrant(replace(about, missing=reason))
         calls = [make(operands) for operands in sets]

@@ -38,6 +38,7 @@ def contest(
     modelled: Traffic | None = None,
     memory: bool = False,
     depth: int | None = None,
+    checked: Batch | None = None,
 ) -> tuple[Finish, ...]:
     """Prepares, checks and times copies of a network, one for each peer; the network itself stays as it is.
 
@@ -47,7 +48,16 @@ def contest(
     The other arguments are those of :func:`enter_all`.
     """
     entrants = enter_all(
-        subject, workload, model, batches, peers, budget=budget, modelled=modelled, memory=memory, depth=depth
+        subject,
+        workload,
+        model,
+        batches,
+        peers,
+        budget=budget,
+        modelled=modelled,
+        memory=memory,
+        depth=depth,
+        checked=checked,
     )
     finishes = race(entrants, turns=turns, device=batches[0].images.device)
     del entrants
@@ -66,6 +76,7 @@ def enter_all(
     modelled: Traffic | None = None,
     memory: bool = False,
     depth: int | None = None,
+    checked: Batch | None = None,
 ) -> list[Entrant]:
     """The contestants of a workload, prepared.
 
@@ -78,10 +89,11 @@ def enter_all(
         modelled: what the model of memory traffic says, for this network, batch, dtype and mode.
         memory: whether bytes saved for backward and bytes allocated are measured.
         depth: of the network, for plots.
+        checked: what is checked instead of the first batch, where all peers take any size; float64 is slow.
     """
     budget = TimeBudget() if budget is None else budget
     torch.compiler.reset()  # else the eighth network of a class would run as eager
-    stage = _Stage(workload, model, batches, memory)
+    stage = _Stage(workload, model, batches, memory, checked)
     entrants = []
     for place, peer in enumerate(peers):
         about = _about(subject, workload, batches[0], peer, modelled, depth)
@@ -124,14 +136,15 @@ class _Prepared:
 class _Stage:
     """What the peers of one contest share: the stock network, the batches, the referee."""
 
-    def __init__(self, workload: Workload, model: nn.Module, batches: Sequence[Batch], memory: bool) -> None:
+    def __init__(
+        self, workload: Workload, model: nn.Module, batches: Sequence[Batch], memory: bool, checked: Batch | None
+    ) -> None:
         self._workload = workload
         self._stock = workload.prepared(model)
         self._batches = [batch.to(workload.dtype) for batch in batches]
         self._memory = memory
-        self._referee = Referee(
-            self._stock, self._batches[0].shifted, autocast=workload.autocast, backward=workload.training
-        )
+        judged = self._batches[0] if checked is None else checked.to(workload.dtype)
+        self._referee = Referee(self._stock, judged.shifted, autocast=workload.autocast, backward=workload.training)
 
     def enter(self, peer: Peer, about: Measurement, budget: TimeBudget) -> Entrant:
         """Prepares a peer and has it take its first step. A failure is told, not raised: a peer may do as it likes."""
