@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "DRAWS",
     "FACTOR",
     "INPUTS",
     "Comparison",
@@ -160,6 +161,20 @@ class Comparison:
 
     entries: tuple[Entry, ...]
 
+    @classmethod
+    def of(
+        cls, ours: dict[str, Tensor | None], stock: dict[str, Tensor | None], exact: dict[str, Tensor | None]
+    ) -> Comparison:
+        """From three results of :func:`run_and_collect` on the same numbers."""
+        assert ours.keys() == stock.keys(), f"{sorted(ours)} against stock's {sorted(stock)}"
+        return cls(tuple(_entry(name, ours[name], stock[name], exact[name]) for name in stock))
+
+    @classmethod
+    def median(cls, draws: Sequence[Comparison]) -> Comparison:
+        """Each tensor in the draw where its error over its budget is the median."""
+        by_name = zip(*(draw.entries for draw in draws))
+        return cls(tuple(sorted(entries, key=Entry.excess)[len(draws) // 2] for entries in by_name))
+
     @property
     def ok(self) -> bool:
         return all(entry.ok for entry in self.entries)
@@ -227,14 +242,8 @@ def compare_results(draw: Callable[[int], tuple[Results, Results, Results]], dra
     Raises:
         AssertionError: where ours and stock PyTorch's names differ.
     """
-
-    def judge(seed: int) -> Comparison:
-        ours, stock, exact = draw(seed)
-        assert ours.keys() == stock.keys(), f"{sorted(ours)} against stock's {sorted(stock)}"
-        return Comparison(tuple(_entry(name, ours[name], stock[name], exact[name]) for name in stock))
-
-    first = judge(0)
-    return first if first.ok else _median([first, *(judge(seed) for seed in range(1, draws))])
+    first = Comparison.of(*draw(0))
+    return first if first.ok else Comparison.median([first, *(Comparison.of(*draw(s)) for s in range(1, draws))])
 
 
 def _draw(
@@ -259,12 +268,6 @@ def _draw(
 
 def _widened(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
-
-
-def _median(draws: Sequence[Comparison]) -> Comparison:
-    """Each tensor in the draw where its error over its budget is the median."""
-    by_name = zip(*(draw.entries for draw in draws))
-    return Comparison(tuple(sorted(entries, key=Entry.excess)[len(draws) // 2] for entries in by_name))
 
 
 def run_and_collect(
