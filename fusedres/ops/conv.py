@@ -19,6 +19,7 @@ __all__ = [
     "conv_backward",
     "conv_fprop",
     "geometry",
+    "groups_of",
     "onednn_refuses",
     "output_size",
     "pointwise_dgrad_add_",
@@ -74,6 +75,11 @@ def output_size(size: tuple[int, int], kernel_size: tuple[int, int], g: ConvGeom
         (size[i] + 2 * g.padding[i] - g.dilation[i] * (kernel_size[i] - 1) - 1) // g.stride[i] + 1 for i in (0, 1)
     )
     return height, width
+
+
+def groups_of(x: Tensor, weight: Tensor) -> int:
+    """The groups of a convolution of ``x`` with ``weight``: their shapes say it."""
+    return x.shape[1] // weight.shape[1]
 
 
 def conv_fprop(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
