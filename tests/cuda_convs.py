@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from cuda_ops import DTYPES, compare, generator, wide
@@ -110,7 +109,9 @@ class GroupedCase:
         args = (*self.pending, self.weight, self.bias if bias else None, *self.geometry, True)
         y, stats = CONV_FUSED_FPROP.overload("cuda")(*args)
         assert y.is_contiguous(memory_format=torch.channels_last)
-        assert_within_budget(y, CONV_FUSED_FPROP.reference(*args)[0], CONV_FUSED_FPROP.reference(*wide(args))[0], str(self))
+        assert_within_budget(
+            y, CONV_FUSED_FPROP.reference(*args)[0], CONV_FUSED_FPROP.reference(*wide(args))[0], str(self)
+        )
         plain, exact = BN_STATS.reference(y), BN_STATS.reference(y.double())
         deviation = float((exact[1] / (y.numel() / y.shape[1])).mean().sqrt())
         for row, scale in ((0, deviation + rms(exact[0])), (1, None)):
@@ -155,7 +156,7 @@ class GroupedCase:
         args = (*self.gradient, self.weight, *self.pending, *self.geometry, more)
         exact, _ = CONV_FUSED_DGRAD.reference(*wide(args))
         terms = rms(exact) * (self.x.numel() / self.shape[1]) ** 0.5  # the sums are of numbers that cancel
-        dx, sums = compare(str(self), CONV_FUSED_DGRAD, args, (None, terms))
+        dx, _ = compare(str(self), CONV_FUSED_DGRAD, args, (None, terms))
         assert dx.is_contiguous(memory_format=torch.channels_last)
         return dx
 

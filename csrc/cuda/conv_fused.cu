@@ -50,12 +50,11 @@ struct JoinEpilogue {
       if (column >= tile.outputs || count == 0) continue;
       float value[kRows][2];
       join<Math>(tile, lane, column, j, sums, value);
-      if (act != Identity::kCode)
+#pragma unroll
+      for (int k = 0; k < 2 && act != Identity::kCode; ++k)
         dispatch_activation(act, [&](auto functor) {
 #pragma unroll
-          for (int i = 0; i < kRows; ++i)
-#pragma unroll
-            for (int k = 0; k < 2; ++k) value[i][k] = decltype(functor)::forward(value[i][k], act_param);
+          for (int i = 0; i < kRows; ++i) value[i][k] = decltype(functor)::forward(value[i][k], act_param);
         });
       round_to_stage<Math>(tile, lane, column, value);
       if (totals.numbers == nullptr) continue;
@@ -91,7 +90,8 @@ struct JoinEpilogue {
   // Mean and M2 of the lane's rows of a channel, merged into those of its earlier ones.
   template <class T>
   static __device__ __forceinline__ void add_moments(const EpilogueTile<T>& tile, int j, int k,
-                                                     const float (&value)[kRows][2], float count, const Totals& totals) {
+                                                     const float (&value)[kRows][2], float count,
+                                                     const Totals& totals) {
     float origin = totals.origin(j), mean = 0, m2 = 0;
     if (totals.count == 0) {
 #pragma unroll
@@ -135,18 +135,19 @@ Tensor run(const char* op, Given& given, Tensor* stats) {
   const Tensor& x = given.prologue.x;
   const ConvShape shape = conv_shape(op, x, given.weight, given.stride, given.padding, given.dilation);
   const Grouping grouping = grouping_of(op, shape);
-  STD_TORCH_CHECK(given.weight.scalar_type() == x.scalar_type() &&
-                      given.weight.get_device_index() == x.get_device_index(),
-                  op, ": weight must have the dtype and device of x");
+  STD_TORCH_CHECK(
+      given.weight.scalar_type() == x.scalar_type() && given.weight.get_device_index() == x.get_device_index(), op,
+      ": weight must have the dtype and device of x");
   check_rows(op, "norm", given.prologue.norm, shape.channels);
   check_rows(op, "out_norm", given.out_norm, shape.filters);
   check_rows(op, "res_norm", given.res_norm, shape.filters);
   check_activation(op, given.prologue.act);
   check_activation(op, given.out_act);
   if (given.bias)
-    STD_TORCH_CHECK(given.bias->dim() == 1 && given.bias->size(0) == shape.filters && given.bias->is_contiguous() &&
-                        (given.bias->scalar_type() == ScalarType::Float || given.bias->scalar_type() == x.scalar_type()),
-                    op, ": bias must be contiguous, of shape [", shape.filters, "], in float32 or the dtype of x");
+    STD_TORCH_CHECK(
+        given.bias->dim() == 1 && given.bias->size(0) == shape.filters && given.bias->is_contiguous() &&
+            (given.bias->scalar_type() == ScalarType::Float || given.bias->scalar_type() == x.scalar_type()),
+        op, ": bias must be contiguous, of shape [", shape.filters, "], in float32 or the dtype of x");
   if (given.residual) check_pixels(op, "residual", *given.residual, x, shape.images, shape.filters, shape.out);
   if (given.into) check_pixels(op, "into", *given.into, x, shape.images, shape.filters, shape.out);
   const Device device(x);
@@ -154,8 +155,11 @@ Tensor run(const char* op, Given& given, Tensor* stats) {
                         : channels_last_tensor(x, shape.images, shape.filters, shape.out.h, shape.out.w);
   if (shape.images == 0) return y;
   Tensor& target = given.into ? *given.into : y;
-  const Pending source{vector_input(op, "x", device, x), {device.in<float>(given.prologue.norm)}, shape.channels,
-                       given.prologue.act, static_cast<float>(given.prologue.act_param)};
+  const Pending source{vector_input(op, "x", device, x),
+                       {device.in<float>(given.prologue.norm)},
+                       shape.channels,
+                       given.prologue.act,
+                       static_cast<float>(given.prologue.act_param)};
   const JoinEpilogue epilogue{{device.in(given.bias), given.bias && given.bias->scalar_type() == ScalarType::Float},
                               {device.in<float>(given.out_norm)},
                               vector_input(op, "residual", device, given.residual),
@@ -185,12 +189,12 @@ std::tuple<Tensor, Tensor> conv_fused_fprop_cuda(const Tensor& x, std::optional<
 
 Tensor conv_fused_join_cuda(const Tensor& x, std::optional<Tensor> norm, int64_t act, double act_param,
                             const Tensor& weight, std::optional<Tensor> bias, std::vector<int64_t> stride,
-                            std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                            std::optional<Tensor> out_norm, std::optional<Tensor> residual,
-                            std::optional<Tensor> res_norm, int64_t out_act, double out_act_param,
-                            std::optional<Tensor> into) {
-  Given given{{x, norm, act, act_param}, weight, bias, stride, padding, dilation, into, out_norm, residual,
-              residual ? res_norm : std::nullopt, out_act, out_act_param};
+                            std::vector<int64_t> padding, std::vector<int64_t> dilation, std::optional<Tensor> out_norm,
+                            std::optional<Tensor> residual, std::optional<Tensor> res_norm, int64_t out_act,
+                            double out_act_param, std::optional<Tensor> into) {
+  Given given{
+      {x, norm, act, act_param},          weight,  bias,         stride, padding, dilation, into, out_norm, residual,
+      residual ? res_norm : std::nullopt, out_act, out_act_param};
   return run("conv_fused_join_cuda", given, nullptr);
 }
 

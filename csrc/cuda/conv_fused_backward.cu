@@ -81,15 +81,13 @@ struct MaskEpilogue {
       for (int i = 0; i < kRows; ++i)
 #pragma unroll
         for (int k = 0; k < 2; ++k) value[i][k] += sums[i][j + k];
-      if (x.data != nullptr) {
-        const float scale[2] = {norm.scale(channels, c), norm.scale(channels, c + 1)};
-        const float shift[2] = {norm.shift(channels, c), norm.shift(channels, c + 1)};
+#pragma unroll
+      for (int k = 0; k < 2 && x.data != nullptr; ++k) {
+        const float scale = norm.scale(channels, c + k), shift = norm.shift(channels, c + k);
         dispatch_activation(act, [&](auto functor) {
 #pragma unroll
           for (int i = 0; i < kRows; ++i)
-#pragma unroll
-            for (int k = 0; k < 2; ++k)
-              value[i][k] = decltype(functor)::gradient(fmaf(scale[k], at[i][k], shift[k]), value[i][k], act_param);
+            value[i][k] = decltype(functor)::gradient(fmaf(scale, at[i][k], shift), value[i][k], act_param);
         });
       }
       round_to_stage<Math>(tile, lane, column, value);
@@ -137,11 +135,11 @@ OutputGradient output_gradient(const char* op, const Device& device, const Tenso
 }
 
 std::tuple<Tensor, Tensor> conv_fused_dgrad_cuda(const Tensor& g, std::optional<Tensor> y,
-                                                 std::optional<Tensor> grad_rows, const Tensor& weight,
-                                                 const Tensor& x, std::optional<Tensor> norm, int64_t act,
-                                                 double act_param, std::vector<int64_t> stride,
-                                                 std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                                                 std::optional<Tensor> addend, std::optional<Tensor> into) {
+                                                 std::optional<Tensor> grad_rows, const Tensor& weight, const Tensor& x,
+                                                 std::optional<Tensor> norm, int64_t act, double act_param,
+                                                 std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                                 std::vector<int64_t> dilation, std::optional<Tensor> addend,
+                                                 std::optional<Tensor> into) {
   constexpr const char* kOp = "conv_fused_dgrad_cuda";
   const ConvShape shape = conv_shape(kOp, x, weight, stride, padding, dilation);
   const Grouping grouping = grouping_of(kOp, shape);
@@ -154,8 +152,8 @@ std::tuple<Tensor, Tensor> conv_fused_dgrad_cuda(const Tensor& g, std::optional<
   const Device device(x);
   Tensor dx = into ? torch::stable::new_empty(x, {0})
                    : channels_last_tensor(x, shape.images, shape.channels, shape.in.h, shape.in.w);
-  Tensor sums = norm ? torch::stable::new_zeros(x, {2, shape.channels}, ScalarType::Float)
-                     : torch::stable::new_empty(x, {0});
+  Tensor sums =
+      norm ? torch::stable::new_zeros(x, {2, shape.channels}, ScalarType::Float) : torch::stable::new_empty(x, {0});
   if (shape.images == 0) return {dx, sums};
   Tensor& target = into ? *into : dx;
   const OutputGradient source = output_gradient(kOp, device, g, y, grad_rows, x, shape);
@@ -166,10 +164,10 @@ std::tuple<Tensor, Tensor> conv_fused_dgrad_cuda(const Tensor& g, std::optional<
                               act,
                               static_cast<float>(act_param)};
   const Output out{device.out(target), vector_pitch(kOp, "into", target)};
-  dispatch_conv(ConvCall<OutputGradient, MaskEpilogue>{kOp, device, x, weight, dgrad_plan(shape), true,
-                                                       grad_rows ? 2 : 1, source, epilogue, out,
-                                                       norm ? &sums : nullptr},
-                grouping);
+  dispatch_conv(
+      ConvCall<OutputGradient, MaskEpilogue>{kOp, device, x, weight, dgrad_plan(shape), true, grad_rows ? 2 : 1, source,
+                                             epilogue, out, norm ? &sums : nullptr},
+      grouping);
   return {dx, sums};
 }
 
@@ -190,8 +188,12 @@ struct WgradCall {
 template <class Math>
 void run_wgrad(const WgradCall& call) {
   constexpr int kElement = sizeof(typename Math::T);
-  const Tiling tiling{kElement, 1, call.gradient.plain() ? 1 : 2,
-                      kChunkBytes + Math::kOffsets * static_cast<int64_t>(sizeof(int)), 512, most_shared()};
+  const Tiling tiling{kElement,
+                      1,
+                      call.gradient.plain() ? 1 : 2,
+                      kChunkBytes + Math::kOffsets * static_cast<int64_t>(sizeof(int)),
+                      512,
+                      most_shared()};
   WgradArgs args{tiled(call.op, call.plan, tiling), call.input, call.gradient, nullptr, 0};
   const ConvPlan& plan = args.plan;
   const int64_t shared = std::max<int64_t>(shared_bytes(plan, tiling), Math::kReduced * sizeof(float));
@@ -202,13 +204,11 @@ void run_wgrad(const WgradCall& call) {
   Tensor partials = torch::stable::new_empty(call.like, {splits, args.length}, ScalarType::Float);
   args.partials = call.device.out<float>(partials);
   const dim3 grid(as_dim(across), as_dim(splits));
-  conv_wgrad_kernel<Math>
-      <<<grid, dim3(kConvThreads), static_cast<size_t>(shared), call.device.stream()>>>(args);
+  conv_wgrad_kernel<Math><<<grid, dim3(kConvThreads), static_cast<size_t>(shared), call.device.stream()>>>(args);
   FR_CUDA_CHECK(cudaGetLastError());
   const dim3 slices(kWarpSize, as_dim(std::min<int64_t>(splits, kMergeSlices)));
-  conv_wgrad_sum_kernel<<<dim3(as_dim(ceil_div(args.length, kWarpSize))), slices, 0,
-                          call.device.stream()>>>(args.partials, static_cast<int>(splits), args.length,
-                                                  plan.all_taps(), plan.group_in, call.target);
+  conv_wgrad_sum_kernel<<<dim3(as_dim(ceil_div(args.length, kWarpSize))), slices, 0, call.device.stream()>>>(
+      args.partials, static_cast<int>(splits), args.length, plan.all_taps(), plan.group_in, call.target);
   FR_CUDA_CHECK(cudaGetLastError());
 }
 
@@ -240,14 +240,14 @@ void conv_fused_wgrad_cuda(const Tensor& g, std::optional<Tensor> y, std::option
     return;
   }
   const Device device(x);
-  const Pending input{vector_input(kOp, "x", device, x), {device.in<float>(norm)}, shape.channels, act,
-                      static_cast<float>(act_param)};
+  const Pending input{
+      vector_input(kOp, "x", device, x), {device.in<float>(norm)}, shape.channels, act, static_cast<float>(act_param)};
   const WeightTarget target{floating_elements(kOp, "out", device, out),
                             {out.stride(0), out.stride(1), out.stride(2), out.stride(3)},
                             shape.kernel.w};
-  dispatch_wgrad({kOp, device, x, fprop_plan(shape), input, output_gradient(kOp, device, g, y, grad_rows, x, shape),
-                  target},
-                 grouping);
+  dispatch_wgrad(
+      {kOp, device, x, fprop_plan(shape), input, output_gradient(kOp, device, g, y, grad_rows, x, shape), target},
+      grouping);
 }
 
 }  // namespace

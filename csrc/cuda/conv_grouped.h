@@ -1,9 +1,11 @@
-// The kernel of grouped convolutions, for fprop and dgrad alike: a patch of the input goes to shared memory once, through
-// its prologue; every warp then takes tiles of 32 pixels by 32 channels, sums over taps and the channels of a group, and
-// hands 4 x 8 sums per lane to the epilogue. No pixel is gathered twice: a tap is another address in the patch.
+// The kernel of grouped convolutions, for fprop and dgrad alike: a patch of the input goes to shared memory once,
+// through its prologue; every warp then takes tiles of 32 pixels by 32 channels, sums over taps and the channels of a
+// group, and hands 4 x 8 sums per lane to the epilogue. No pixel is gathered twice: a tap is another address in the
+// patch.
 //
 // What differs by dtype and by channels per group is only how the sums come about:
-//   MatrixMath  mma.sync; 16 pixels times 8 outputs, 16 deep. The 8 outputs read the chunks of their own group alone, so
+//   MatrixMath  mma.sync; 16 pixels times 8 outputs, 16 deep. The 8 outputs read the chunks of their own group alone,
+//   so
 //               that nothing but groups of 4, two of which share a chunk, multiplies by zeros.
 //   ScalarMath  float32 through FMA, exactly the products that there are.
 //   DepthMath   depthwise, through FMA; a lane keeps 8 channels.
@@ -243,8 +245,8 @@ struct DepthMath {
 // ---------------------------------------------------------------------------------------------------------------------
 
 // A lane's share of its channels' statistics: a pair of numbers for each of its columns, of `count` values. Means are
-// relative to the first value that the lane saw, so that a large mean costs a small variance nothing. They wait in shared
-// memory, for sums and statistics together would not fit into the registers.
+// relative to the first value that the lane saw, so that a large mean costs a small variance nothing. They wait in
+// shared memory, for sums and statistics together would not fit into the registers.
 struct Totals {
   float* numbers;  // the thread's first; null where they are not wanted
   float count;
@@ -273,8 +275,8 @@ struct SumTotals {
   }
 };
 
-// Between one pair of channels and the next: without it, the operands of all pairs are loaded first, and do not fit into
-// the registers.
+// Between one pair of channels and the next: without it, the operands of all pairs are loaded first, and do not fit
+// into the registers.
 __device__ __forceinline__ void one_at_a_time() { asm volatile("" ::: "memory"); }
 
 // What an epilogue is given of a lane's tile.
@@ -301,7 +303,8 @@ __device__ __forceinline__ void stage_in(const Input& from, T* stage, int lane, 
     const int row = lane / kAcross + i * (kWarpSize / kAcross), column = lane % kAcross * kWidth;
     const int64_t p = __shfl_sync(kFullMask, pixel, row);
     if (p >= 0 && column < outputs)
-      copy_async(stage + row * kStagePitch + column, static_cast<const T*>(from.data) + p * from.pitch + first + column);
+      copy_async(stage + row * kStagePitch + column,
+                 static_cast<const T*>(from.data) + p * from.pitch + first + column);
   }
 }
 
@@ -318,7 +321,7 @@ __device__ __forceinline__ void stage_out(const Output& to, const T* stage, int 
   }
 }
 
-  // Rounds two neighbouring channels, to shared memory and in place.
+// Rounds two neighbouring channels, to shared memory and in place.
 template <class Math, class T>
 __device__ __forceinline__ void round_to_stage(const EpilogueTile<T>& tile, int lane, int column,
                                                float (&value)[kRows][2]) {
@@ -472,7 +475,7 @@ __global__ void __launch_bounds__(kConvThreads, 2)
     }
     __syncthreads();  // so is the patch
   }
-  if (a.partials.numbers != nullptr) 
+  if (a.partials.numbers != nullptr)
     write_partials<Math, Epilogue>(p, a.partials, reinterpret_cast<double*>(memory), first, totals);
 }
 
@@ -562,9 +565,9 @@ inline int64_t vector_pitch(const char* op, const char* name, const Tensor& t) {
   const int64_t pitch = pixel_pitch(t);
   STD_TORCH_CHECK(pitch > 0, op, ": ", name, " must be channels_last, or a slice of the channels of such a tensor");
   const int64_t bytes = t.element_size();
-  STD_TORCH_CHECK(pitch * bytes % kVectorBytes == 0 &&
-                      reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kVectorBytes == 0,
-                  op, ": ", name, " must begin at, and its pixels lie apart, multiples of 16 bytes");
+  STD_TORCH_CHECK(
+      pitch * bytes % kVectorBytes == 0 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kVectorBytes == 0, op,
+      ": ", name, " must begin at, and its pixels lie apart, multiples of 16 bytes");
   return pitch;
 }
 
@@ -629,9 +632,9 @@ template <class Source, class Epilogue>
 struct ConvCall {
   const char* op;
   const Device& device;
-  const Tensor& like;    // where results and scratch memory go
+  const Tensor& like;  // where results and scratch memory go
   const Tensor& weight;
-  ConvPlan plan;         // not tiled yet
+  ConvPlan plan;  // not tiled yet
   bool transposed;
   int sources;
   Source source;

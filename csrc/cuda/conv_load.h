@@ -49,12 +49,14 @@ struct Pending {
     }
     __device__ __forceinline__ Elements value(const Elements& x, const Elements&) const {
       Elements out;
-      dispatch_activation(of.act, [&](auto act) {
 #pragma unroll
-        for (int i = 0; i < kVectorWidth<T>; ++i)
-          out.lane[i] =
-              from_float<T>(decltype(act)::forward(fmaf(scale[i], to_float(x.lane[i]), shift[i]), of.act_param));
-      });
+      for (int half = 0; half < kVectorWidth<T>; half += 4)  // more at once would not fit into the registers
+        dispatch_activation(of.act, [&](auto act) {
+#pragma unroll
+          for (int i = half; i < half + 4; ++i)
+            out.lane[i] =
+                from_float<T>(decltype(act)::forward(fmaf(scale[i], to_float(x.lane[i]), shift[i]), of.act_param));
+        });
       return out;
     }
   };
@@ -155,18 +157,13 @@ struct TilePlace {
 
   static __device__ __forceinline__ TilePlace of(const ConvPlan& p, int64_t tile) {
     const int per_image = p.tiles.h * p.tiles.w, rest = static_cast<int>(tile % per_image);
-    return {static_cast<int>(tile / per_image) * p.tile_images, rest / p.tiles.w * p.tile.h, rest % p.tiles.w * p.tile.w};
+    return {static_cast<int>(tile / per_image) * p.tile_images, rest / p.tiles.w * p.tile.h,
+            rest % p.tiles.w * p.tile.w};
   }
   // What the tile reads.
   __device__ __forceinline__ Region patch(const ConvPlan& p) const {
-    return {p.tile_images,
-            p.patch.h,
-            p.patch.w,
-            image,
-            top * p.in_step.h + p.origin.h,
-            left * p.in_step.w + p.origin.w,
-            p.images,
-            p.in};
+    return {p.tile_images, p.patch.h, p.patch.w, image, top * p.in_step.h + p.origin.h, left * p.in_step.w + p.origin.w,
+            p.images,      p.in};
   }
 };
 
@@ -230,7 +227,8 @@ __device__ __forceinline__ bool finish_fill(const Source& source, const Region& 
     T* target = reinterpret_cast<T*>(to + i * pitch) + place.column;
     Elements value = Elements::load(target);
     if (!source.plain()) {
-      const auto other = side == nullptr ? value : Elements::load(reinterpret_cast<const T*>(side + i * pitch) + place.column);
+      const auto other =
+          side == nullptr ? value : Elements::load(reinterpret_cast<const T*>(side + i * pitch) + place.column);
       value = column.value(value, other);
       value.store(target);
     }
@@ -255,7 +253,8 @@ struct Weights {
     const int group = out / p.group_out;
     if (in / p.group_in != group) return from_float<T>(0.f);
     const int64_t o = transposed ? out - group * p.group_out : out, i = transposed ? in : in - group * p.group_in;
-    const int64_t at = o * out_stride + i * in_stride + index / kernel_w * row_stride + index % kernel_w * column_stride;
+    const int64_t at =
+        o * out_stride + i * in_stride + index / kernel_w * row_stride + index % kernel_w * column_stride;
     return static_cast<const T*>(data)[at];
   }
 };
@@ -278,8 +277,8 @@ struct MatrixSteps {
 
 // As mma.m16n8k16 reads its second operand: two words per lane, [class][8 outputs][step][lane].
 template <class T>
-__global__ void __launch_bounds__(kConvThreads) conv_pack_fragments_kernel(const ConvPlan p, const MatrixSteps steps,
-                                                                           const Weights weights, T* to) {
+__global__ void __launch_bounds__(kConvThreads)
+    conv_pack_fragments_kernel(const ConvPlan p, const MatrixSteps steps, const Weights weights, T* to) {
   const int outputs = p.out_channels / 8;
   const int64_t all = int64_t{steps.first[p.classes()]} * outputs * 32;
   for (int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; at < all; at += int64_t{gridDim.x} * blockDim.x) {
@@ -302,8 +301,8 @@ __global__ void __launch_bounds__(kConvThreads) conv_pack_fragments_kernel(const
 
 // In float, [tap][output][channel of its group], the taps of all classes one after the other.
 template <class T>
-__global__ void __launch_bounds__(kConvThreads) conv_pack_rows_kernel(const ConvPlan p, const Weights weights,
-                                                                      float* to) {
+__global__ void __launch_bounds__(kConvThreads)
+    conv_pack_rows_kernel(const ConvPlan p, const Weights weights, float* to) {
   const int64_t all = int64_t{p.all_taps()} * p.out_channels * p.group_in;
   for (int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; at < all; at += int64_t{gridDim.x} * blockDim.x) {
     const int out = static_cast<int>(at / p.group_in % p.out_channels);

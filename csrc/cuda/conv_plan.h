@@ -1,9 +1,9 @@
 // What a grouped convolution's launch is: taps, tiles of pixels, blocks of channels; decided on the host.
 //
-// One description serves both directions. A convolution reads `in` and writes `out`; out's pixels fall into classes that
-// meet the same taps: one class for fprop, stride * stride of them for dgrad, whose taps are those that the stride lets
-// through (Dumoulin and Visin 2016, "A guide to convolution arithmetic", section 4). Pixel (u, v) of class (i, j) is
-// out's (u * out_step + i, v * out_step + j), and its taps are in's (u, v) * in_step + offset.
+// One description serves both directions. A convolution reads `in` and writes `out`; out's pixels fall into classes
+// that meet the same taps: one class for fprop, stride * stride of them for dgrad, whose taps are those that the stride
+// lets through (Dumoulin and Visin 2016, "A guide to convolution arithmetic", section 4). Pixel (u, v) of class (i, j)
+// is out's (u * out_step + i, v * out_step + j), and its taps are in's (u, v) * in_step + offset.
 #pragma once
 
 #include <algorithm>
@@ -19,9 +19,9 @@ constexpr int kWarpPixels = 32;    // of a warp's tile
 constexpr int kWarpChannels = 32;  // of a warp's tile
 constexpr int kMostTaps = 64;
 constexpr int kMostClasses = 16;
-constexpr int kMostBlock = 64;                          // channels that a block computes
-constexpr int kStagePitch = kWarpChannels + 8;          // elements; rows eight apart share no bank
-constexpr int kChunkBytes = 16;                         // what one lane reads of a pixel
+constexpr int kMostBlock = 64;                  // channels that a block computes
+constexpr int kStagePitch = kWarpChannels + 8;  // elements; rows eight apart share no bank
+constexpr int kChunkBytes = 16;                 // what one lane reads of a pixel
 
 // The taps of all classes, one class after the other.
 struct Taps {
@@ -175,8 +175,9 @@ inline int64_t shared_bytes(const ConvPlan& p, const Tiling& t) {
 
 // Bytes through a processor's memory pipes, and what a tile costs besides, in the same unit.
 inline double cost(const ConvPlan& p, const Tiling& t) {
-  const double loads = (double(p.patch_pixels()) * p.span * t.patches + double(p.tile_pixels()) * p.block * t.gradients) *
-                       t.element_size;
+  const double loads =
+      (double(p.patch_pixels()) * p.span * t.patches + double(p.tile_pixels()) * p.block * t.gradients) *
+      t.element_size;
   const int64_t warps = ceil_div(p.tile_pixels(), kWarpPixels) * p.classes() * ceil_div(p.block, kWarpChannels);
   const double rounds = double(ceil_div(warps, kConvWarps));
   const double results = rounds * kConvWarps * kWarpPixels * kWarpChannels * t.element_size;

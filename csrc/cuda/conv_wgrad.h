@@ -2,7 +2,8 @@
 // walks over tiles of pixels, whose patch of the input and whose gradients it brings to shared memory, each through its
 // prologue. The pixels are split among blocks; a second kernel adds their partials in order.
 //
-//   MatrixWgrad  mma.sync: 16 rows are two chunks of 8 input channels, perhaps of different taps, 8 columns are filters,
+//   MatrixWgrad  mma.sync: 16 rows are two chunks of 8 input channels, perhaps of different taps, 8 columns are
+//   filters,
 //                the depth is 16 pixels.
 //   ScalarWgrad  float32 through FMA: a thread has 4 filters times 4 channels of one tap.
 //   DepthWgrad   depthwise: a thread has 8 channels times some taps.
@@ -13,13 +14,20 @@
 namespace fusedres {
 namespace {
 
+// A block's shared memory: zeros of a chunk's size, the patch, the tile of gradients, and tables. As distances from its
+// beginning, which take half the registers that addresses do.
 struct WgradShared {
-  char* patch;
-  char* gradient;  // [pixel][filter of the block]
   char* zeros;
-  int* pixels;   // of the tile: where each lies in the patch, or -1
-  int* offsets;  // MatrixWgrad: of its chunks in the patch, or -1
+  int gradient_at, pixels_at, offsets_at;
   int gradient_pitch;
+
+  __device__ __forceinline__ char* patch() const { return zeros + kChunkBytes; }
+  // [pixel][filter of the block]
+  __device__ __forceinline__ char* gradient() const { return zeros + gradient_at; }
+  // Of the tile: where each lies in the patch, or -1.
+  __device__ __forceinline__ int* pixels() const { return reinterpret_cast<int*>(zeros + pixels_at); }
+  // MatrixWgrad: of its chunks in the patch, or -1.
+  __device__ __forceinline__ int* offsets() const { return reinterpret_cast<int*>(zeros + offsets_at); }
 };
 
 // A block's part of the work.
@@ -62,7 +70,7 @@ struct MatrixWgrad {
     if (i < kOffsets) {
       const int chunk = chunk_of(part, i / 2, i % 2), tap = min(chunk / per_tap, p.all_taps() - 1);
       const int pixel = p.taps.down[tap] * p.patch.w + p.taps.right[tap];
-      shared.offsets[i] = chunk / per_tap == tap ? pixel * p.pitch + chunk % per_tap * kChunkBytes : -1;
+      shared.offsets()[i] = chunk / per_tap == tap ? pixel * p.pitch + chunk % per_tap * kChunkBytes : -1;
     }
 #pragma unroll
     for (auto& tile : sums)
@@ -79,18 +87,19 @@ struct MatrixWgrad {
     if (own_filter() >= part.outputs) return;
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
     const int begin = p.first_input(part.first + own_filter()) - p.first_input(part.first);
-    const unsigned patch = shared_address(shared.patch) + begin * sizeof(T), zeros = shared_address(shared.zeros);
-    const unsigned gradient = shared_address(shared.gradient) + own_filter() * sizeof(T);
+    const unsigned patch = shared_address(shared.patch()) + begin * sizeof(T), zeros = shared_address(shared.zeros);
+    const unsigned gradient = shared_address(shared.gradient()) + own_filter() * sizeof(T);
     const int chunks = p.all_taps() * max(p.group_in / 8, 1) - chunk_of(part, 0, 0);  // from the first on
 #pragma unroll 1
     for (int first = 0; first < p.tile_pixels(); first += 16) {
-      const int filter_row = first + lane % 16, row = shared.pixels[first + lane / 16 * 8 + lane % 8];
+      const int filter_row = first + lane % 16, row = shared.pixels()[first + lane / 16 * 8 + lane % 8];
       uint2 b;
-      load_matrices_transposed(b, shared.pixels[filter_row] < 0 ? zeros : gradient + filter_row * shared.gradient_pitch);
+      load_matrices_transposed(b,
+                               shared.pixels()[filter_row] < 0 ? zeros : gradient + filter_row * shared.gradient_pitch);
 #pragma unroll
       for (int t = 0; t < kRowTiles; ++t) {
         if (2 * t >= chunks) break;
-        const int offset = shared.offsets[2 * t + lane / 8 % 2];
+        const int offset = shared.offsets()[2 * t + lane / 8 % 2];
         uint32_t a[4];
         load_matrices_transposed(a, row < 0 || offset < 0 ? zeros : patch + row + offset);
         multiply_add<T>(sums[t], a, b);
@@ -101,15 +110,24 @@ struct MatrixWgrad {
   __device__ __forceinline__ void write(const ConvPlan& p, const WgradPart& part, float*, float* partials) const {
     if (own_filter() >= part.outputs) return;
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize, per_tap = max(p.group_in / 8, 1);
-    const int begin = p.first_input(part.first + own_filter());
+    const int k = part.first + own_filter() + lane % 4 * 2;
+    const int channel = p.first_input(part.first + own_filter()) + lane / 4;
+    const int before[2] = {channel - p.first_input(k), channel - p.first_input(k + 1)};
+    float* const rows[2] = {partials + weight_at(p, k, 0, 0), partials + weight_at(p, k + 1, 0, 0)};
+    int tap = chunk_of(part, 0, 0) / per_tap, within = chunk_of(part, 0, 0) % per_tap;
 #pragma unroll
     for (int t = 0; t < kRowTiles; ++t)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int chunk = chunk_of(part, t, i / 2), tap = chunk / per_tap;
-        const int k = part.first + own_filter() + lane % 4 * 2 + i % 2, c = begin + chunk % per_tap * 8 + lane / 4;
-        const int d = c - p.first_input(k);
-        if (tap < p.all_taps() && d >= 0 && d < p.group_in) partials[weight_at(p, k, tap, d)] = sums[t][i];
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int d = before[i] + within * 8;
+          if (tap < p.all_taps() && d >= 0 && d < p.group_in) rows[i][tap * p.group_in + d] = sums[t][2 * half + i];
+        }
+        if (++within == per_tap) {
+          within = 0;
+          ++tap;
+        }
       }
   }
 };
@@ -128,7 +146,8 @@ struct Units {
 
 // Adds what the threads of a unit have; the sum is that of turn 0.
 template <int kSums>
-__device__ __forceinline__ void add_turns(const Units& units, int count, int first, float* shared, float (&sums)[kSums]) {
+__device__ __forceinline__ void add_turns(const Units& units, int count, int first, float* shared,
+                                          float (&sums)[kSums]) {
   const int local = units.unit - first;
   if (units.turn > 0) {
 #pragma unroll
@@ -169,10 +188,10 @@ struct ScalarWgrad {
   __device__ __forceinline__ void accumulate(const ConvPlan& p, const WgradPart&, const WgradShared& shared) {
     if (units.turn < 0) return;
     for (int i = units.turn; i < p.tile_pixels(); i += units.turns) {
-      if (shared.pixels[i] < 0) continue;
+      if (shared.pixels()[i] < 0) continue;
       const auto g =
-          Pack<float, 4>::load(reinterpret_cast<const float*>(shared.gradient + i * shared.gradient_pitch) + filter);
-      const auto z = Pack<float, 4>::load(reinterpret_cast<const float*>(shared.patch + shared.pixels[i] + offset));
+          Pack<float, 4>::load(reinterpret_cast<const float*>(shared.gradient() + i * shared.gradient_pitch) + filter);
+      const auto z = Pack<float, 4>::load(reinterpret_cast<const float*>(shared.patch() + shared.pixels()[i] + offset));
 #pragma unroll
       for (int k = 0; k < kSums; ++k) sums[k] = fmaf(g.lane[k / 4], z.lane[k % 4], sums[k]);
     }
@@ -230,12 +249,12 @@ struct DepthWgrad {
       offset[k] = (p.taps.down[tap] * p.patch.w + p.taps.right[tap]) * p.pitch + channel * static_cast<int>(sizeof(T));
     }
     for (int i = units.turn; i < p.tile_pixels(); i += units.turns) {
-      if (shared.pixels[i] < 0) continue;
+      if (shared.pixels()[i] < 0) continue;
       float g[8], z[8];
-      load(shared.gradient + i * shared.gradient_pitch + channel * sizeof(T), g);
+      load(shared.gradient() + i * shared.gradient_pitch + channel * sizeof(T), g);
 #pragma unroll
       for (int k = 0; k < kTaps; ++k) {
-        load(shared.patch + shared.pixels[i] + offset[k], z);
+        load(shared.patch() + shared.pixels()[i] + offset[k], z);
 #pragma unroll
         for (int c = 0; c < 8; ++c) sums[8 * k + c] = fmaf(g[c], z[c], sums[8 * k + c]);
       }
@@ -249,7 +268,8 @@ struct DepthWgrad {
     for (int k = 0; k < kTaps; ++k)
 #pragma unroll
       for (int c = 0; c < 8; ++c)
-        if (first_tap + k < p.all_taps()) partials[weight_at(p, part.first + channel + c, first_tap + k, 0)] = sums[8 * k + c];
+        if (first_tap + k < p.all_taps())
+          partials[weight_at(p, part.first + channel + c, first_tap + k, 0)] = sums[8 * k + c];
   }
 };
 
@@ -270,14 +290,12 @@ __global__ void __launch_bounds__(kConvThreads, 2) conv_wgrad_kernel(const __gri
   const WgradPart part{first, min(p.block, p.out_channels - first), static_cast<int>(blockIdx.x) / p.blocks};
   WgradShared shared;
   shared.gradient_pitch = gradient_pitch(p, sizeof(T));
-  shared.zeros = reinterpret_cast<char*>(memory);
-  shared.patch = shared.zeros + kChunkBytes;
-  shared.gradient = shared.patch + p.patch_bytes();
   const int gradient_bytes = p.tile_pixels() * shared.gradient_pitch;
-  char* side = a.gradient.plain() ? nullptr : shared.gradient + gradient_bytes;
-  shared.pixels = reinterpret_cast<int*>(shared.gradient + (side == nullptr ? 1 : 2) * gradient_bytes);
+  shared.zeros = reinterpret_cast<char*>(memory);
+  shared.gradient_at = kChunkBytes + p.patch_bytes();
+  shared.pixels_at = shared.gradient_at + (a.gradient.plain() ? 1 : 2) * gradient_bytes;
+  shared.offsets_at = shared.pixels_at + table_length(p) * static_cast<int>(sizeof(int));
   if (threadIdx.x == 0) memory[0] = make_uint4(0, 0, 0, 0);
-  shared.offsets = shared.pixels + table_length(p);
   Math math(p, part, shared);
   for (int64_t t = blockIdx.y; t < p.all_tiles; t += gridDim.y) {
     const TilePlace place = TilePlace::of(p, t);
@@ -285,15 +303,15 @@ __global__ void __launch_bounds__(kConvThreads, 2) conv_wgrad_kernel(const __gri
     for (int i = static_cast<int>(threadIdx.x); i < table_length(p); i += kConvThreads) {
       const int row = i / p.tile.w, image = row / p.tile.h, u = row % p.tile.h, v = i % p.tile.w;
       const int in_patch = (image * p.patch.h + u * p.in_step.h) * p.patch.w + v * p.in_step.w;
-      shared.pixels[i] = i < p.tile_pixels() && tile.pixel(image, u, v) >= 0 ? in_patch * p.pitch : -1;
+      shared.pixels()[i] = i < p.tile_pixels() && tile.pixel(image, u, v) >= 0 ? in_patch * p.pitch : -1;
     }
     const Region patch = place.patch(p);
-    start_fill<T>(a.input.x, a.input.channels, patch, first_input, p.span, shared.patch, p.pitch);
-    start_fill<T>(a.gradient.g, p.out_channels, tile, first, p.block, shared.gradient, shared.gradient_pitch);
-    if (side != nullptr)
-      start_fill<T>(a.gradient.y, p.out_channels, tile, first, p.block, side, shared.gradient_pitch);
-    finish_fill<T>(a.input, patch, first_input, p.span, shared.patch, nullptr, p.pitch, false);
-    finish_fill<T>(a.gradient, tile, first, p.block, shared.gradient, side, shared.gradient_pitch, false);
+    char* side = a.gradient.plain() ? nullptr : shared.gradient() + gradient_bytes;
+    start_fill<T>(a.input.x, a.input.channels, patch, first_input, p.span, shared.patch(), p.pitch);
+    start_fill<T>(a.gradient.g, p.out_channels, tile, first, p.block, shared.gradient(), shared.gradient_pitch);
+    if (side != nullptr) start_fill<T>(a.gradient.y, p.out_channels, tile, first, p.block, side, shared.gradient_pitch);
+    finish_fill<T>(a.input, patch, first_input, p.span, shared.patch(), nullptr, p.pitch, false);
+    finish_fill<T>(a.gradient, tile, first, p.block, shared.gradient(), side, shared.gradient_pitch, false);
     __syncthreads();
     math.accumulate(p, part, shared);
     __syncthreads();

@@ -25,6 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import env
 from .bn_stats import BN_STATS
 from .conv import ConvGeometry, groups_of, output_size
 from .join import BY_CODE, JOIN, join_argument
@@ -208,7 +209,7 @@ def conv_fused_refuses(
     if kind not in ("fprop", "dgrad", "wgrad"):
         raise ValueError(f"kind must be 'fprop', 'dgrad' or 'wgrad', got {kind!r}")
     reason = _cannot(kind, backend, x, weight, g, pending_addend)
-    if reason is not None or backend == "cuda":
+    if reason is not None or g.groups != 1:
         return reason
     from ..triton.tuning import Problem, vendor_is_faster
 
@@ -233,8 +234,13 @@ def _cannot(kind: str, backend: str, x: Tensor, weight: Tensor, g: ConvGeometry,
         return f"{x.shape[1]} and {weight.shape[0]} channels do not divide into loads of 16 bytes"
     if backend == "cuda":
         return _cuda_cannot(kind, x, weight, g)
-    if g.groups != 1:
-        return f"a fused convolution in Triton has no groups, this one has {g.groups}"
+    if g.groups != 1:  # the Triton backend hands them to CUDA's kernels, where there are any
+        missing = env.cuda_missing()
+        return (
+            _cuda_cannot(kind, x, weight, g)
+            if missing is None
+            else f"grouped ones are the CUDA kernels', but {missing}"
+        )
     pointwise = tuple(weight.shape[2:]) == (1, 1)
     if kind == "dgrad" and pointwise and any(g.padding):
         return "dgrad takes no padding around a 1x1 kernel"

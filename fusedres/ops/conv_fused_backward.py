@@ -207,5 +207,5 @@ CONV_FUSED_WGRAD = declare(
     fake=_wgrad_fake,
     kernels=("cuda", "triton"),
 )
-"""Writes ``dW`` to ``out``, ``[K, C / groups, R, S]`` of any floating dtype: that of the parameter, where autocast made the
-operands narrower."""
+"""Writes ``dW`` to ``out``, ``[K, C / groups, R, S]`` of any floating dtype: that of the parameter, where autocast made
+the operands narrower."""

@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from slices import empty_slice
 
-from fusedres.ops.conv_fused import CONV_FUSED_FPROP, CONV_FUSED_JOIN
+from fusedres.ops.conv import ConvGeometry
+from fusedres.ops.conv_fused import CONV_FUSED_FPROP, CONV_FUSED_JOIN, conv_fused_refuses
+from fusedres.ops.conv_fused_backward import CONV_FUSED_DGRAD, CONV_FUSED_WGRAD
 from fusedres.testing import channels_last, transposed
 
 relaxed = settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -171,3 +173,68 @@ def test_opcheck():
     for want_stats in (False, True):
         torch.library.opcheck(CONV_FUSED_FPROP.overload("cuda"), (*args, want_stats))
     torch.library.opcheck(CONV_FUSED_JOIN.overload("cuda"), (*args, None, None, None, 1, 0.0))
+
+
+def test_triton_hands_grouped_convolutions_over():
+    triton = pytest.importorskip("fusedres.triton.conv_fused")
+    case = GroupedCase((1, 16, 5, 4), 16, 4)
+    args = (*case.pending, case.weight, case.bias, *case.geometry)
+    for ours, theirs in zip(triton.conv_fused_fprop(*args, True), CONV_FUSED_FPROP.overload("cuda")(*args, True)):
+        assert torch.equal(ours, theirs)
+    join = (None, None, None, 1, 0.0)
+    assert torch.equal(triton.conv_fused_join(*args, *join), CONV_FUSED_JOIN.overload("cuda")(*args, *join))
+
+
+REFUSED = {
+    "dense": ((1, 16, 9, 9), 16, 1, {}, "this one is dense"),
+    "odd": ((1, 12, 9, 9), 12, 3, {}, "loads of 16 bytes"),
+    "pairs": ((1, 16, 9, 9), 16, 8, {}, "nor 4 to 4"),
+    "wide": ((1, 256, 9, 9), 256, 2, {}, "wide enough"),
+    "taps": ((1, 16, 9, 9), 16, 4, {"kernel": (9, 9)}, "too many taps"),
+    "reach": ((1, 16, 99, 99), 16, 4, {"dilation": (32, 32)}, "reaches over 65x65"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_is_refused(why):
+    shape, filters, groups, geometry, reason = REFUSED[why]
+    case = GroupedCase(shape, filters, groups, **geometry)
+    g = ConvGeometry(case.stride, case.padding, case.dilation, groups)
+    for kind in ("fprop", "dgrad", "wgrad"):
+        assert reason in conv_fused_refuses(kind, "cuda", case.x, case.weight, g, prologue=True)
+
+
+def farthest(channels: int, groups: int, taps: int, dtype: torch.dtype) -> GroupedCase:
+    """Of the kernels that are not refused, that of so many taps a side which reaches farthest."""
+    for dilation in range(40, 0, -1):
+        reach = dilation * (taps - 1) + 1
+        padding = (max(0, (reach - 5) // 2),) * 2
+        geometry = {"kernel": (taps, taps), "dilation": (dilation, dilation), "padding": padding}
+        case = GroupedCase((1, channels, 6, 6), channels, groups, dtype, **geometry)
+        g = ConvGeometry(case.stride, case.padding, case.dilation, groups)
+        if conv_fused_refuses("fprop", "cuda", case.x, case.weight, g, prologue=True) is None:
+            return case
+    raise AssertionError("all are refused")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("channels", "groups", "taps"), [(128, 2, 3), (128, 2, 5), (16, 4, 8), (16, 4, 3), (16, 16, 7)]
+)
+def test_what_is_offered_fits_into_shared_memory(channels, groups, taps, dtype):
+    case = farthest(channels, groups, taps, dtype)
+    weight = torch.empty_like(case.weight)
+    CONV_FUSED_FPROP.overload("cuda")(*case.pending, case.weight, None, *case.geometry, True)
+    CONV_FUSED_DGRAD.overload("cuda")(*case.gradient, case.weight, *case.pending, *case.geometry)
+    CONV_FUSED_WGRAD.overload("cuda")(*case.gradient, *case.pending, *case.geometry, weight)
+
+
+def test_sliced_inputs_are_refused_where_they_are_not_aligned():
+    case = GroupedCase((1, 16, 5, 5), 16, 4)
+    g = ConvGeometry(case.stride, case.padding, case.dilation, 4)
+    for x, expected in (
+        (channels_last((1, 32, 5, 5), case.dtype)[:, 8:24], None),
+        (channels_last((1, 32, 5, 5), case.dtype)[:, 4:20], "16 bytes"),
+    ):
+        reason = conv_fused_refuses("fprop", "cuda", x, case.weight, g, prologue=True)
+        assert reason is expected if expected is None else expected in reason

@@ -131,7 +131,9 @@ def test_bitwise_the_same_for_any_schedule(emulated):
 @pytest.mark.parametrize("sums", [None, 2, 3])
 def test_bn_grad_rows(sums):
     norm = torch.randn(4, 300, generator=generator(1))
-    compare("rows", BN_GRAD_ROWS, (norm, None if sums is None else torch.randn(sums, 300, generator=generator(2)), 77.0))
+    compare(
+        "rows", BN_GRAD_ROWS, (norm, None if sums is None else torch.randn(sums, 300, generator=generator(2)), 77.0)
+    )
 
 
 def test_wrong_input():
@@ -168,3 +170,15 @@ def test_opcheck():
     weight = torch.zeros_like(case.weight)
     torch.library.opcheck(CONV_FUSED_WGRAD.overload("cuda"), (*case.gradient, *case.pending, *case.geometry, weight))
     torch.library.opcheck(BN_GRAD_ROWS.overload("cuda"), (torch.randn(4, 16), torch.randn(2, 16), 4.0))
+
+
+def test_triton_hands_grouped_convolutions_over():
+    triton = pytest.importorskip("fusedres.triton.conv_fused_backward")
+    case = GroupedCase((1, 16, 5, 4), 16, 4)
+    args = (*case.gradient, case.weight, *case.pending, *case.geometry)
+    for ours, theirs in zip(triton.conv_fused_dgrad(*args), CONV_FUSED_DGRAD.overload("cuda")(*args)):
+        assert torch.equal(ours, theirs)
+    ours, theirs = torch.empty_like(case.weight), torch.empty_like(case.weight)
+    triton.conv_fused_wgrad(*case.gradient, *case.pending, *case.geometry, ours)
+    CONV_FUSED_WGRAD.overload("cuda")(*case.gradient, *case.pending, *case.geometry, theirs)
+    assert torch.equal(ours, theirs)
