@@ -59,7 +59,10 @@ struct JoinEpilogue {
       round_to_stage<Math>(tile, lane, column, value);
       if (totals.numbers == nullptr) continue;
 #pragma unroll
-      for (int k = 0; k < 2; ++k) add_moments(tile, j + k, k, value, count, totals);
+      for (int k = 0; k < 2; ++k) {
+        one_at_a_time();
+        add_moments(tile, j + k, k, value, count, totals);
+      }
     }
     totals.count += count;
   }

@@ -30,6 +30,10 @@ using Sums = float[kRows][kColumns];
 // Instructions
 // ---------------------------------------------------------------------------------------------------------------------
 
+// Between the steps of an unrolled loop: without it, the operands of all steps are loaded first, and do not fit into
+// the registers.
+__device__ __forceinline__ void one_at_a_time() { asm volatile("" ::: "memory"); }
+
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], unsigned row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -228,7 +232,8 @@ struct DepthMath {
       const float* row = weights + int64_t{tap} * p.out_channels + tile.first_output + column(lane, 0);
       const Pack<float, 4> b[2] = {Pack<float, 4>::load(row), Pack<float, 4>::load(row + 4)};
 #pragma unroll
-      for (int i = 0; i < kRows; ++i)
+      for (int i = 0; i < kRows; ++i) {
+        one_at_a_time();
 #pragma unroll
         for (int j = 0; j < kColumns; j += kWidth) {
           const auto a = Pack<T, kWidth>::load(reinterpret_cast<const T*>(shared.patch + pixel[i] + offset) + j);
@@ -236,6 +241,7 @@ struct DepthMath {
           for (int k = 0; k < kWidth; ++k)
             sums[i][j + k] = fmaf(to_float(a.lane[k]), b[(j + k) / 4].lane[(j + k) % 4], sums[i][j + k]);
         }
+      }
     }
   }
 };
@@ -275,10 +281,6 @@ struct SumTotals {
   }
 };
 
-// Between one pair of channels and the next: without it, the operands of all pairs are loaded first, and do not fit
-// into the registers.
-__device__ __forceinline__ void one_at_a_time() { asm volatile("" ::: "memory"); }
-
 // What an epilogue is given of a lane's tile.
 template <class T>
 struct EpilogueTile {
@@ -298,7 +300,7 @@ struct EpilogueTile {
 template <class T>
 __device__ __forceinline__ void stage_in(const Input& from, T* stage, int lane, int64_t pixel, int first, int outputs) {
   constexpr int kWidth = kVectorWidth<T>, kAcross = kWarpChannels / kWidth;
-#pragma unroll
+#pragma unroll 4
   for (int i = 0; i < kAcross; ++i) {
     const int row = lane / kAcross + i * (kWarpSize / kAcross), column = lane % kAcross * kWidth;
     const int64_t p = __shfl_sync(kFullMask, pixel, row);
@@ -312,7 +314,7 @@ template <class T>
 __device__ __forceinline__ void stage_out(const Output& to, const T* stage, int lane, int64_t pixel, int first,
                                           int outputs) {
   constexpr int kWidth = kVectorWidth<T>, kAcross = kWarpChannels / kWidth;
-#pragma unroll
+#pragma unroll 4
   for (int i = 0; i < kAcross; ++i) {
     const int row = lane / kAcross + i * (kWarpSize / kAcross), column = lane % kAcross * kWidth;
     const int64_t p = __shfl_sync(kFullMask, pixel, row);
