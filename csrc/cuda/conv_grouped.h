@@ -78,6 +78,7 @@ struct WarpTile {
 template <class T_, int kShare>
 struct MatrixMath {
   using T = T_;
+  static constexpr int kResident = 2;  // blocks of a processor at once
   MatrixSteps steps;
   const T* weights;
   bool halves;  // groups of 4: two share a chunk
@@ -150,6 +151,7 @@ struct MatrixMath {
 // Groups of a multiple of 4 channels. A lane's two neighbouring outputs belong to one group.
 struct ScalarMath {
   using T = float;
+  static constexpr int kResident = 2;
   const float* weights;
 
   static __device__ __forceinline__ int row(int lane, int i) { return lane / 4 + 8 * i; }
@@ -204,6 +206,7 @@ struct ScalarMath {
 template <class T_>
 struct DepthMath {
   using T = T_;
+  static constexpr int kResident = sizeof(T) < sizeof(float) ? 2 : 1;  // two blocks' registers would not do for float
   const float* weights;
 
   static __device__ __forceinline__ int row(int lane, int i) { return lane / 4 * 4 + i; }
@@ -405,7 +408,7 @@ __device__ __forceinline__ void write_partials(const ConvPlan& p, const Partials
 }
 
 template <class Math, class Source, class Epilogue>
-__global__ void __launch_bounds__(kConvThreads, 2)
+__global__ void __launch_bounds__(kConvThreads, Math::kResident)
     conv_grouped_kernel(const __grid_constant__ ConvArgs<Math, Source, Epilogue> a) {
   using T = typename Math::T;
   extern __shared__ uint4 memory[];
