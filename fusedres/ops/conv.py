@@ -19,6 +19,7 @@ __all__ = [
     "conv_backward",
     "conv_fprop",
     "geometry",
+    "groups_of",
     "onednn_refuses",
     "output_size",
     "pointwise_dgrad_add_",
@@ -74,6 +75,11 @@ def output_size(size: tuple[int, int], kernel_size: tuple[int, int], g: ConvGeom
     (s0, s1), (p0, p1), (d0, d1), _ = g
     height = (size[0] + 2 * p0 - d0 * (kernel_size[0] - 1) - 1) // s0 + 1
     return height, (size[1] + 2 * p1 - d1 * (kernel_size[1] - 1) - 1) // s1 + 1
+
+
+def groups_of(x: Tensor, weight: Tensor) -> int:
+    """The groups of a convolution of ``x`` with ``weight``: their shapes say it."""
+    return x.shape[1] // weight.shape[1]
 
 
 def conv_fprop(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
