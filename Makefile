@@ -1,6 +1,11 @@
 # make install   a virtual environment in .venv, with the library built in place; does nothing when nothing changed
 # make test      install, linters, tests
+# make tsan      the CPU kernels from several threads under ThreadSanitizer
 # make wheel     dist/*.whl: one wheel for every Python 3 and torch from 2.10 on, CPU and CUDA builds
+# make fuzz      20,000 random blocks with random lives against stock PyTorch; an hour or more
+# make gpu       all tests and benchmarks on a GPU, with this machine's own Python and nothing installed: docs/gpu.md
+# make results   measures this machine for bench/results/, then make report; under half an hour
+# make report    docs/benchmarks.md with its figures, and README's tables, from bench/results/
 # make demo bench bench-quick format clean
 
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.10
@@ -23,7 +28,7 @@ FORMATTED = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '
 # Developers build strictly; a user's compiler may warn.
 export FUSEDRES_WERROR := 1
 
-.PHONY: install demo test bench bench-quick wheel format clean
+.PHONY: install demo test tsan fuzz bench bench-quick gpu results report wheel format clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.library
@@ -53,11 +58,33 @@ test: install
 	$(PY) -m pytest -q
 	$(PY) -m pytest -q bench --benchmark-disable
 
+tsan: install
+	$(PY) tests/csrc/tsan/run.py
+
+fuzz: install
+	$(PY) -m pytest -q tests/engine/test_fuzz.py --hypothesis-profile=fuzz
+
 bench: install
 	$(PY) -m fusedres bench
 
 bench-quick: install
 	$(PY) -m fusedres bench --quick
+
+# Not through install: such a machine may have no network. For example: make gpu GPU="--budget 300 --only tests"
+gpu:
+	$(PYTHON) -m tools.gpu $(GPU)
+
+# On a quiet machine: everything that README and docs/benchmarks.md tell of this one.
+results: install
+	$(PY) -m fusedres bench --json
+	$(PY) -m fusedres bench --architectures --json
+	$(PY) -m fusedres memory resnet50 densenet121 seresnet50 preresnet50 --json --budget 60 --out docs/memory.svg
+	$(PY) -m fusedres growth --json
+	$(MAKE) report
+
+report: install
+	$(PY) bench/update_readme.py
+	$(PY) -m fusedres report bench/results/*/*.json
 
 wheel: install
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .

@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -172,13 +173,10 @@ def find_cuda(cxx: list[str]) -> Cuda:
         raise
 
 
-def find_ninja() -> str:
-    """ninja beside this Python (its environment need not be active), otherwise on the path."""
+def find_ninja() -> str | None:
+    """ninja beside this Python (its environment need not be active), otherwise on the path, if anywhere."""
     beside = Path(sysconfig.get_path("scripts")) / "ninja"
-    ninja = str(beside) if beside.exists() else shutil.which("ninja")
-    if ninja is None:
-        sys.exit("fusedres: ninja is needed to build the compiled kernels: pip install ninja")
-    return ninja
+    return str(beside) if beside.exists() else shutil.which("ninja")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,8 +226,8 @@ def command_text(parts: list[str]) -> str:
     return " ".join(part if part in names else shlex.quote(part).replace("$", "$$") for part in parts)
 
 
-def ninja_file(torch: Path, cxx: list[str], cuda: Cuda | None) -> str:
-    """Everything ninja needs to know. A command that changed rebuilds its outputs; so does a changed header."""
+def rules_and_compiles(torch: Path, cxx: list[str], cuda: Cuda | None) -> tuple[dict[str, list[str]], list[Compile]]:
+    """The commands of the build by name, and what is compiled by them; the rule ``link`` takes all objects."""
     includes = [*DEFINES, f"-I{ROOT / 'csrc'}", "-isystem", f"{torch / 'include'}"]
     strict = os.environ.get("FUSEDRES_WERROR") == "1"
     track_headers = ["-MD", "-MF", "$out.d"]
@@ -253,7 +251,11 @@ def ninja_file(torch: Path, cxx: list[str], cuda: Cuda | None) -> str:
         rules["link"] = [*nvcc, "-shared", "-cudart=static", "-nodlink", "-o", "$out", "$in", *linker_flags, *libraries]
     else:
         rules["link"] = [*cxx, "-shared", "-o", "$out", "$in", *(f"-Wl,{flag}" for flag in linker), *libraries]
+    return rules, compiles
 
+
+def ninja_file(rules: dict[str, list[str]], compiles: list[Compile]) -> str:
+    """Everything ninja needs to know. A command that changed rebuilds its outputs; so does a changed header."""
     lines = ["ninja_required_version = 1.5", ""]
     for name, command in rules.items():
         lines += [f"rule {name}", f"  command = {command_text(command)}", f"  description = {name} $out"]
@@ -264,6 +266,21 @@ def ninja_file(torch: Path, cxx: list[str], cuda: Cuda | None) -> str:
         lines += [f"  flags = {command_text(list(step.flags))}"] if step.flags else []
     lines += ["", f"build _C.so: link {' '.join(step.object for step in compiles)}", "default _C.so", ""]
     return "\n".join(lines)
+
+
+def built_without_ninja(rules: dict[str, list[str]], compiles: list[Compile], jobs: int) -> bool:
+    """Compiles everything, ``jobs`` at a time, and links it: for a machine without ninja. Nothing old is used again."""
+
+    def run(rule: str, inputs: list[str], out: str, flags: tuple[str, ...] = ()) -> bool:
+        values = {"$in": inputs, "$out": [out], "$out.d": [f"{out}.d"], "$flags": flags}
+        command = [word for part in rules[rule] for word in values.get(part, [part])]
+        (BUILD / out).parent.mkdir(parents=True, exist_ok=True)
+        print(f"{rule} {out}", flush=True)
+        return subprocess.run(command, cwd=BUILD).returncode == 0
+
+    with ThreadPoolExecutor(jobs) as pool:
+        done = list(pool.map(lambda step: run(step.rule, [str(step.source)], step.object, step.flags), compiles))
+    return all(done) and run("link", [step.object for step in compiles], "_C.so")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,9 +319,14 @@ def build_library() -> BuildRecord:
         cuda = find_cuda(cxx)
     except Unavailable as error:
         cuda_reason = str(error)
-    (BUILD / "build.ninja").write_text(ninja_file(torch, cxx, cuda))
+    rules, compiles = rules_and_compiles(torch, cxx, cuda)
     jobs = os.environ.get("MAX_JOBS")
-    if subprocess.run([ninja, "-C", str(BUILD), *(["-j", jobs] if jobs else [])]).returncode:
+    if ninja is None:
+        done = built_without_ninja(rules, compiles, int(jobs or os.cpu_count() or 1))
+    else:
+        (BUILD / "build.ninja").write_text(ninja_file(rules, compiles))
+        done = subprocess.run([ninja, "-C", str(BUILD), *(["-j", jobs] if jobs else [])]).returncode == 0
+    if not done:
         sys.exit("fusedres: the kernels do not compile, see the errors above (FUSEDRES_SKIP_BUILD=1 installs without)")
     compiler = subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
     archs = ";".join(cuda.archs) if cuda else ""

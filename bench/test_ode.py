@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
+import copy
+import itertools
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from torch import nn
 
-from fusedres.benchmarking.shapes import name_of
+from bench.shapes import ODE_STATES, SMOKE_STATE
+from fusedres.benchmarking.agreement import verdict
+from fusedres.benchmarking.memory import peak_allocated, saved_bytes
+from fusedres.benchmarking.peers.torchdiffeq import Torchdiffeq
+from fusedres.benchmarking.race import Entrant
+from fusedres.benchmarking.referee import Referee
+from fusedres.benchmarking.results import Measurement
+from fusedres.benchmarking.rotation import copies
 from fusedres.models.ode import ODEFunction
 from fusedres.nn import ODEBlock
-from fusedres.testing import channels_last, compare
-
-SHAPE = (32, 64, 7, 7)
-"""The state of Chen et al.'s (2018) network on MNIST."""
-
-SHAPES = (SHAPE, (16, 64, 32, 32))
-SMOKE_SHAPE = (2, 32, 5, 5)
+from fusedres.testing import channels_last
 
 # The first step is given, since torchdiffeq differentiates its own choice of it where gradients go through the steps.
 METHODS = {
@@ -25,56 +28,64 @@ METHODS = {
     "rk4": {"step_size": 1 / 4},
     "dopri5": {"first_step": 1 / 8, "rtol": 1e-3, "atol": 1e-3},
 }
+PEER = Torchdiffeq()
+CONTESTANTS = (PEER.name, "fusedres")
 
 
-class Torchdiffeq(nn.Module):
-    """torchdiffeq as a block."""
-
-    def __init__(self, odefunc: nn.Module, method: str, adjoint: bool, rtol=1e-7, atol=1e-9, **options: float) -> None:
-        super().__init__()
-        import torchdiffeq
-
-        self.odefunc = odefunc
-        self.solve = torchdiffeq.odeint_adjoint if adjoint else torchdiffeq.odeint
-        self.arguments = {"method": method, "rtol": rtol, "atol": atol, "options": options}
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        t = torch.tensor([0.0, 1.0], dtype=torch.float64)
-        return self.solve(self.odefunc, x, t, **self.arguments)[-1]
-
-
-@pytest.mark.parametrize("contestant", ["torchdiffeq", "fusedres"])
+@pytest.mark.parametrize("contestant", CONTESTANTS)
 @pytest.mark.parametrize("adjoint", [False, True], ids=["through the steps", "adjoint"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
-def test_ode_block(race, smoke, shape, method, adjoint, contestant):
-    installed = importlib.util.find_spec("torchdiffeq") is not None
-    if contestant == "torchdiffeq" and not installed:
-        pytest.skip("torchdiffeq is not installed")
-    shape = SMOKE_SHAPE if smoke else shape
+@pytest.mark.parametrize("shape", ODE_STATES)
+def test_ode_block(enter, smoke, shape, method, adjoint, contestant):
+    shape = SMOKE_STATE if smoke else shape
+    variant = f"{method}, {'adjoint' if adjoint else 'through the steps'}"
+    group = Measurement("ode", "ODE block", "train step", "float32", shape, "", variant=variant)
+    enter(group, contestant, lambda: entrants(group, method, adjoint, memory=not smoke))
+
+
+class Solved(ODEBlock):
+    """The block, solved by torchdiffeq."""
+
+    def forward(self, x):
+        return PEER.prepare(self, x)(x)
+
+
+def entrants(group, method, adjoint, memory):
+    """torchdiffeq, which is the measure where it is installed, and the block."""
     torch.manual_seed(0)
-    function = ODEFunction(shape[1])
-    ours = ODEBlock(function, method, adjoint=adjoint, **METHODS[method])
-    block = ours if contestant == "fusedres" else Torchdiffeq(function, method, adjoint, **METHODS[method])
-    if contestant == "fusedres" and installed:
-        check(method, adjoint, function, shape)
-    x = channels_last(shape).requires_grad_()
-    grad = channels_last(shape, seed=1)
+    absent = PEER.available()
+    kind = Solved if absent is None else ODEBlock
+    stock = kind(ODEFunction(group.shape[1]), method, adjoint=adjoint, **METHODS[method])
+    block = ODEBlock(stock.odefunc, method, adjoint=adjoint, **METHODS[method])
+    referee = Referee(stock, lambda seed: channels_last(group.shape, seed=seed), input_gradients=True)
+    xs = [channels_last(group.shape, seed=seed) for seed in range(copies(4 * torch.Size(group.shape).numel()))]
+    found = []
+    for name in CONTESTANTS:
+        about = replace(group, contestant=name, baseline=name == PEER.name, images=group.shape[0])
+        if about.baseline and absent is not None:
+            found.append(Entrant(replace(about, missing=absent)))
+            continue
+        twin = copy.deepcopy(block)
+        call = PEER.prepare(twin, xs[0]) if about.baseline else twin
+        step = stepping(twin, call, xs)
+        if memory:
+            saved = saved_bytes(twin, lambda call=call: call(xs[0].detach().requires_grad_()))
+            about = replace(about, saved=saved, peak=peak_allocated(step))
+        found.append(Entrant(about, step, None if about.baseline else partial(judged, referee, twin, call)))
+    return found
 
-    def step() -> None:
-        block.zero_grad()
-        x.grad = None
-        block(x).backward(grad)
 
-    mode = "adjoint" if adjoint else "through the steps"
-    race(f"ODE block, {method}, {mode}, {name_of(shape)}", step, dtype=torch.float32, images=shape[0])
+def judged(referee, model, call):
+    return verdict(referee.judge(model, call))
 
 
-def check(method: str, adjoint: bool, function: nn.Module, shape: tuple[int, ...]) -> None:
-    """Raises AssertionError where a result is over the error budget, torchdiffeq's own being the measure."""
+def stepping(model, call, xs):
+    """Forward and backward on each input in turn."""
+    inputs, grad = itertools.cycle(xs), channels_last(tuple(xs[0].shape), seed=1)
 
-    def fuse(theirs: nn.Module) -> nn.Module:
-        return ODEBlock(theirs.odefunc, method, adjoint=adjoint, **METHODS[method])
+    def step():
+        x = next(inputs).detach().requires_grad_()
+        call(x).backward(grad)
+        model.zero_grad()
 
-    theirs = Torchdiffeq(function, method, adjoint, **METHODS[method])
-    compare(theirs, fuse, lambda seed: [channels_last(shape, seed=seed)]).check()
+    return step

@@ -30,11 +30,18 @@ COMMANDS: dict[str, Command] = {
     "env": Command("fusedres.env", "versions, backends and why one is absent, hardware"),
     "explain": Command("fusedres.explain_cli", "what would be fused in a model, and what not, and why"),
     "gradient-flow": Command("fusedres.analysis.gradient_flow", "the gradient at every block's output, by depth"),
+    "growth": Command(
+        "fusedres.benchmarking.growth", "a step's cost as batch and depth grow, and the first step's time"
+    ),
     "jacobian-identity": Command("fusedres.analysis.jacobian_identity", "how far blocks are from the identity"),
     "memory": Command("fusedres.analysis.memory", "what a training step keeps and peaks at, by how the model is run"),
     "params-flops": Command("fusedres.analysis.params_flops", "parameters and multiply-adds per block"),
+    "report": Command("fusedres.benchmarking.report.cli", "benchmark results as a page with figures, or two compared"),
     "residual-as-ode": Command("fusedres.analysis.residual_as_ode", "a residual stack against its ODE's solution"),
-    "traffic": Command("fusedres.analysis.traffic", "bytes that a training step moves, and the time they must take"),
+    "soak": Command("fusedres.benchmarking.soak", "whether memory grows over thousands of steps"),
+    "traffic": Command(
+        "fusedres.analysis.traffic", "bytes that a step or an inference moves, and the time they must take"
+    ),
     "tune": Command("fusedres.tune_cli", "measure the tiles of a model's convolutions on this GPU, and keep them"),
     "zoo": Command("fusedres.zoo_cli", "what would be fused in the networks of torchvision and timm"),
 }

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +26,9 @@ from .engine.verdict import Posed, forget, posed
 from .ops.conv import ConvGeometry
 from .select import why_not
 from .testing import budget, rms
-from .triton.tuning import Verdict, device_name, record, record_verdicts
+from .triton.tuning import Verdict, bytes_and_flops, cache_path, device_name, record, record_verdicts
 
-__all__ = ["TuneReport", "blocks", "convolutions", "measure", "measure_block", "tune", "untunable"]
+__all__ = ["TuneReport", "blocks", "contestants", "convolutions", "measure", "measure_block", "tune", "untunable"]
 
 _CANDIDATES = 10  # tiles that are timed per problem: each is a compilation
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,6 +45,8 @@ class TuneReport(NamedTuple):
     entries: dict[str, Any]
     path: str
     verdicts: dict[str, Verdict]
+    left: int = 0
+    """Problems and blocks for which there was no time."""
 
     def __str__(self) -> str:
         lines = [
@@ -54,21 +58,31 @@ class TuneReport(NamedTuple):
             times = f"{v.milliseconds:.4f} ms, stock {v.stock_milliseconds:.4f} ms"
             lines.append(f"{key}: {v.backend}, {times}{wrong}")
         won = sum(v.backend != "stock" for v in self.verdicts.values())
+        if self.left:
+            lines.append(f"{self.left} more were not measured for want of time")
         return "\n".join([*lines, f"{won} of {len(self.verdicts)} blocks are faster fused", f"kept in {self.path}"])
 
 
-def tune(model: nn.Module, example: Any, *, backward: bool = True, timer: Timer | None = None) -> TuneReport:
+def tune(
+    model: nn.Module,
+    example: Any,
+    *,
+    backward: bool = True,
+    timer: Timer | None = None,
+    seconds: float = float("inf"),
+) -> TuneReport:
     """Measures the convolutions and blocks of ``model`` and keeps what is best, for this and later processes.
 
     From then on the backend ``"auto"`` runs on this device, in the shapes of ``example`` and near ones, every block on
     whatever was fastest with it. The model's parameters, buffers and gradients are left as they were. Takes minutes:
-    every candidate is compiled.
+    every candidate is compiled. What computes most is measured first, and everything is kept as it is measured.
 
     Args:
         model: on a GPU, patched or not, under autocast where it will be.
         example: what it is called with: a tensor, or a tuple of arguments.
         backward: whether to measure training too.
         timer: by default the median of several runs between events on the device.
+        seconds: after which nothing else is begun; one convolution and one block are measured in any case.
 
     Raises:
         RuntimeError: where neither the Triton nor the CUDA kernels run here, with the reasons.
@@ -77,25 +91,29 @@ def tune(model: nn.Module, example: Any, *, backward: bool = True, timer: Timer 
     if reason := untunable(device.type):
         raise RuntimeError(f"tune: {reason}")
     backends = [name for name in select.MEASURED if why_not(name, device.type, torch.float32) is None]
-    found = []
+    started, found = perf_counter(), []
     if "triton" in backends:
         triton.load()
-        found = convolutions(model, example, backward)
-    name, path, entries, judged = device_name(device), "", {}, {}
+        found = sorted(convolutions(model, example, backward), key=lambda problem: -bytes_and_flops(problem)[1])
+    name, entries, judged = device_name(device), {}, {}
     with stages(len(found), "tuning convolutions") as begin:
         for problem in found:
+            if entries and perf_counter() - started > seconds:
+                break
             begin(problem.key)
             entries[problem.key] = measure(problem, device, timer)
-    if entries:
-        path = str(record(name, entries))
+            record(name, {problem.key: entries[problem.key]})
     cases = blocks(model, example, backward)
     with stages(len(cases), "tuning blocks") as begin:
         for key, case in cases.items():
+            if judged and perf_counter() - started > seconds:
+                break
             begin(key)
             judged[key] = measure_block(case, backends, timer)
-    path = str(record_verdicts(name, judged))
+            record_verdicts(name, {key: judged[key]})
     forget()
-    return TuneReport(entries, path, judged)
+    left = len(found) - len(entries) + len(cases) - len(judged)
+    return TuneReport(entries, str(cache_path(name)), judged, left)
 
 
 def untunable(device_type: str) -> str | None:
@@ -152,12 +170,14 @@ def measure(problem: Any, device: torch.device, timer: Timer | None = None) -> A
     """Times the candidates of a problem and the vendor's way; the :class:`~fusedres.triton.tuning.Entry` of the best.
 
     Args:
-        timer: as of :func:`tune`.
+        timer: from a call to its milliseconds; by default the median of several runs, on a GPU between events.
     """
+    from triton.errors import TritonError
+
     from .triton.tuning import Entry, heuristic, space
 
-    timer = timer or _milliseconds
-    ours, vendor = _contestants(problem, device)
+    timer = timer or (_milliseconds if device.type == "cuda" else _milliseconds_on_the_cpu)
+    ours, vendor = contestants(problem, device)
     expected = vendor()
     # Two roundings of each side, the pending value's and the result's.
     allowed = 4 * torch.finfo(problem.dtype).eps * rms(expected)
@@ -165,8 +185,9 @@ def measure(problem: Any, device: torch.device, timer: Timer | None = None) -> A
     candidates = dict.fromkeys([heuristic(problem), *space(problem, capability)])
     times = {}
     for tiles in list(candidates)[:_CANDIDATES]:
-        if rms(ours(tiles) - expected) <= allowed:
-            times[tiles] = timer(lambda tiles=tiles: ours(tiles))
+        with suppress(TritonError):  # the model of shared memory and registers lets through what a device refuses
+            if rms(ours(tiles) - expected) <= allowed:
+                times[tiles] = timer(lambda tiles=tiles: ours(tiles))
     best = min(times, key=times.__getitem__, default=heuristic(problem))
     return Entry(best, times.get(best, float("inf")), timer(vendor))
 
@@ -183,7 +204,17 @@ def _milliseconds(call: Callable[[], Any], runs: int = 20) -> float:
     return sorted(begin.elapsed_time(end) for begin, end in events)[runs // 2]
 
 
-def _contestants(problem: Any, device: torch.device) -> tuple[Callable[[Any], Tensor], Callable[[], Tensor]]:
+def _milliseconds_on_the_cpu(call: Callable[[], Any], runs: int = 3) -> float:
+    """For Triton's interpreter, whose times say nothing of a GPU's."""
+    times = []
+    for _ in range(runs):
+        start = perf_counter()
+        call()
+        times.append(1e3 * (perf_counter() - start))
+    return sorted(times)[runs // 2]
+
+
+def contestants(problem: Any, device: torch.device) -> tuple[Callable[[Any], Tensor], Callable[[], Tensor]]:
     """The pass by our kernel with given tiles, and by the vendor's with the passes of the backend around it.
 
     Both yield the tensor that the pass is for, and also do what comes with it: statistics, sums, masks.

@@ -20,6 +20,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=256, help="images (256)")
     parser.add_argument("--size", type=int, default=224, help="their height and width (224)")
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bf16", help="of model and images (bf16)")
+    parser.add_argument("--device", default="cuda", help="cpu where TRITON_INTERPRET=1 (cuda)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no other problem is begun")
     parser.add_argument("--forward-only", action="store_true", help="leave the gradients' passes out")
 
 
@@ -33,8 +35,8 @@ def run(args: Namespace) -> int:
         print(f"fusedres tune: {error}", file=sys.stderr)
         return 2
     dtype = _DTYPES[args.dtype]
-    model = model.to("cuda", dtype, memory_format=torch.channels_last)
-    images = torch.randn(args.batch, 3, args.size, args.size, device="cuda", dtype=dtype)
+    model = model.to(args.device, dtype, memory_format=torch.channels_last)
+    images = torch.randn(args.batch, 3, args.size, args.size, device=args.device, dtype=dtype)
     images = images.contiguous(memory_format=torch.channels_last)
-    print(tune(model, images, backward=not args.forward_only))
+    print(tune(model, images, backward=not args.forward_only, seconds=args.seconds))
     return 0

@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from importlib.abc import MetaPathFinder
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gang import Gang
+from hypothesis import settings
 from torch.utils import deterministic
 
 from fusedres import env, select
+
+settings.register_profile("fuzz", max_examples=10_000, print_blob=True)  # of each fuzz test; see ``make fuzz``
+
+
+class WithoutHypothesis(MetaPathFinder):
+    """Skips a file of tests that needs hypothesis where that is not installed, as a machine with a GPU may be."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        # Asked last, so that it is nowhere else; and asked by others, too, who can do without.
+        if name == "hypothesis" and _importer().startswith(str(Path(__file__).parent)):
+            pytest.skip("needs hypothesis, which is not installed", allow_module_level=True)
+
+
+def _importer() -> str:
+    """The file whose import statement is being carried out."""
+    frame = sys._getframe()
+    while frame is not None and (frame.f_code.co_filename == __file__ or "importlib" in frame.f_code.co_filename):
+        frame = frame.f_back
+    return "" if frame is None else frame.f_code.co_filename
+
+
+sys.meta_path.append(WithoutHypothesis())
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +90,11 @@ def threads() -> Iterator[Callable[..., Any]]:
 
     yield call
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def gang() -> Iterator[Gang]:
+    """Processes for jobs that several run together; started where a test first runs one."""
+    gang = Gang()
+    yield gang
+    gang.close()

@@ -49,7 +49,8 @@ def nvcc_version() -> str | None:
 
 
 def kernels(tool: str, path: Path) -> dict[str, dict[str, int | bool]]:
-    """By kernel: registers, bytes of stack and of shared memory, and whether it has 128-bit loads and HMMA."""
+    """By kernel: registers, bytes of stack and of shared memory, and whether it has 128-bit loads, to registers or
+    straight to shared memory, and HMMA."""
 
     def dump(what: str) -> str:
         return subprocess.run([tool, what, "-arch", ARCH, str(path)], capture_output=True, text=True, check=True).stdout
@@ -60,7 +61,10 @@ def kernels(tool: str, path: Path) -> dict[str, dict[str, int | bool]]:
         found[_short(name)] = {"registers": int(registers), "stack": int(stack), "shared": int(shared)}
     for part in dump("-sass").split("Function : ")[1:]:
         name, _, code = part.partition("\n")
-        loads = {"loads_128_bits": bool(re.search(r"\bLDG\.E\.128", code)), "hmma": bool(re.search(r"\bHMMA", code))}
+        loads = {
+            "loads_128_bits": bool(re.search(r"\bLDG(STS)?\.E\S*\.128", code)),
+            "hmma": bool(re.search(r"\bHMMA", code)),
+        }
         found[_short(name.strip())] |= loads
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -114,3 +115,19 @@ def test_kernels_share_no_code_between_instruction_sets():
         symbols = subprocess.run(["nm", "--demangle", str(path)], capture_output=True, text=True, check=True).stdout
         mergeable = [line for line in symbols.splitlines() if line[17:18] in "WVu"]
         assert not mergeable, f"{path.name}: {mergeable}"
+
+
+@needs_cxx
+def test_a_machine_without_ninja_builds_too(project, monkeypatch):
+    spec = importlib.util.spec_from_file_location("setup_of_the_project", project.root / "setup.py")
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: None)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "find_ninja", lambda: None)
+    monkeypatch.setenv("FUSEDRES_CUDA", "0")
+    assert script.build_library().built
+    assert (script.BUILD / "_C.so").exists() and not (script.BUILD / "build.ninja").exists()
+    project.kernel.write_text("this is not C++\n")
+    with pytest.raises(SystemExit, match="do not compile"):
+        script.build_library()

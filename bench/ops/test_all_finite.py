@@ -5,16 +5,31 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.ops.contestants import BACKENDS, nbytes, require
+from bench.ops.contestants import BACKENDS, Contest, group_of, nbytes
+from bench.shapes import MODIFIED
 from fusedres.ops.registry import OPS
 from fusedres.testing import channels_last
 
 OP = OPS["all_finite"]
 
 
-@pytest.mark.parametrize("contestant", BACKENDS)
-def test_all_finite(race, contestant):
-    require(contestant, torch.float32)
-    x = channels_last((8, 256, 56, 56))
-    assert OP.overload(contestant)(x)
-    race("all_finite 8x256x56x56", lambda: OP.overload(contestant)(x), dtype=torch.float32, touched=nbytes(x))
+@pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
+@pytest.mark.parametrize("shape", MODIFIED, indirect=True)
+def test_all_finite(race, shape, contestant):
+    group = group_of("all_finite", torch.float32, shape)
+
+    def contest():
+        x = channels_last(shape)
+        calls = {"eager": lambda x: lambda: bool(torch.isfinite(x).all())}
+        calls |= {name: lambda x, name=name: lambda: OP.overload(name)(x) for name in BACKENDS}
+        return Contest(group, x, calls, {name: lambda name=name: sees(name, x) for name in BACKENDS}, nbytes(x))
+
+    race(group, contestant, contest)
+
+
+def sees(backend, x):
+    """Nothing in numbers, and a NaN."""
+    assert OP.overload(backend)(x)
+    spoiled = x.clone()
+    spoiled[-1, -1, -1, -1] = float("nan")
+    assert not OP.overload(backend)(spoiled)

@@ -7,60 +7,70 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.ops.contestants import BACKENDS, nbytes, require
-from fusedres.benchmarking.shapes import ACTIVATIONS, MODIFIED, name_of
+from bench.ops.contestants import BACKENDS, Contest, group_of, nbytes
+from bench.shapes import MODIFIED, activations
 from fusedres.ops.registry import OPS
-from fusedres.testing import assert_within_budget, channels_last, rms, sliced
+from fusedres.testing import assert_within_budget, channels_last, contiguous, rms, sliced
 
 OP = OPS["bn_stats"]
 
 
 @pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
-@pytest.mark.parametrize("shape", ACTIVATIONS, ids=name_of, indirect=True)
+@pytest.mark.parametrize("shape", activations(), indirect=True)
 def test_bn_stats(race, shape, dtype, contestant):
-    x = channels_last(shape, dtype)
-    if contestant == "eager":
+    group = group_of("bn_stats", dtype, shape)
 
-        def call():
-            return torch.var_mean(x, (0, 2, 3))
+    def contest():
+        x = channels_last(shape, dtype)
+        calls = {"eager": lambda x: lambda: torch.var_mean(x, (0, 2, 3))}
+        calls |= {name: lambda x, name=name: lambda: OP.overload(name)(x) for name in BACKENDS}
+        return Contest(group, x, calls, {name: lambda name=name: check(name, x) for name in BACKENDS}, nbytes(x))
 
-    else:
-        require(contestant, dtype)
-        check(contestant, x)
+    race(group, contestant, contest)
 
-        def call():
-            return OP.overload(contestant)(x)
 
-    race(f"bn_stats {name_of(shape)} {dtype}", call, dtype=dtype, touched=nbytes(x))
+FORMS = {"slice": sliced, "contiguous": contiguous, "per sample": channels_last, "copied": channels_last}
 
 
 @pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
-@pytest.mark.parametrize("form", ["slice", "per sample", "copied"])
-@pytest.mark.parametrize("shape", MODIFIED, ids=name_of, indirect=True)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", MODIFIED, indirect=True)
 def test_modified_bn_stats(race, shape, dtype, form, contestant):
-    """Of a slice of the channels, of every sample, with a copy into a slice in the same pass."""
-    x = (sliced if form == "slice" else channels_last)(shape, dtype)
-    into = sliced(shape, dtype, 1) if form == "copied" else None
-    if contestant == "eager":
+    """Of a slice of the channels, of the other layout, of every sample, with a copy into a slice in the same pass."""
+    layout = "contiguous" if form == "contiguous" else "channels_last"
+    group = group_of("bn_stats", dtype, shape, form, layout)
 
-        def call():
-            if into is not None:
-                into.copy_(x)
-            return torch.var_mean(x, (2, 3) if form == "per sample" else (0, 2, 3))
+    def contest():
+        x = FORMS[form](shape, dtype)
+        into = sliced(shape, dtype, 1) if form == "copied" else None
 
-    else:
-        require(contestant, dtype)
-        for i in range(shape[0]) if form == "per sample" else ():
-            check(contestant, x[i : i + 1])
-        check(contestant, x)
+        def eager(operands):
+            x, into = operands
+            dims = (2, 3) if form == "per sample" else (0, 2, 3)
+            return lambda: (None if into is None else into.copy_(x), torch.var_mean(x, dims))
 
-        def call():
-            return OP.overload(contestant)(x, form == "per sample", into)
+        def ours(name):
+            return lambda operands: lambda: OP.overload(name)(operands[0], form == "per sample", operands[1])
 
-    call()
-    assert into is None or torch.equal(into, x)
-    touched = nbytes(x) if into is None else nbytes(x, into)
-    race(f"bn_stats, {form}, {name_of(shape)} {dtype}", call, dtype=dtype, touched=touched)
+        calls = {"eager": eager} | {name: ours(name) for name in BACKENDS}
+        checks = {name: lambda name=name: check_form(name, x, form, into) for name in BACKENDS}
+        return Contest(group, (x, into), calls, checks, nbytes(x, into))
+
+    race(group, contestant, contest)
+
+
+def check_form(backend: str, x: Tensor, form: str, into: Tensor | None) -> None:
+    """As :func:`check`; per sample, each of them, and with a copy, the copy."""
+    if form == "per sample":
+        together = OP.overload(backend)(x, True, None)
+        for i in range(len(x)):
+            check(backend, x[i : i + 1])
+            assert torch.equal(together[:, i], OP.overload(backend)(x[i : i + 1]))
+        return
+    check(backend, x)
+    if into is not None:
+        OP.overload(backend)(x, False, into)
+        assert torch.equal(into, x)
 
 
 def check(backend: str, x: Tensor) -> None:

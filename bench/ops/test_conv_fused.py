@@ -9,19 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.ops.contestants import affine_rows, check, nbytes
-from fusedres.benchmarking.shapes import WEIGHT_GRADIENTS, name_of
+from bench.ops.contestants import Contest, affine_rows, check, group_of, nbytes
+from bench.shapes import CONVOLUTIONS, SMOKE_MOST
 from fusedres.ops.activations import RELU
 from fusedres.ops.registry import OPS
 from fusedres.testing import channels_last
 
 FPROP, JOIN = OPS["conv_fused_fprop"], OPS["conv_fused_join"]
 CONTESTANTS = ("eager", "reference")
-
-
-def operands(shape, dtype, channels, size):
-    weight = channels_last((channels, shape[1], size, size), dtype, 2)
-    return channels_last(shape, dtype), weight, [size // 2, size // 2]
 
 
 def applied(x, norm):
@@ -31,55 +26,65 @@ def applied(x, norm):
 
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
-@pytest.mark.parametrize(("shape", "channels", "size"), WEIGHT_GRADIENTS, indirect=["shape"])
-def test_conv_fused_fprop(race, shape, dtype, channels, size, contestant):
-    x, weight, padding = operands(shape, dtype, channels, size)
-    norm = affine_rows(shape[1])
-    arguments = [x, norm, RELU.code, RELU.param, weight, None, [1, 1], padding, [1, 1], True]
+@pytest.mark.parametrize("conv", CONVOLUTIONS["ResNet-50"], ids=str)
+def test_conv_fused_fprop(race, smoke, conv, dtype, contestant):
+    conv = conv.within(SMOKE_MOST) if smoke else conv
+    geometry = ([conv.stride] * 2, conv.padding, [1, 1])
+    group = group_of("conv_fused_fprop", dtype, conv.shape, f"to {conv.channels}, {conv.size}x{conv.size}")
 
-    def eager():
-        y = F.conv2d(applied(x, norm), weight, None, 1, padding)
-        return y, torch.var_mean(y.float(), (0, 2, 3))
+    def eager(arguments):
+        x, norm, *_, weight, _bias = arguments[:6]
 
-    def reference():
-        return FPROP.overload("reference")(*arguments)
+        def call():
+            y = F.conv2d(applied(x, norm), weight, None, *geometry)
+            return y, torch.var_mean(y.float(), (0, 2, 3))
 
-    check(FPROP, "reference", arguments)
-    call = eager if contestant == "eager" else reference
-    group = f"conv_fused_fprop {name_of(shape)} to {channels}, {size}x{size}, {dtype}"
-    race(group, call, dtype=dtype, touched=nbytes(x, weight, eager()[0]))
+        return call
+
+    def contest():
+        x, weight = operands(conv, dtype)
+        arguments = [x, affine_rows(conv.shape[1]), RELU.code, RELU.param, weight, None, *geometry, True]
+        calls = {"eager": eager, "reference": lambda given: lambda: FPROP.overload("reference")(*given)}
+        checks = {"reference": lambda: check(FPROP, "reference", arguments)}
+        return Contest(group, arguments, calls, checks, nbytes(x, weight) + moved(conv, dtype), conv.flops)
+
+    race(group, contestant, contest)
 
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
-@pytest.mark.parametrize(("shape", "channels", "size"), WEIGHT_GRADIENTS, indirect=["shape"])
-def test_conv_fused_join(race, shape, dtype, channels, size, contestant):
-    x, weight, padding = operands(shape, dtype, channels, size)
-    out_norm, residual = affine_rows(channels), channels_last((shape[0], channels, *shape[2:]), dtype, 3)
-    arguments = [
-        x,
-        None,
-        0,
-        0.0,
-        weight,
-        None,
-        [1, 1],
-        padding,
-        [1, 1],
-        out_norm,
-        residual,
-        None,
-        RELU.code,
-        RELU.param,
-    ]
+@pytest.mark.parametrize("conv", CONVOLUTIONS["ResNet-50"], ids=str)
+def test_conv_fused_join(race, smoke, conv, dtype, contestant):
+    conv = conv.within(SMOKE_MOST) if smoke else conv
+    geometry = ([conv.stride] * 2, conv.padding, [1, 1])
+    group = group_of("conv_fused_join", dtype, conv.shape, f"to {conv.channels}, {conv.size}x{conv.size}")
 
-    def eager():
-        scale, shift = (row[:, None, None].to(dtype) for row in out_norm[2:])
-        return torch.relu(scale * F.conv2d(x, weight, None, 1, padding) + shift + residual)
+    def eager(arguments):
+        x, weight, norm, residual = arguments[0], arguments[4], arguments[9], arguments[10]
 
-    def reference():
-        return JOIN.overload("reference")(*arguments)
+        def call():
+            scale, shift = (row[:, None, None].to(dtype) for row in norm[2:])
+            return torch.relu(scale * F.conv2d(x, weight, None, *geometry) + shift + residual)
 
-    check(JOIN, "reference", arguments)
-    call = eager if contestant == "eager" else reference
-    group = f"conv_fused_join {name_of(shape)} to {channels}, {size}x{size}, {dtype}"
-    race(group, call, dtype=dtype, touched=nbytes(x, weight, residual, residual))
+        return call
+
+    def contest():
+        x, weight = operands(conv, dtype)
+        residual, norm = channels_last(conv.out, dtype, 3), affine_rows(conv.channels)
+        act = (RELU.code, RELU.param)
+        arguments = [x, None, 0, 0.0, weight, None, *geometry, norm, residual, None, *act]
+        calls = {"eager": eager, "reference": lambda given: lambda: JOIN.overload("reference")(*given)}
+        checks = {"reference": lambda: check(JOIN, "reference", arguments)}
+        return Contest(group, arguments, calls, checks, nbytes(x, weight, residual, residual), conv.flops)
+
+    race(group, contestant, contest)
+
+
+def operands(conv, dtype):
+    """Input and weight."""
+    return channels_last(conv.shape, dtype), channels_last((conv.channels, conv.shape[1], *[conv.size] * 2), dtype, 2)
+
+
+def moved(conv, dtype):
+    """Bytes of the result."""
+    n, channels, h, w = conv.out
+    return n * channels * h * w * dtype.itemsize

@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.ops.contestants import affine_rows, check, nbytes
-from fusedres.benchmarking.shapes import WEIGHT_GRADIENTS, name_of
+from bench.ops.contestants import Contest, affine_rows, check, group_of, nbytes
+from bench.shapes import CHANNELS, CONVOLUTIONS, SMOKE_MOST
 from fusedres.ops.activations import RELU
 from fusedres.ops.registry import OPS
 from fusedres.testing import channels_last
@@ -25,39 +25,48 @@ def gradient(g, y, rows):
     return scale * g + slope * (y - mean) + offset
 
 
-@pytest.mark.parametrize("channels", [64, 2048])
+@pytest.mark.parametrize("channels", CHANNELS)
 def test_bn_grad_rows(race, channels):
-    arguments = [affine_rows(channels), torch.randn(3, channels), 25088.0]
-    check(ROWS, "reference", arguments)
-    race(
-        f"bn_grad_rows {channels}",
-        lambda: ROWS.overload("reference")(*arguments),
-        dtype=torch.float32,
-        touched=nbytes(*arguments),
-    )
+    group = group_of("bn_grad_rows", torch.float32, (channels,))
+
+    def contest():
+        arguments = [affine_rows(channels), torch.randn(3, channels), 25088.0]
+        calls = {"reference": lambda given: lambda: ROWS.overload("reference")(*given)}
+        checks = {"reference": lambda: check(ROWS, "reference", arguments)}
+        return Contest(group, arguments, calls, checks, nbytes(*arguments))
+
+    race(group, "reference", contest)
 
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 @pytest.mark.parametrize("op", [DGRAD, WGRAD], ids=lambda op: op.name)
-@pytest.mark.parametrize(("shape", "channels", "size"), WEIGHT_GRADIENTS, indirect=["shape"])
-def test_conv_fused_gradients(race, shape, dtype, channels, size, op, contestant):
-    x, weight = channels_last(shape, dtype), channels_last((channels, shape[1], size, size), dtype, 2)
-    g, y = (channels_last((shape[0], channels, *shape[2:]), dtype, seed) for seed in (1, 3))
-    norm, rows, padding = affine_rows(shape[1]), affine_rows(channels, 1), [size // 2, size // 2]
-    geometry = ([1, 1], padding, [1, 1])
-    act = (RELU.code, RELU.param)
-    data = op is DGRAD
-    last = [] if data else [torch.empty_like(weight)]
-    arguments = [g, y, rows, *([weight] if data else []), x, norm, *act, *geometry, *last]
+@pytest.mark.parametrize("conv", CONVOLUTIONS["ResNet-50"], ids=str)
+def test_conv_fused_gradients(race, smoke, conv, dtype, op, contestant):
+    conv = conv.within(SMOKE_MOST) if smoke else conv
+    group = group_of(op.name, dtype, conv.shape, f"to {conv.channels}, {conv.size}x{conv.size}")
+    geometry, data = ([conv.stride] * 2, conv.padding, [1, 1]), op is DGRAD
 
-    def eager():
-        dy, mask = gradient(g, y, rows), (data, not data, False)
-        return torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry, False, [0, 0], 1, mask)
+    def eager(operands):
+        (x, weight, g, y, rows), _ = operands
 
-    def reference():
-        return op.overload("reference")(*arguments)
+        def call():
+            mask = (data, not data, False)
+            dy = gradient(g, y, rows)
+            return torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry, False, [0, 0], 1, mask)
 
-    check(op, "reference", arguments)
-    group = f"{op.name} {name_of(shape)} to {channels}, {size}x{size}, {dtype}"
-    call = eager if contestant == "eager" else reference
-    race(group, call, dtype=dtype, touched=nbytes(g, y, x, weight))
+        return call
+
+    def contest():
+        x = channels_last(conv.shape, dtype)
+        weight = channels_last((conv.channels, conv.shape[1], *[conv.size] * 2), dtype, 2)
+        g, y = (channels_last(conv.out, dtype, seed) for seed in (1, 3))
+        norm, rows = affine_rows(conv.shape[1]), affine_rows(conv.channels, 1)
+        last = [] if data else [torch.empty_like(weight)]
+        act = (RELU.code, RELU.param)
+        arguments = [g, y, rows, *([weight] if data else []), x, norm, *act, *geometry, *last]
+        calls = {"eager": eager, "reference": lambda given: lambda: op.overload("reference")(*given[1])}
+        checks = {"reference": lambda: check(op, "reference", arguments)}
+        together = ((x, weight, g, y, rows), arguments)
+        return Contest(group, together, calls, checks, nbytes(g, y, x, weight), conv.flops)
+
+    race(group, contestant, contest)

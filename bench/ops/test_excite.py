@@ -6,24 +6,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.ops.contestants import affine_rows, check
-from fusedres.benchmarking.shapes import CHANNELS
+from bench.ops.contestants import Contest, affine_rows, check, group_of, nbytes
+from bench.shapes import CHANNELS
 from fusedres.ops.activations import RELU
 from fusedres.ops.registry import OPS
 
 OP = OPS["excite"]
+BATCH = 8
 
 
 @pytest.mark.parametrize("contestant", ["eager", "reference"])
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_excite(race, channels, contestant):
-    hidden, rows = max(channels // 16, 1), affine_rows(channels)
-    means, w1, w2 = torch.randn(8, channels), torch.randn(hidden, channels), torch.randn(channels, hidden)
-    arguments = [means, rows, w1, None, w2, None, RELU.code, RELU.param, "sigmoid", None]
-    check(OP, "reference", arguments)
+    group = group_of("excite", torch.float32, (BATCH, channels))
 
-    def eager():
-        return torch.sigmoid(F.linear(torch.relu(F.linear(rows[2] * means + rows[3], w1)), w2))
+    def eager(given):
+        means, rows, w1, _, w2, *_ = given
+        return lambda: torch.sigmoid(F.linear(torch.relu(F.linear(rows[2] * means + rows[3], w1)), w2))
 
-    call = eager if contestant == "eager" else lambda: OP.overload("reference")(*arguments)
-    race(f"excite {channels}", call, dtype=torch.float32)
+    def contest():
+        hidden, rows = max(channels // 16, 1), affine_rows(channels)
+        means, w1, w2 = torch.randn(BATCH, channels), torch.randn(hidden, channels), torch.randn(channels, hidden)
+        arguments = [means, rows, w1, None, w2, None, RELU.code, RELU.param, "sigmoid", None]
+        calls = {"eager": eager, "reference": lambda given: lambda: OP.overload("reference")(*given)}
+        checks = {"reference": lambda: check(OP, "reference", arguments)}
+        return Contest(group, arguments, calls, checks, nbytes(means, rows, w1, w2, means))
+
+    race(group, contestant, contest)

@@ -5,56 +5,53 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.ops.contestants import BACKENDS, check, nbytes, require
-from fusedres.benchmarking.shapes import ACTIVATIONS, name_of
+from bench.ops.contestants import BACKENDS, Contest, check, group_of, nbytes
+from bench.shapes import activations
 from fusedres.ops.registry import OPS
 from fusedres.testing import channels_last
 
 FORWARD, BACKWARD = OPS["gated_join"], OPS["gated_join_backward"]
 THRESHOLDS = {"smooth": None, "sparse": 0.5}
+SHAPES = activations("ResNet-50", "CIFAR ResNet-20")
 
 
 @pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
 @pytest.mark.parametrize("kind", THRESHOLDS)
-@pytest.mark.parametrize("shape", ACTIVATIONS, ids=name_of, indirect=True)
+@pytest.mark.parametrize("shape", SHAPES, indirect=True)
 def test_gated_join(race, shape, dtype, kind, contestant):
-    f, logits, x = operands(shape, dtype)
-    threshold = THRESHOLDS[kind]
-    if contestant == "eager":
+    group, threshold = group_of("gated_join", dtype, shape, kind), THRESHOLDS[kind]
 
-        def call():
-            return stock(f, logits, x, threshold)
-    else:
-        require(contestant, dtype)
-        check(FORWARD, contestant, [f, logits, x, threshold])
+    def contest():
+        f, logits, x = operands(shape, dtype)
+        calls = {"eager": lambda given: lambda: stock(*given, threshold)}
+        calls |= {name: lambda given, name=name: lambda: FORWARD.overload(name)(*given, threshold) for name in BACKENDS}
+        checks = {name: lambda name=name: check(FORWARD, name, [f, logits, x, threshold]) for name in BACKENDS}
+        return Contest(group, (f, logits, x), calls, checks, nbytes(f, logits, x, f))
 
-        def call():
-            return FORWARD.overload(contestant)(f, logits, x, threshold)
-
-    race(f"gated join, {kind}, {name_of(shape)} {dtype}", call, dtype=dtype, touched=nbytes(f, logits, x, f))
+    race(group, contestant, contest)
 
 
 @pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
-@pytest.mark.parametrize("shape", ACTIVATIONS, ids=name_of, indirect=True)
+@pytest.mark.parametrize("shape", SHAPES, indirect=True)
 def test_gated_join_backward(race, shape, dtype, contestant):
-    f, logits, x = operands(shape, dtype)
-    grad = channels_last(shape, dtype, 3)
-    if contestant == "eager":
+    group = group_of("gated_join_backward", dtype, shape)
+
+    def eager(arguments):
+        grad, logits, f, x = arguments[:4]
         leaves = [t.detach().requires_grad_() for t in (f, logits, x)]
         out = stock(*leaves, None)
+        return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
-        def call():
-            return torch.autograd.grad(out, leaves, grad, retain_graph=True)
-    else:
-        require(contestant, dtype)
+    def contest():
+        f, logits, x = operands(shape, dtype)
+        grad = channels_last(shape, dtype, 3)
         arguments = [grad, logits, f, x, None, True, True]
-        check(BACKWARD, contestant, arguments)
+        calls = {"eager": eager}
+        calls |= {name: lambda given, name=name: lambda: BACKWARD.overload(name)(*given) for name in BACKENDS}
+        checks = {name: lambda name=name: check(BACKWARD, name, arguments) for name in BACKENDS}
+        return Contest(group, arguments, calls, checks, nbytes(grad, f, logits, x) + nbytes(f, logits, x))
 
-        def call():
-            return BACKWARD.overload(contestant)(*arguments)
-
-    touched = nbytes(grad, f, logits, x) + nbytes(f, logits, x)
-    race(f"gated join backward {name_of(shape)} {dtype}", call, dtype=dtype, touched=touched)
+    race(group, contestant, contest)
 
 
 def operands(shape, dtype):

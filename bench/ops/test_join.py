@@ -6,35 +6,40 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.ops.contestants import BACKENDS, affine_rows, check, nbytes, require
-from fusedres.benchmarking.shapes import ACTIVATIONS, MODIFIED, name_of
+from bench.ops.contestants import BACKENDS, Contest, affine_rows, check, group_of, nbytes
+from bench.shapes import MODIFIED, activations
 from fusedres.ops.activations import RELU
 from fusedres.ops.registry import OPS
-from fusedres.testing import channels_last, sliced
+from fusedres.testing import channels_last, contiguous, sliced
 
 OP = OPS["join"]
 DROPOUT = 0.3
 
 
+def ours(name):
+    return lambda arguments: lambda: OP.overload(name)(*arguments)
+
+
+def contest_of(group, arguments, eager, moved):
+    calls = {"eager": eager} | {name: ours(name) for name in BACKENDS}
+    checks = {name: lambda name=name: check(OP, name, arguments) for name in BACKENDS}
+    return Contest(group, arguments, calls, checks, moved)
+
+
 @pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
 @pytest.mark.parametrize("residual", ["none", "plain", "affine"])
-@pytest.mark.parametrize("shape", ACTIVATIONS, ids=name_of, indirect=True)
+@pytest.mark.parametrize("shape", activations(), indirect=True)
 def test_join(race, shape, dtype, residual, contestant):
-    y = channels_last(shape, dtype)
-    side = None if residual == "none" else channels_last(shape, dtype, 1)
-    norm = affine_rows(shape[1])
-    side_norm = affine_rows(shape[1], 1) if residual == "affine" else None
-    if contestant == "eager":
-        call = eager(y, norm, side, side_norm)
-    else:
-        require(contestant, dtype)
-        arguments = [y, norm, side, side_norm, RELU.code, RELU.param]
-        check(OP, contestant, arguments)
+    group = group_of("join", dtype, shape, f"residual {residual}")
 
-        def call():
-            return OP.overload(contestant)(*arguments)
+    def contest():
+        y = channels_last(shape, dtype)
+        side = None if residual == "none" else channels_last(shape, dtype, 1)
+        side_norm = affine_rows(shape[1], 1) if residual == "affine" else None
+        arguments = [y, affine_rows(shape[1]), side, side_norm, RELU.code, RELU.param]
+        return contest_of(group, arguments, lambda given: eager(*given[:4]), nbytes(y, side, y))
 
-    race(f"join, residual {residual}, {name_of(shape)} {dtype}", call, dtype=dtype, touched=nbytes(y, side, y))
+    race(group, contestant, contest)
 
 
 def eager(y, norm, side, side_norm):
@@ -53,34 +58,34 @@ def eager(y, norm, side, side_norm):
     return call
 
 
+FORMS = {"slice": sliced, "contiguous": contiguous, "gain": channels_last, "dropout": channels_last}
+
+
 @pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
-@pytest.mark.parametrize("form", ["slice", "gain", "dropout"])
-@pytest.mark.parametrize("shape", MODIFIED, ids=name_of, indirect=True)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", MODIFIED, indirect=True)
 def test_modified_join(race, shape, dtype, form, contestant):
-    """Of a slice of the channels, with excitation's factors, with dropout's mask."""
-    y = (sliced if form == "slice" else channels_last)(shape, dtype)
-    norm = affine_rows(shape[1])
-    gain = torch.rand(shape[:2]) if form == "gain" else None
-    dropout, seed = (DROPOUT, torch.tensor([1])) if form == "dropout" else (0.0, None)
-    if contestant == "eager":
-        plain = eager(y, norm, None, None) if gain is None else eager_excited(y, norm, gain)
+    """Of a slice of the channels, in the other layout, with excitation's factors, with dropout's mask."""
+    group = group_of("join", dtype, shape, form, "contiguous" if form == "contiguous" else "channels_last")
 
-        def call():
-            return F.dropout(plain(), dropout, training=True) if dropout else plain()
+    def contest():
+        y = FORMS[form](shape, dtype)
+        gain = torch.rand(shape[:2]) if form == "gain" else None
+        dropout, seed = (DROPOUT, torch.tensor([1])) if form == "dropout" else (0.0, None)
+        arguments = [y, affine_rows(shape[1]), None, None, RELU.code, RELU.param, gain, dropout, seed]
+        return contest_of(group, arguments, modified, nbytes(y, y))
 
-    else:
-        require(contestant, dtype)
-        arguments = [y, norm, None, None, RELU.code, RELU.param, gain, dropout, seed]
-        check(OP, contestant, arguments)
-
-        def call():
-            return OP.overload(contestant)(*arguments)
-
-    race(f"join, {form}, {name_of(shape)} {dtype}", call, dtype=dtype, touched=nbytes(y, y))
+    race(group, contestant, contest)
 
 
-def eager_excited(y, norm, gain):
-    """Stock PyTorch: the excitation is a pass of its own."""
+def modified(arguments):
+    """Stock PyTorch: dropout is a pass of its own, and so is excitation."""
+    y, norm, gain, dropout = arguments[0], arguments[1], arguments[6], arguments[7]
+    plain = eager(y, norm, None, None) if gain is None else excited(y, norm, gain)
+    return lambda: F.dropout(plain(), dropout, training=True) if dropout else plain()
+
+
+def excited(y, norm, gain):
     factors = gain[:, :, None, None].to(y.dtype)
     mean, rstd, scale, shift = norm
     statistics = mean, rstd.reciprocal().square(), scale / rstd, shift + mean * scale

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.ops.contestants import BACKENDS, check, nbytes, require
-from fusedres.benchmarking.shapes import ACTIVATIONS, MODIFIED, name_of
+from bench.ops.contestants import BACKENDS, Contest, check, group_of, nbytes
+from bench.shapes import MODIFIED, activations
 from fusedres.ops.activations import RELU
 from fusedres.ops.registry import OPS
 from fusedres.testing import channels_last, sliced
@@ -16,34 +16,35 @@ REDUCE, MASK, APPLY = OPS["join_backward_reduce"], OPS["join_backward_mask"], OP
 DROPOUT = 0.3
 
 
+def rows_of(y):
+    """The norm's rows, from the batch."""
+    count = y.numel() / y.shape[1]
+    return torch.ops.fusedres.bn_norm(torch.ops.fusedres.bn_stats(y), count, None, None, None, None, 0.0, 1e-5), count
+
+
 @pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
-@pytest.mark.parametrize("shape", ACTIVATIONS, ids=name_of, indirect=True)
+@pytest.mark.parametrize("shape", activations(), indirect=True)
 def test_join_backward(race, shape, dtype, contestant):
-    grad, y, residual = (channels_last(shape, dtype, seed) for seed in range(3))
-    if contestant == "eager":
-        call = eager(grad, y, residual)
-    else:
-        require(contestant, dtype)
-        call = ours(contestant, grad, y, residual)
-    touched = 2 * nbytes(grad, y, residual) + nbytes(y, residual)
-    race(f"join backward {name_of(shape)} {dtype}", call, dtype=dtype, touched=touched)
+    group = group_of("join_backward", dtype, shape)
 
+    def contest():
+        grad, y, residual = (channels_last(shape, dtype, seed) for seed in range(3))
+        rows, count = rows_of(y)
+        arguments = [grad, y, rows, residual, None, RELU.code, RELU.param]
+        flags = count, True, False, True
 
-def ours(backend, grad, y, residual):
-    """Both passes, checked."""
-    channels, count = y.shape[1], y.numel() / y.shape[1]
-    rows = torch.ops.fusedres.bn_norm(torch.ops.fusedres.bn_stats(y), count, None, None, None, None, 0.0, 1e-5)
-    assert rows.shape == (4, channels)
-    operands = [grad, y, rows, residual, None, RELU.code, RELU.param]
-    sums = REDUCE.overload("reference")(*operands, False)[0]
-    check(REDUCE, backend, [*operands, False])
-    check(APPLY, backend, [*operands, sums, count, True, False, True])
+        def ours(name):
+            return lambda given: lambda: APPLY.overload(name)(*given, REDUCE.overload(name)(*given, False)[0], *flags)
 
-    def call():
-        sums = REDUCE.overload(backend)(*operands, False)[0]
-        return APPLY.overload(backend)(*operands, sums, count, True, False, True)
+        def holds(name):
+            check(REDUCE, name, [*arguments, False])
+            check(APPLY, name, [*arguments, REDUCE.overload("reference")(*arguments, False)[0], *flags])
 
-    return call
+        calls = {"eager": lambda given: eager(given[0], given[1], given[3])} | {name: ours(name) for name in BACKENDS}
+        checks = {name: lambda name=name: holds(name) for name in BACKENDS}
+        return Contest(group, arguments, calls, checks, 2 * nbytes(grad, y, residual) + nbytes(y, residual))
+
+    race(group, contestant, contest)
 
 
 def eager(grad, y, residual):
@@ -54,57 +55,71 @@ def eager(grad, y, residual):
 
 
 @pytest.mark.parametrize("contestant", ["eager", "reference"])
-@pytest.mark.parametrize("shape", ACTIVATIONS, ids=name_of, indirect=True)
+@pytest.mark.parametrize("shape", activations(), indirect=True)
 def test_join_backward_mask(race, shape, dtype, contestant):
     """The pass that leaves the norm's formula to what reads its gradient; eager applies that too, for want of one."""
-    grad, y, residual = (channels_last(shape, dtype, seed) for seed in range(3))
-    if contestant == "eager":
-        call = eager(grad, y, residual)
-    else:
-        rows = torch.ops.fusedres.bn_norm(torch.ops.fusedres.bn_stats(y), 4.0, None, None, None, None, 0.0, 1e-5)
-        operands = [grad, y, rows, residual, None, RELU.code, RELU.param, False]
-        check(MASK, "reference", operands)
-        call = lambda: MASK.overload("reference")(*operands)  # noqa: E731
-    race(f"join backward mask {name_of(shape)} {dtype}", call, dtype=dtype, touched=nbytes(grad, y, residual, y))
+    group = group_of("join_backward_mask", dtype, shape)
+
+    def contest():
+        grad, y, residual = (channels_last(shape, dtype, seed) for seed in range(3))
+        arguments = [grad, y, rows_of(y)[0], residual, None, RELU.code, RELU.param, False]
+        calls = {
+            "eager": lambda given: eager(given[0], given[1], given[3]),
+            "reference": lambda given: lambda: MASK.overload("reference")(*given),
+        }
+        checks = {"reference": lambda: check(MASK, "reference", arguments)}
+        return Contest(group, arguments, calls, checks, nbytes(grad, y, residual, y))
+
+    race(group, contestant, contest)
 
 
 @pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
 @pytest.mark.parametrize("form", ["slice", "gain", "dropout"])
-@pytest.mark.parametrize("shape", MODIFIED, ids=name_of, indirect=True)
+@pytest.mark.parametrize("shape", MODIFIED, indirect=True)
 def test_modified_join_backward(race, shape, dtype, form, contestant):
     """Of a slice of the channels, added to a slice of a gradient; with excitation's factors; with dropout's mask."""
-    make = sliced if form == "slice" else channels_last
-    grad, y = channels_last(shape, dtype), make(shape, dtype, 1)
-    total = make(shape, dtype, 2) if form == "slice" else None
-    gain = torch.rand(shape[:2]) if form == "gain" else None
-    if contestant == "eager":
-        call = eager_modified(grad, y, total, gain, DROPOUT if form == "dropout" else 0.0)
-    else:
-        require(contestant, dtype)
-        call = ours_modified(contestant, grad, y, total, gain, DROPOUT if form == "dropout" else 0.0)
-    race(f"join backward, {form}, {name_of(shape)} {dtype}", call, dtype=dtype, touched=nbytes(grad, y, grad, y, y))
+    group = group_of("join_backward", dtype, shape, form)
 
+    def contest():
+        make = sliced if form == "slice" else channels_last
+        grad, y = channels_last(shape, dtype), make(shape, dtype, 1)
+        total = make(shape, dtype, 2) if form == "slice" else None
+        gain = torch.rand(shape[:2]) if form == "gain" else None
+        dropout = DROPOUT if form == "dropout" else 0.0
+        rows, count = rows_of(y)
+        arguments = [grad, y, rows, None, None, RELU.code, RELU.param]
+        modifiers = [gain, dropout, torch.tensor([1]) if dropout else None]
+        flags = count, True, False, False
 
-def ours_modified(backend, grad, y, total, gain, dropout):
-    """Both passes, checked; an excitation's own gradient is left out on either side."""
-    count = y.numel() / y.shape[1]
-    rows = torch.ops.fusedres.bn_norm(torch.ops.fusedres.bn_stats(y), count, None, None, None, None, 0.0, 1e-5)
-    operands = [grad, y, rows, None, None, RELU.code, RELU.param]
-    modifiers = [gain, dropout, torch.tensor([1]) if dropout else None]
+        def sums(name, given, modifiers):
+            found = REDUCE.overload(name)(*given, False, *modifiers)[0]
+            gain = modifiers[0]  # an excitation's own gradient is left out on either side
+            return found if gain is None else torch.cat(((gain * found[:2]).sum(1), found[2:].sum(1)))
 
-    def totals(sums):
-        return sums if gain is None else torch.cat(((gain * sums[:2]).sum(1), sums[2:].sum(1)))
+        def ours(name):
+            def make(operands):
+                given, modifiers, total = operands
+                return lambda: APPLY.overload(name)(
+                    *given, sums(name, given, modifiers), *flags, *modifiers, None, total, total
+                )
 
-    sums = totals(REDUCE.overload("reference")(*operands, False, *modifiers)[0])
-    check(REDUCE, backend, [*operands, False, *modifiers])
-    check(APPLY, backend, [*operands, sums, count, True, False, False, *modifiers, None, total, total])
+            return make
 
-    def call():
-        sums = totals(REDUCE.overload(backend)(*operands, False, *modifiers)[0])
-        flags = True, False, False
-        return APPLY.overload(backend)(*operands, sums, count, *flags, *modifiers, None, total, total)
+        def holds(name):
+            check(REDUCE, name, [*arguments, False, *modifiers])
+            of_reference = sums("reference", arguments, modifiers)
+            check(APPLY, name, [*arguments, of_reference, *flags, *modifiers, None, total, total])
 
-    return call
+        def theirs(operands):
+            given, (gain, dropout, _), total = operands
+            return eager_modified(given[0], given[1], total, gain, dropout)
+
+        calls = {"eager": theirs} | {name: ours(name) for name in BACKENDS}
+        checks = {name: lambda name=name: holds(name) for name in BACKENDS}
+        operands = (arguments, modifiers, total)
+        return Contest(group, operands, calls, checks, nbytes(grad, y, grad, y, y))
+
+    race(group, contestant, contest)
 
 
 def eager_modified(grad, y, total, gain, dropout):

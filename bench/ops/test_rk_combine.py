@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.ops.contestants import BACKENDS, check, nbytes, require
-from fusedres.benchmarking.shapes import ACTIVATIONS, name_of
+from bench.ops.contestants import BACKENDS, Contest, check, group_of, nbytes
+from bench.shapes import ODE_STATES, activations
 from fusedres.ode import METHODS
 from fusedres.ops.registry import OPS
 from fusedres.testing import channels_last
@@ -19,43 +19,58 @@ STEP = 0.25
 RESULT = [STEP * weight for weight in METHODS["dopri5"].b if weight]
 ESTIMATE = [STEP * weight for weight in METHODS["dopri5"].error if weight]
 TOLERANCES = (1e-3, 1e-3)
+SHAPES = (*ODE_STATES, *activations("ResNet-50"))
+
+
+def contest_of(op, group, arguments, eager, moved):
+    calls = {"eager": eager}
+    calls |= {name: lambda given, name=name: lambda: op.overload(name)(*given) for name in BACKENDS}
+    return Contest(
+        group, arguments, calls, {name: lambda name=name: check(op, name, arguments) for name in BACKENDS}, moved
+    )
 
 
 @pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
-@pytest.mark.parametrize("shape", ACTIVATIONS, ids=name_of, indirect=True)
+@pytest.mark.parametrize("shape", SHAPES, indirect=True)
 def test_rk_combine(race, shape, dtype, contestant):
-    y, *stages = (channels_last(shape, dtype, seed) for seed in range(1 + len(RESULT)))
-    call = contender(COMBINE, contestant, dtype, [y, stages, RESULT], lambda: weighted(y, stages, RESULT))
-    touched = nbytes(y, *stages, y)
-    race(f"rk combine {name_of(shape)} {dtype}", call, dtype=dtype, touched=touched)
+    group = group_of("rk_combine", dtype, shape)
+
+    def contest():
+        y, *stages = (channels_last(shape, dtype, seed) for seed in range(1 + len(RESULT)))
+        moved = nbytes(y, *stages, y)
+        return contest_of(COMBINE, group, [y, stages, RESULT], lambda given: lambda: weighted(*given), moved)
+
+    race(group, contestant, contest)
 
 
 @pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
-@pytest.mark.parametrize("shape", ACTIVATIONS, ids=name_of, indirect=True)
+@pytest.mark.parametrize("shape", SHAPES, indirect=True)
 def test_rk_combine_backward(race, shape, dtype, contestant):
-    grad = channels_last(shape, dtype)
-    call = contender(BACKWARD, contestant, dtype, [grad, RESULT], lambda: [grad * weight for weight in RESULT])
-    touched = nbytes(grad, *[grad] * len(RESULT))
-    race(f"rk combine backward {name_of(shape)} {dtype}", call, dtype=dtype, touched=touched)
+    group = group_of("rk_combine_backward", dtype, shape)
+
+    def eager(given):
+        grad, weights = given
+        return lambda: [grad * weight for weight in weights]
+
+    def contest():
+        grad = channels_last(shape, dtype)
+        return contest_of(BACKWARD, group, [grad, RESULT], eager, nbytes(grad, *[grad] * len(RESULT)))
+
+    race(group, contestant, contest)
 
 
 @pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
-@pytest.mark.parametrize("shape", ACTIVATIONS, ids=name_of, indirect=True)
+@pytest.mark.parametrize("shape", SHAPES, indirect=True)
 def test_rk_error(race, shape, dtype, contestant):
-    y0, y1, *stages = (channels_last(shape, dtype, seed) for seed in range(2 + len(ESTIMATE)))
-    arguments = [y0, y1, stages, ESTIMATE, *TOLERANCES]
-    call = contender(ERROR, contestant, dtype, arguments, lambda: error(*arguments))
-    touched = nbytes(y0, y1, *stages)
-    race(f"rk error {name_of(shape)} {dtype}", call, dtype=dtype, touched=touched)
+    group = group_of("rk_error", dtype, shape)
 
+    def contest():
+        y0, y1, *stages = (channels_last(shape, dtype, seed) for seed in range(2 + len(ESTIMATE)))
+        arguments = [y0, y1, stages, ESTIMATE, *TOLERANCES]
+        moved = nbytes(y0, y1, *stages)
+        return contest_of(ERROR, group, arguments, lambda given: lambda: error(*given), moved)
 
-def contender(op, contestant, dtype, arguments, eager):
-    """What a contestant runs, checked."""
-    if contestant == "eager":
-        return eager
-    require(contestant, dtype)
-    check(op, contestant, arguments)
-    return lambda: op.overload(contestant)(*arguments)
+    race(group, contestant, contest)
 
 
 def weighted(y, stages, weights):

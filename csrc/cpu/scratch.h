@@ -14,9 +14,10 @@ class Scratch {
   template <class T = void>
   T* reserve(const char* op, size_t bytes) {
     if (bytes > size_) {
+      size_ = 0;  // should the memory not be there, the next call must not count on what was
       memory_.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-      size_ = memory_ ? bytes : 0;
       STD_TORCH_CHECK(memory_ != nullptr, op, ": out of memory");
+      size_ = bytes;
     }
     return static_cast<T*>(memory_.get());
   }

@@ -56,14 +56,11 @@ struct ChannelVector {
   }
 };
 
-inline ChannelVector channel_vector(const char* op, const char* name, const Device& device, std::optional<Tensor>& t,
-                                    int64_t channels) {
+// The elements of a tensor of any floating dtype and shape, counted in memory.
+inline ChannelVector floating_elements(const char* op, const char* name, const Device& device, Tensor& t) {
   using torch::headeronly::ScalarType;
-  if (!t) return {nullptr, 0, ChannelVector::Type::kAbsent};
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, op, ": ", name, " must be one-dimensional with ", channels,
-                  " values, got ", t->numel());
   const auto type = [&] {
-    switch (t->scalar_type()) {
+    switch (t.scalar_type()) {
       case ScalarType::Float:
         return ChannelVector::Type::kFloat;
       case ScalarType::Double:
@@ -76,7 +73,17 @@ inline ChannelVector channel_vector(const char* op, const char* name, const Devi
         STD_TORCH_CHECK(false, op, ": ", name, " must be of a floating dtype");
     }
   }();
-  return {device.both(*t), t->stride(0), type};
+  return {device.both(t), 1, type};
+}
+
+inline ChannelVector channel_vector(const char* op, const char* name, const Device& device, std::optional<Tensor>& t,
+                                    int64_t channels) {
+  if (!t) return {nullptr, 0, ChannelVector::Type::kAbsent};
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, op, ": ", name, " must be one-dimensional with ", channels,
+                  " values, got ", t->numel());
+  ChannelVector vector = floating_elements(op, name, device, *t);
+  vector.stride = t->stride(0);
+  return vector;
 }
 
 }  // namespace

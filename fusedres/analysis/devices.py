@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["DEVICES", "Device", "device_named", "measured_cpu"]
+__all__ = ["DEVICES", "Device", "device_named", "device_of", "measured_cpu"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,15 @@ def device_named(name: str, dtype: torch.dtype) -> Device:
     if name not in DEVICES:
         raise ValueError(f"device must be 'cpu' or one of {', '.join(map(repr, DEVICES))}, got {name!r}")
     return DEVICES[name]
+
+
+def device_of(where: torch.device | str, dtype: torch.dtype) -> Device | None:
+    """The peaks of a device that tensors lie on: this CPU's measured, a GPU's published; ``None`` for another GPU."""
+    where = torch.device(where)
+    if where.type == "cpu":
+        return measured_cpu(dtype)
+    name = torch.cuda.get_device_name(where).replace(" ", "")
+    return next((device for key, device in DEVICES.items() if key in name), None)
 
 
 _COPIED = 2**28

@@ -147,8 +147,10 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         # A view must be one, so that values can be followed; it touches no memory.
-        free = func.is_view or func in _FREE
-        out = _pretend(func, args, kwargs) if self._phantom and not func.is_view else func(*args, **kwargs)
+        samples = _name(func).startswith(_SAMPLES)
+        free = func.is_view or func in _FREE or samples
+        pretends = self._phantom and not func.is_view and not samples
+        out = _pretend(func, args, kwargs) if pretends else func(*args, **kwargs)
         if free:
             for t in _tensors(out):
                 if not func.is_view:
@@ -177,17 +179,24 @@ class Recorder(TorchDispatchMode):
         return tuple(Touch(value, nbytes) for value, nbytes in touches.items() if nbytes)
 
     def _value(self, t: Tensor) -> int:
-        key = t.untyped_storage()._cdata
+        key = _storage(t)
         return self._values[key] if key in self._values else self._new_value(t)
 
     def _new_value(self, t: Tensor) -> int:
         self._count += 1
-        self._values[t.untyped_storage()._cdata] = self._count
+        self._values[_storage(t)] = self._count
         return self._count
+
+
+def _storage(t: Tensor) -> int:
+    """What identifies the memory of ``t``; weights in oneDNN's own layout are of no views."""
+    return id(t) if t.layout is torch._mkldnn else t.untyped_storage()._cdata
 
 
 def _bytes(t: Tensor) -> int:
     """The bytes that a pass over ``t`` touches: those of a broadcast once."""
+    if t.layout is torch._mkldnn:
+        return t.numel() * t.element_size()
     elements = 1
     for size, stride in zip(t.shape, t.stride()):
         elements *= size if stride or not size else 1
@@ -219,6 +228,9 @@ _FREE = {
 }
 """Ops that touch no memory, besides views."""
 
+_SAMPLES = "fusedres.fingerprint"
+"""The stem of the op that reads a few values of each tensor: it runs, and counts for nothing."""
+
 
 def _operands(func: Any, args: tuple, kwargs: dict) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors that a call reads, and those of its arguments that it writes to."""
@@ -227,7 +239,7 @@ def _operands(func: Any, args: tuple, kwargs: dict) -> tuple[list[Tensor], list[
     for i, argument in enumerate(func._schema.arguments):
         value = args[i] if i < len(args) else kwargs.get(argument.name)
         tensors = _tensors(value)
-        if argument.alias_info is not None and argument.alias_info.is_write:
+        if argument.alias_info is not None and argument.alias_info.is_write and not _leaves_alone(func, args):
             written += tensors
             if argument.name in _ONLY_WRITTEN or func in _OVERWRITES:
                 continue
@@ -236,6 +248,11 @@ def _operands(func: Any, args: tuple, kwargs: dict) -> tuple[list[Tensor], list[
         if not _only_its_shape(func, args, i):
             read += tensors
     return read, written
+
+
+def _leaves_alone(func: Any, args: tuple) -> bool:
+    """Whether what the schema says is written to is not: running statistics, where there is no batch of them."""
+    return _name(func).startswith("fusedres.bn_norm") and args[0] is None
 
 
 _ONLY_WRITTEN = {"out", "into"}
@@ -280,6 +297,15 @@ def _written(out: Tensor, args: tuple, index: int) -> Tensor:
     return out if len(args) <= index or args[index] is None else args[index]
 
 
+_POINTWISE = "mkldnn._convolution_pointwise"
+"""oneDNN's fused convolution; with a residual its result has the residual's size."""
+
+
+def _weight_place(args: tuple) -> int:
+    """Where oneDNN's fused convolution has its weight: behind the input, and the residual in the form with one."""
+    return 2 if isinstance(args[2], Tensor) and args[2].dim() == 4 else 1
+
+
 FLOPS = {
     "fusedres.conv_wgrad": lambda args, out: _each_pixel(args[0], args[-1]),
     "fusedres.conv_fused_wgrad": lambda args, out: _each_pixel(args[0], args[-1]),
@@ -287,8 +313,10 @@ FLOPS = {
     "fusedres.conv_fused_fprop": lambda args, out: _each_pixel(_written(out[0], args, 10), args[4]),
     "fusedres.conv_fused_join": lambda args, out: _each_pixel(_written(out, args, 14), args[4]),
     "mkldnn._convolution_pointwise_": lambda args, out: _each_pixel(args[0], args[2]),
+    _POINTWISE: lambda args, out: _each_pixel(out, args[_weight_place(args)]),
 }
-"""Of convolutions that PyTorch does not know; ours by the op's stem, which the kernels of every backend share."""
+"""Of convolutions that PyTorch does not know; ours by the op's stem, which the kernels of every backend share. Where
+one stem begins another, the longer comes first."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,6 +326,10 @@ FLOPS = {
 
 def _pretend(func: Any, args: tuple, kwargs: dict) -> Any:
     """What ``func`` would return, with no memory touched; what it would write to stays as it is."""
+    if _name(func).startswith(_GUARD):
+        return True
+    if _name(func) == _POINTWISE and func._overloadname == "binary":  # PyTorch has no meta kernel for it
+        return torch.empty_like(args[1])
     if func is _aten._local_scalar_dense.default:
         raise ValueError("the model reads a tensor's value in its forward, and phantom tensors have none")
     written = _written_by_alias(func, args, kwargs)
@@ -310,11 +342,17 @@ def _pretend(func: Any, args: tuple, kwargs: dict) -> Any:
         out = func(*shapes, **options)
         if func in _CONVOLUTIONS:
             out = _in_layout_of(args, out)
+        if func is _aten.native_batch_norm.default and not args[5]:  # nor statistics, where the running ones are used
+            out = (out[0], *(t.new_empty(0) for t in out[1:]))
         if func is _aten.native_batch_norm_backward.default:  # its meta kernel makes what nobody asked for, too
             out = tuple(gradient if wanted else None for gradient, wanted in zip(out, args[9]))
         made = tree_map_only(Tensor, _from_meta, (out,) if len(returns) == 1 else out)
         returns = [m if r is None else r for m, r in zip(made, returns)]
     return None if not returns else returns[0] if len(returns) == 1 else tuple(returns)
+
+
+_GUARD = "fusedres.all_finite"
+"""The stem of the op that asks whether something is wrong with an input: of phantoms, nothing is."""
 
 
 def _written_by_alias(func: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -341,6 +379,8 @@ def _layout(t: Tensor) -> torch.memory_format:
 
 
 def _to_meta(t: Tensor) -> Tensor:
+    if t.layout is torch._mkldnn:
+        return torch.empty(t.shape, dtype=t.dtype, device="meta")
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 

@@ -122,6 +122,8 @@ class _Fuser:
         self._temporaries = 0
         for call in calls:
             self._add(call)
+        for value in [value for value in self._operands if not self._readers[value]]:
+            self._store(value)  # what nobody reads is a result
 
     def _add(self, call: Call) -> None:
         if call.op == "aten.native_batch_norm":

@@ -1,4 +1,4 @@
-"""Bytes that a training step moves, and the time that a device's bandwidth and arithmetic allow for it.
+"""Bytes that a training step or an inference moves, and the time that a device's bandwidth and arithmetic allow for it.
 
 A batch-normalised network is bound by memory: per block, this counts the bytes that three schedules move, from the
 shapes alone. *Stock* is PyTorch's eager mode, op by op. *Inductor-like* is what a fusing compiler makes of the same ops
@@ -17,6 +17,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..console import console, lacks, make_table, stages
 from ..explain_cli import load_model
 from ..ops.conv import ConvGeometry
 from ..ops.conv_fused import conv_fused_unsuited
-from ..patch import patch, unpatch
+from ..patch import PatchReport, patch, unpatch
 from ..select import fused_references, use_backend, why_not
 from .blocks import blocks_of
 from .devices import DEVICES, Device, device_named
@@ -36,7 +37,17 @@ from .output import COLOURS, add_output_arguments, new_figure, save_figure, shap
 from .phantom import Call, Recorder, phantom_input, phantom_model
 from .schedules import Kernel, eager, inductor_like
 
-__all__ = ["Cost", "Traffic", "add_arguments", "fused_backend", "record_step", "run", "save_plot", "traffic"]
+__all__ = [
+    "Cost",
+    "Traffic",
+    "add_arguments",
+    "fused_backend",
+    "record_step",
+    "run",
+    "save_plot",
+    "traffic",
+    "traffic_on",
+]
 
 SCHEDULES = ("stock", "inductor", "fused")
 
@@ -45,7 +56,7 @@ OUTSIDE = "(outside of blocks)"
 
 @dataclass(frozen=True)
 class Cost:
-    """What one block costs in one schedule, forward and backward.
+    """What one block costs in one schedule: forward and, in training, backward.
 
     Attributes:
         nbytes: moved, in all passes of all kernels.
@@ -70,6 +81,7 @@ class Traffic:
     """What :func:`traffic` found.
 
     Attributes:
+        training: whether it is a training step, or inference.
         blocks: for each block's path, and :data:`OUTSIDE`, the cost by schedule (:data:`SCHEDULES`).
     """
 
@@ -77,6 +89,7 @@ class Traffic:
     dtype: torch.dtype
     device: Device
     blocks: Mapping[str, Mapping[str, Cost]]
+    training: bool = True
 
     def total(self, schedule: str) -> Cost:
         """The whole step's cost."""
@@ -89,6 +102,7 @@ class Traffic:
         return {
             "shape": list(self.shape),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "training": self.training,
             "device": self.device.name,
             "bandwidth": self.device.bandwidth,
             "arithmetic": self.device.peak(self.dtype),
@@ -102,7 +116,8 @@ class Traffic:
             f"{name} {c.nbytes / 1e6 / self.shape[0]:.0f} MB and {1e3 * c.seconds / self.shape[0]:.3f} ms"
             for name, c in total.items()
         )
-        return f"per image on {self.device.name}, {str(self.dtype).removeprefix('torch.')}: {each}"
+        mode = "training" if self.training else "inference"
+        return f"{mode} per image on {self.device.name}, {str(self.dtype).removeprefix('torch.')}: {each}"
 
 
 def traffic(
@@ -112,12 +127,13 @@ def traffic(
     device: str | Device = "H100",
     *,
     memory: str = "auto",
+    training: bool = True,
 ) -> Traffic:
     """Bytes, FLOPs and the roofline's time of a training step (forward and backward), per block and schedule.
 
-    Nothing is computed and no activation gets memory: the model's code runs on phantom tensors in channels_last, in
-    training mode, in ``dtype`` throughout. The roofline is the least time of each kernel, ``max(bytes / bandwidth,
-    flops / arithmetic)`` (Williams et al. 2009), added up; caches, launches and the optimizer are left out.
+    Nothing is computed (but folded weights, from zeros) and no activation gets memory: the model's code runs on phantom
+    tensors in channels_last, in ``dtype`` throughout. The roofline is the least time of each kernel, ``max(bytes /
+    bandwidth, flops / arithmetic)`` (Williams et al. 2009), added up; caches, launches and the optimizer are left out.
 
     Args:
         model: stock or patched, or made of ``fusedres.nn`` blocks; it is not changed.
@@ -125,36 +141,79 @@ def traffic(
         device: ``"H100"``, ``"H200"``, ``"A100"``, ``"RTX4090"`` with their published peaks, ``"cpu"`` for this
             machine, measured at the start, or any :class:`~fusedres.analysis.devices.Device`.
         memory: as in :func:`fusedres.patch`, for the fused schedule.
+        training: forward and backward in training mode; or else a forward in evaluation mode without gradients. Then
+            an Inductor-like compiler folds the norms into the weights, which changes no tensor's size: what follows
+            a convolution is one elementwise kernel either way.
 
     Raises:
         ValueError: for a device or dtype that is not in the table, or a model that reads values in its forward.
     """
+    return traffic_on([device], model, shape, dtype, memory=memory, training=training)[0]
+
+
+def traffic_on(
+    devices: Sequence[str | Device],
+    model: nn.Module,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    memory: str = "auto",
+    training: bool = True,
+) -> tuple[Traffic, ...]:
+    """:func:`traffic` on several devices; what they share is recorded once."""
     shape = tuple(shape)
-    device = device_named(device, dtype) if isinstance(device, str) else device
-    device.peak(dtype)  # an unknown dtype is told before any work
-    stock = phantom_model(model, dtype).train()
+    devices = [device_named(device, dtype) if isinstance(device, str) else device for device in devices]
+    for device in devices:
+        device.peak(dtype)  # an unknown dtype is told before any work
+    stock = phantom_model(model, dtype).train(training)
     unpatch(stock)
     fused = phantom_model(stock)
-    patch(fused, memory=memory)
-    calls = record_step(stock, phantom_input(shape, dtype), use_backend("stock"))
-    kernels = {
-        "stock": eager(calls),
-        "inductor": inductor_like(calls),
-        "fused": eager(record_step(fused, phantom_input(shape, dtype), fused_backend(device, dtype))),
-    }
-    paths = [*blocks_of(stock), None]
-    blocks = {
-        OUTSIDE if path is None else path: {
-            schedule: _cost([k for k in found if k.block == path], device, dtype) for schedule, found in kernels.items()
+    patched = patch(fused, memory=memory)
+    blocks = _units(stock, patched)
+    calls = record_step(stock, phantom_input(shape, dtype), use_backend("stock"), blocks)
+    common = {"stock": eager(calls), "inductor": inductor_like(calls)}
+
+    @cache
+    def ours(on_cpu: bool) -> list[Kernel]:
+        if on_cpu and not training:
+            _fold(fused, shape, dtype, _backend(on_cpu, dtype))
+        return eager(record_step(fused, phantom_input(shape, dtype), _backend(on_cpu, dtype), blocks))
+
+    def on(device: Device) -> Traffic:
+        kernels = {**common, "fused": ours(_is_cpu(device))}
+        costs = {
+            OUTSIDE if path is None else path: {
+                schedule: _cost([k for k in found if k.block == path], device, dtype)
+                for schedule, found in kernels.items()
+            }
+            for path in (*blocks, None)
         }
-        for path in paths
-    }
-    return Traffic(shape, dtype, device, blocks)
+        return Traffic(shape, dtype, device, costs, training)
+
+    return tuple(map(on, devices))
+
+
+def _units(model: nn.Module, report: PatchReport) -> tuple[str, ...]:
+    """The paths of the model's blocks; where several run fused as one (the layers of a dense block), of that one."""
+    units = {}
+    for path, block in blocks_of(model).items():
+        inner = {f"{path}.{name}" if path else name for name, m in block.named_modules() if isinstance(m, nn.Conv2d)}
+        site = next((site for site in report.fused if inner < set(site.convolutions)), None)
+        units[path if site is None else site.path] = None
+    return tuple(units)
 
 
 def fused_backend(device: Device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """What the engine runs on for a device: its passes, not its kernels."""
-    if device.name.startswith("this CPU"):
+    return _backend(_is_cpu(device), dtype)
+
+
+def _is_cpu(device: Device) -> bool:
+    return device.name.startswith("this CPU")
+
+
+def _backend(on_cpu: bool, dtype: torch.dtype) -> AbstractContextManager[None]:
+    if on_cpu:
         return use_backend("cpu" if why_not("cpu", "cpu", dtype) is None else "reference")
     return fused_references(_fuses_pointwise)
 
@@ -163,20 +222,39 @@ def _fuses_pointwise(kind: str, x: Tensor, weight: Tensor, g: ConvGeometry, prol
     return tuple(weight.shape[2:]) == (1, 1) and conv_fused_unsuited(kind, x, weight, g) is None
 
 
+def _fold(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, backend: AbstractContextManager[None]) -> None:
+    """Has the engine fold the norms into the weights, which takes numbers: zeros, and one image of them."""
+    with torch.no_grad(), backend:
+        for t in (*model.parameters(), *model.buffers()):
+            t.zero_()
+        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        model(torch.zeros((1, *shape[1:]), dtype=dtype).contiguous(memory_format=layout))
+
+
 def record_step(
-    model: nn.Module, x: Tensor, backend: AbstractContextManager[None], *, phantom: bool = True
+    model: nn.Module,
+    x: Tensor,
+    backend: AbstractContextManager[None],
+    blocks: Sequence[str] | None = None,
+    *,
+    phantom: bool = True,
 ) -> list[Call]:
-    """The ops of one forward and backward of ``model``, each attributed to its block.
+    """The ops of one forward of ``model`` and, where it is in training mode, backward, each attributed to its block.
 
     Args:
         backend: what the engine runs on: :func:`fusedres.use_backend` or :func:`fused_backend`.
+        blocks: their paths, by default of the model's own (:func:`fusedres.analysis.blocks_of`).
         phantom: whether ``model`` and ``x`` are phantoms, on which no op runs.
 
     Raises:
-        ValueError: for a model none of whose outputs depends on a parameter.
+        ValueError: for a model in training mode none of whose outputs depends on a parameter.
     """
-    recorder = Recorder(blocks_of(model), phantom)
-    with backend, torch.enable_grad(), recorder.attributing():
+    watched = blocks_of(model) if blocks is None else {path: model.get_submodule(path) for path in blocks}
+    recorder = Recorder(watched, phantom)
+    with backend, torch.set_grad_enabled(model.training), recorder.attributing():
+        if not model.training:
+            model(x)
+            return recorder.calls
         outputs = [t for t in tree_leaves(model(x)) if isinstance(t, Tensor) and t.requires_grad]
         if not outputs:
             raise ValueError("no output of the model requires a gradient")
@@ -211,6 +289,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--device", nargs="+", choices=[*DEVICES, "cpu"], default=[*DEVICES, "cpu"], help="default: all"
     )
     parser.add_argument("--memory", choices=("auto", "low"), default="auto", help="of the fused schedule")
+    parser.add_argument("--inference", action="store_true", help="a forward in evaluation mode, not a training step")
     add_output_arguments(parser, "traffic")
 
 
@@ -224,19 +303,21 @@ def run(args: Namespace) -> int:
         with stages(len(args.device), "traffic") as begin:
             for device in args.device:
                 begin(device)
-                found.append(traffic(model, args.shape, dtype, device, memory=args.memory))
+                found.append(traffic(model, args.shape, dtype, device, memory=args.memory, training=not args.inference))
     except ValueError as error:
         console.print(f"fusedres traffic: {error}")
         return 2
-    title = f"{args.model}, {'x'.join(map(str, args.shape))}, {args.dtype}, one training step"
-    console.print(make_table(title, _HEAD, _rows(found[0]), _CAPTION))
+    step = "one inference" if args.inference else "one training step"
+    title = f"{args.model}, {'x'.join(map(str, args.shape))}, {args.dtype}, {step}"
+    caption = _CAPTION if args.inference else f"Forward and backward. {_CAPTION}"
+    console.print(make_table(title, _HEAD, _rows(found[0]), caption))
     console.print(make_table("", _DEVICE_HEAD, [_device_row(t) for t in found]))
     write(args, {"model": args.model, "found": [t.to_dict() for t in found]}, _drawing(found, title))
     return 0
 
 
 _HEAD = ("MB per image", "stock", "inductor-like", "fused", "fused / stock", "GFLOP per image")
-_CAPTION = "Forward and backward. Every kernel counted with all the passes that it makes, no cache"
+_CAPTION = "Every kernel counted with all the passes that it makes, no cache"
 _DEVICE_HEAD = ("least ms per step", "TB/s", "TFLOP/s", "stock", "inductor-like", "fused", "stock / fused")
 
 

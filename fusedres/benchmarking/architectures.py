@@ -7,9 +7,10 @@ everything else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,15 @@ from .. import models
 from ..nn import ODEBlock
 from ..patch import patch
 from .agreement import verdict
-from .memory import saved_bytes
-from .results import Goal, Row, quantity, times
-from .timing import interleave, speedup
+from .contest import contest
+from .memory import saved_bytes, silent_errors
+from .results import Goal, Measurement, Row, quantity, times
+from .shapes import BATCH as BATCH_AND_RESOLUTION
 from .workloads import INFERENCE_BF16, TRAIN_BF16, TRAIN_FP32, Batch, Workload, settle
 
-__all__ = ["ARCHITECTURES", "HEAD", "Architecture", "cells", "measure", "ode_row"]
+__all__ = ["ARCHITECTURES", "HEAD", "Architecture", "Found", "cells", "measure", "ode_row"]
 
-BATCH = 8
+BATCH = BATCH_AND_RESOLUTION[0]
 HEAD = (
     f"batch {BATCH}",
     "eager",
@@ -102,17 +104,24 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def measure(architecture: Architecture, train_turns: int, inference_turns: int) -> Iterator[Row]:
+class Found(NamedTuple):
+    """A row of the table, and the measurements that it was made from."""
+
+    row: Row
+    measurements: tuple[Measurement, ...] = ()
+
+
+def measure(architecture: Architecture, train_turns: int, inference_turns: int) -> Iterator[Found]:
     """The rows of one network: every workload that has a goal, then the bytes saved for backward."""
     torch.manual_seed(0)
     model = architecture.make().to(memory_format=torch.channels_last)
-    batch = Batch.random(BATCH, architecture.resolution)
-    settle(model, batch.images)
+    batches = Batch.several(BATCH, architecture.resolution)
+    settle(model, batches[0].images)
     for workload, goal in architecture.goals.items():
         turns = train_turns if workload.training else inference_turns
-        yield _workload_row(architecture, workload, goal, model, batch, turns)
+        yield _workload_row(architecture, workload, goal, model, batches, turns)
     if architecture.saved is not None:
-        yield _bytes_row(architecture, architecture.saved, model, batch)
+        yield Found(_bytes_row(architecture, architecture.saved, model, batches[0]))
 
 
 def _images(architecture: Architecture) -> Callable[[int], Tensor]:
@@ -121,35 +130,36 @@ def _images(architecture: Architecture) -> Callable[[int], Tensor]:
 
 
 def _workload_row(
-    architecture: Architecture, workload: Workload, goal: Goal, model: nn.Module, batch: Batch, turns: int
-) -> Row:
+    architecture: Architecture, workload: Workload, goal: Goal, model: nn.Module, batches: Sequence[Batch], turns: int
+) -> Found:
     name = f"{architecture.name}: {workload.name}"
-    check = verdict(workload.check(model, _images(architecture)))
-    if check != "ok":
-        return Row(name, "ms", goal, check=check)
-    make_step = workload.stepper(batch)
-    stock, ours = workload.prepared(model), workload.prepared(model)
-    patch(ours)
-    calls = {"eager": make_step(stock), "fusedres": make_step(ours)}
-    timed = interleave(calls, turns=turns)
-    median = timed["fusedres"].median
-    return Row(
+    checked = Batch(_images(architecture)(0), batches[0].classes[: _CHECKED[0]])
+    finishes = contest(architecture.name, workload, model, batches, turns=turns, memory=True, checked=checked)
+    measurements = tuple(f.measurement for f in finishes)
+    eager, ours = measurements
+    if ours.seconds is None:
+        return Found(Row(name, "ms", goal, check=ours.check), measurements)
+    step = workload.prepared(model)
+    patch(step)
+    row = Row(
         name,
         "ms",
         goal,
-        eager=1e3 * timed["eager"].median,
-        ours=1e3 * median,
-        ratio=speedup(timed["eager"], timed["fusedres"]),
-        images_per_second=len(batch) / median,
-        check="ok",
-        spread={contestant: timing.to_dict() for contestant, timing in timed.items()},
-        shares=_shares(calls["fusedres"]),
+        eager=1e3 * eager.seconds["median"],
+        ours=1e3 * ours.seconds["median"],
+        ratio=ours.speedup[eager.contestant],
+        images_per_second=ours.images_per_second,
+        check=ours.check,
+        spread={m.contestant: m.seconds for m in measurements},
+        shares=_shares(workload.step(step, step, batches)),
     )
+    return Found(row, measurements)
 
 
 def _shares(step: Callable[[], object]) -> dict[str, float]:
     """Where a step's time goes, by kind of op."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+    step()  # the first one prepares
+    with silent_errors(), profile(activities=[ProfilerActivity.CPU]) as profiled:
         step()
     seconds = dict.fromkeys(KINDS, 0.0)
     for event in profiled.key_averages():

@@ -1,15 +1,15 @@
-"""``python -m fusedres bench``: ResNet-50 and a grid of blocks, eager and ``torch.compile`` beside us.
+"""``python -m fusedres bench``: ResNet-50 and a grid of blocks, with everyone who can run them beside us.
 
 Correctness comes first: where a result is outside the budget of :mod:`fusedres.testing`, nothing is timed and no ratio
-is printed.
+is printed. There is a budget of time, too: what matters most is measured first, and what did not fit is named.
 """
 
 from __future__ import annotations
 
 import copy
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -17,14 +17,18 @@ import torch
 from torch import nn
 
 from .. import models
+from ..analysis.devices import device_of
+from ..analysis.traffic import Traffic, traffic_on
 from ..console import console, make_table, stages
 from ..patch import patch
 from . import architectures, grid
 from .agreement import verdict
-from .compiled import CompileBudget
+from .budget import TimeBudget
 from .contest import contest
 from .memory import saved_bytes
-from .results import HEAD, Goal, Machine, Results, Row, this_machine
+from .peers import BASELINE, COMPILE, OURS, PEERS, Peer, peers_named
+from .results import HEAD, Goal, Machine, Measurement, Results, Row, quantity, this_machine, times
+from .shapes import BATCH
 from .workloads import INFERENCE_BF16, INFERENCE_FP32, TRAIN_BF16, TRAIN_FP32, Batch, Workload, settle
 
 __all__ = ["add_arguments", "run"]
@@ -35,42 +39,67 @@ _GOALS = {
     INFERENCE_BF16: Goal(3.0, 4.0),
     INFERENCE_FP32: Goal(1.6, 2.0),
 }
-_BATCH = (8, 224)
-_OF_COMPILE = "; torch.compile with freezing in inference; its first step in parentheses"
-_QUICK_SECONDS = 115.0
-_AFTER_COMPILING = 35.0
-"""Seconds of a quick run that are not spent on compiling, about."""
+_NETWORK = "ResNet-50"
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """How long to measure."""
+    """How long to measure.
 
+    Attributes:
+        seconds: in all.
+        reserve: seconds of these that the stages behind the contests need.
+        peers: who takes part where nobody was named.
+        fair: whether a contest leaves the later ones the time to compile, too; where there is hardly time for one, the
+            first that fits takes it.
+    """
+
+    seconds: float
+    reserve: float
     train_turns: int
     inference_turns: int
     grid_turns: int
     grid_dtypes: tuple[torch.dtype | None, ...]
     grid_blocks: tuple[str, ...]
+    peers: tuple[Peer, ...]
+    fair: bool
+
+    def needed(self, workload: Workload) -> float:
+        """About what a contest takes on two cores, with those contestants alone that should not be missing."""
+        compiling = COMPILE.seconds[not workload.training] if self.fair and COMPILE in self.peers else 0.0
+        return (14.0 if workload.training else 6.0) + compiling
 
     def turns(self, workload: Workload) -> int:
         return self.train_turns if workload.training else self.inference_turns
 
 
-_QUICK = _Settings(5, 9, 7, (None,), ("conv-bn-relu", "basic", "bottleneck"))
-_FULL = _Settings(11, 25, 15, (None, torch.bfloat16), tuple(grid.BLOCKS))
+_QUICK = _Settings(
+    105.0,
+    22.0,
+    5,
+    9,
+    7,
+    (None,),
+    ("conv-bn-relu", "basic", "bottleneck"),
+    tuple(
+        peer for peer in PEERS if peer.name in ("eager", "fusedres", "torch.compile", "torch.jit, frozen", "OpenVINO")
+    ),
+    False,
+)
+_FULL = _Settings(660.0, 170.0, 11, 25, 15, (None, torch.bfloat16), tuple(grid.BLOCKS), PEERS, True)
+
+_CELL_SECONDS = 1.5
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--architectures", action="store_true", help="a network of each kind instead of ResNet-50, eager beside us"
     )
-    parser.add_argument("--quick", action="store_true", help="fewer turns; under two minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="fewer turns, fewer peers; under two minutes on two cores")
     parser.add_argument(
-        "--compile",
-        choices=("auto", "always", "never"),
-        default="auto",
-        help="torch.compile as a contestant; auto: where --quick leaves the time (default)",
+        "--peers", nargs="+", metavar="NAME", help=f"besides eager and us: {', '.join(p.name for p in PEERS[2:])}"
     )
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="leave out what does not fit")
     parser.add_argument(
         "--json",
         nargs="?",
@@ -81,79 +110,138 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Exit status 1 where a check is red."""
-    machine = this_machine()
-    console.print(str(machine))
+    """Exit status 1 where a check is red, 2 for a peer that does not exist."""
+    try:
+        settings = _settings(args)
+    except ValueError as error:
+        console.print(f"fusedres bench: {error}")
+        return 2
+    report = _Report(this_machine(), args, settings, TimeBudget.of(settings.seconds))
+    console.print(str(report.machine))
+    (_run_architectures if args.architectures else _run_resnet50)(report)
+    return report.finish()
+
+
+def _settings(args: Namespace) -> _Settings:
     settings = _QUICK if args.quick else _FULL
-    if args.architectures:
-        return _run_architectures(args, machine, settings)
-    rows, cells = _measure(settings, _compile_budget(args))
-    console.print(make_table("", HEAD, [row.cells() for row in rows], _caption(settings) + _OF_COMPILE))
-    _print_slow(cells)
-    size, resolution = _BATCH
-    measured = {"quick": args.quick, "network": "ResNet-50", "batch": size, "resolution": resolution}
-    results = Results(machine, measured, rows, [cell.to_dict() for cell in cells])
-    return _finish(args, results, "quick" if args.quick else "full")
+    seconds = _ARCHITECTURES_SECONDS if args.architectures and args.budget is None else args.budget
+    if seconds is not None:
+        settings = replace(settings, seconds=seconds, reserve=settings.reserve * seconds / settings.seconds)
+    if args.peers is not None:
+        settings = replace(settings, peers=tuple(dict.fromkeys((BASELINE, OURS, *peers_named(args.peers)))))
+    return settings
 
 
-def _run_architectures(args: Namespace, machine: Machine, settings: _Settings) -> int:
-    rows: list[Row] = []
-    with stages(len(architectures.ARCHITECTURES), "bench") as begin:
-        for architecture in architectures.ARCHITECTURES:
-            begin(f"{architecture.name}: agreement with float64, then time")
-            rows += architectures.measure(architecture, settings.train_turns, settings.inference_turns)
-    rows.append(architectures.ode_row())
-    cells = [architectures.cells(row) for row in rows]
-    console.print(make_table("", architectures.HEAD, cells, _caption(settings)))
-    measured = {"quick": args.quick, "batch": architectures.BATCH}
-    return _finish(args, Results(machine, measured, tuple(rows), []), "architectures")
+@dataclass
+class _Report:
+    """What has been found so far, saved again after every stage, so that being cut off loses nothing."""
+
+    machine: Machine
+    args: Namespace
+    settings: _Settings
+    budget: TimeBudget
+    rows: list[Row] = field(default_factory=list)
+    cells: list[grid.Cell] = field(default_factory=list)
+    measurements: list[Measurement] = field(default_factory=list)
+    traffic: list[Traffic] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def path(self) -> Path | None:
+        if self.args.json is None:
+            return None
+        name = "architectures" if self.args.architectures else "quick" if self.args.quick else "full"
+        return Path(self.args.json or f"bench/results/{self.machine.slug}/{name}.json")
+
+    def save(self) -> None:
+        if self.path is not None:
+            self._results().save(self.path)
+
+    def _results(self) -> Results:
+        size, resolution = BATCH
+        measured = {
+            "quick": self.args.quick,
+            "network": None if self.args.architectures else _NETWORK,
+            "batch": size,
+            "resolution": resolution,
+            "budget": self.settings.seconds,
+            "left_out": self.left_out,
+        }
+        here = [t.device for t in self.traffic]
+        return Results(
+            self.machine,
+            measured,
+            tuple(self.rows),
+            [cell.to_dict() for cell in self.cells],
+            (*self.measurements, *(m for cell in self.cells for m in cell.measurements)),
+            traffic=tuple(t.to_dict() for t in self.traffic),
+            roofline=_roofline(here),
+        )
+
+    def finish(self) -> int:
+        """Says what was left out and where the results are; exit status 1 where a check is red."""
+        self.save()
+        for what in self.left_out:
+            console.print(f"left out: {what}")
+        if self.path is not None:
+            console.print(f"written to {self.path}")
+        return 0 if all(row.check in ("", "ok") for row in self.rows) else 1
 
 
-def _finish(args: Namespace, results: Results, name: str) -> int:
-    """Saves the results if that was asked for; exit status 1 where a check is red."""
-    if args.json is not None:
-        path = Path(args.json or f"bench/results/{results.machine.slug}/{name}.json")
-        results.save(path)
-        console.print(f"written to {path}")
-    return 0 if all(row.check in ("", "ok") for row in results.rows) else 1
+def _roofline(devices: Sequence) -> dict:
+    """The peaks of the device, for all dtypes that were measured."""
+    if not devices:
+        return {}
+    arithmetic = {str(d).removeprefix("torch."): v for device in devices for d, v in device.arithmetic.items()}
+    return {"name": devices[0].name, "bandwidth": devices[0].bandwidth, "arithmetic": arithmetic}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ResNet-50
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _run_resnet50(report: _Report) -> None:
+    settings = report.settings
+    cases = list(grid.cases(settings.grid_dtypes, settings.grid_blocks))
+    with stages(len(_GOALS) + 4 + len(cases) // len(grid.SHAPES), "bench") as begin:
+        begin("patch()")
+        torch.manual_seed(0)
+        model = models.resnet50(fused=False).to(memory_format=torch.channels_last)
+        patch_row = _patch_row(model)
+        batches = Batch.several(*BATCH)
+        begin("running statistics")
+        settle(model, batches[0].images)
+        begin("the model of memory traffic")
+        modelled = _modelled(model, batches[0])
+        report.traffic += modelled.values()
+        report.rows += [_contest_row(report, w, goal, model, batches, modelled[w], begin) for w, goal in _GOALS.items()]
+        begin("bytes saved for backward")
+        checked = next(row.check for row in report.rows if row.name == TRAIN_FP32.name)
+        report.rows += [*_bytes_rows(model, batches[0], checked), patch_row]
+        _measure_grid(report, cases, begin)
+        report.rows += _grid_rows(report.cells)
+    console.print(make_table("", HEAD, [row.cells() for row in report.rows], _caption(settings)))
+    _print_contestants(report.measurements)
+    _print_slow(report.cells)
 
 
 def _caption(settings: _Settings) -> str:
     return (
         f"Medians of {settings.train_turns} (train) and {settings.inference_turns} (inference) turns, interleaved; "
-        "channels_last"
+        "channels_last; torch.compile with freezing in inference; its first step in parentheses"
     )
 
 
-def _compile_budget(args: Namespace) -> CompileBudget:
-    if args.compile == "never":
-        return CompileBudget(float("-inf"))
-    if args.quick and args.compile == "auto":
-        return CompileBudget(perf_counter() + _QUICK_SECONDS, _AFTER_COMPILING)
-    return CompileBudget(float("inf"))
+def _modelled(model: nn.Module, batch: Batch) -> dict[Workload, Traffic]:
+    """What this device would need at the least, by workload."""
+    here = {dtype: device_of(batch.images.device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return {w: _traffic_of(w, model, batch, here[w.autocast or w.dtype]) for w in _GOALS}
 
 
-def _measure(settings: _Settings, budget: CompileBudget) -> tuple[tuple[Row, ...], list[grid.Cell]]:
-    cases = list(grid.cases(settings.grid_dtypes, settings.grid_blocks))
-    with stages(len(_GOALS) + 3 + len(cases) // len(grid.SHAPES), "bench") as begin:
-        begin("patch()")
-        torch.manual_seed(0)
-        model = models.resnet50(fused=False).to(memory_format=torch.channels_last)
-        patch_row = _patch_row(model)
-        batch = Batch.random(*_BATCH)
-        begin("running statistics")
-        settle(model, batch.images)
-        rows = [_workload_row(w, goal, model, batch, settings, budget, begin) for w, goal in _GOALS.items()]
-        begin("bytes saved for backward")
-        checked = next(row.check for row in rows if row.name == TRAIN_FP32.name)
-        rows += _bytes_rows(model, batch, checked)
-        cells = list(_grid_cells(cases, settings, begin))
-    return (*rows, patch_row, *_grid_rows(cells)), cells
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The rows
-# ---------------------------------------------------------------------------------------------------------------------
+def _traffic_of(workload: Workload, model: nn.Module, batch: Batch, device) -> Traffic:
+    shape, dtype = tuple(batch.images.shape), workload.autocast or workload.dtype
+    return traffic_on([device], model, shape, dtype, training=workload.training)[0]
 
 
 def _patch_row(model: nn.Module) -> Row:
@@ -164,35 +252,65 @@ def _patch_row(model: nn.Module) -> Row:
     return Row("patch() itself", "s", Goal(2.0, 0.3, True, " s"), ours=seconds, goal_of="ours")
 
 
-def _workload_row(
+def _contest_row(
+    report: _Report,
     workload: Workload,
     goal: Goal,
     model: nn.Module,
-    batch: Batch,
-    settings: _Settings,
-    budget: CompileBudget,
+    batches: Sequence[Batch],
+    modelled: Traffic | None,
     begin: Callable[[str], None],
 ) -> Row:
     begin(f"{workload.name}: agreement with float64, then time")
-    check = verdict(workload.check(model, lambda seed: Batch.random(*_BATCH, seed).images))
-    if check != "ok":
-        return Row(workload.name, "ms", goal, check=check)
-    found = contest(workload, model, batch, settings.turns(workload), budget)
-    eager, ours, theirs = (found.times.get(name) for name in ("eager", "fusedres", "torch.compile"))
+    order = list(_GOALS)
+    behind = sum(map(report.settings.needed, order[order.index(workload) + 1 :])) + report.settings.reserve
+    finishes = contest(
+        _NETWORK,
+        workload,
+        model,
+        batches,
+        report.settings.peers,
+        turns=report.settings.turns(workload),
+        budget=report.budget.within(behind),
+        modelled=modelled,
+        memory=True,
+        depth=50,
+    )
+    found = {f.measurement.contestant: f.measurement for f in finishes}
+    report.measurements += found.values()
+    report.left_out += [f"{workload.name}, {m.contestant}: {m.missing}" for m in found.values() if _no_time(m)]
+    report.save()
+    return _row(workload.name, goal, found)
+
+
+def _no_time(measurement: Measurement) -> bool:
+    return measurement.missing.startswith("no time")
+
+
+def _row(name: str, goal: Goal, found: dict[str, Measurement]) -> Row:
+    eager, ours, compiled = found[BASELINE.name], found[OURS.name], found.get(COMPILE.name)
+    if ours.seconds is None:
+        return Row(name, "ms", goal, check=ours.check)
     return Row(
-        workload.name,
+        name,
         "ms",
         goal,
-        eager=1e3 * eager.median,
-        compiled=None if theirs is None else 1e3 * theirs.median,
-        ours=1e3 * ours.median,
-        ratio=found.speedup_over("eager"),
-        compile_ratio=found.speedup_over("torch.compile"),
-        images_per_second=len(batch) / ours.median,
-        compile_note=found.compile_note,
-        check="ok",
-        spread={name: timing.to_dict() for name, timing in found.times.items()},
+        eager=_milliseconds(eager),
+        compiled=_milliseconds(compiled),
+        ours=_milliseconds(ours),
+        ratio=ours.speedup.get(BASELINE.name),
+        compile_ratio=ours.speedup.get(COMPILE.name),
+        images_per_second=ours.images_per_second,
+        compile_note="not asked for" if compiled is None else compiled.remark,
+        check=ours.check,
+        spread={name: m.seconds for name, m in found.items() if m.seconds is not None},
     )
+
+
+def _milliseconds(measurement: Measurement | None) -> float | None:
+    if measurement is None or measurement.seconds is None:
+        return None
+    return 1e3 * measurement.seconds["median"]
 
 
 def _bytes_rows(model: nn.Module, batch: Batch, check: str) -> list[Row]:
@@ -223,22 +341,74 @@ def _bytes_row(name: str, goal: Goal, stock: int, ours: int, check: str) -> Row:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The grid
+# Everyone
+# ---------------------------------------------------------------------------------------------------------------------
+
+_CONTESTANTS_HEAD = (
+    "workload",
+    "contestant",
+    "median",
+    "quartiles",
+    "images/s",
+    "fusedres over it",
+    "measured / model",
+    "saved",
+    "first step",
+    "check, or why it is missing",
+)
+
+
+def _print_contestants(measurements: Sequence[Measurement]) -> None:
+    ours = {m.group: m for m in measurements if m.contestant == OURS.name}
+    rows = [_contestant_row(m, ours[m.group]) for m in measurements if m.group in ours]
+    caption = (
+        "measured / model: times what the device's bandwidth and arithmetic allow for the traffic that is modelled"
+    )
+    console.print(make_table("", _CONTESTANTS_HEAD, rows, caption))
+
+
+def _contestant_row(m: Measurement, ours: Measurement) -> tuple[str, ...]:
+    workload = f"{m.workload}, {m.dtype}" + (" autocast" if m.autocast else "")
+    if m.seconds is None:
+        return (workload, m.contestant, *[""] * 7, m.missing or m.check)
+    q1, median, q3 = (1e3 * m.seconds[key] for key in ("q1", "median", "q3"))
+    return (
+        workload,
+        m.contestant,
+        quantity(median, "ms"),
+        f"{q1:.3g} to {q3:.3g}",
+        f"{m.images_per_second:.1f}",
+        times(ours.speedup.get(m.contestant)),
+        "" if m.of_roofline is None else times(1 / m.of_roofline),
+        "" if m.saved is None else quantity(m.saved / 1e6, "MB"),
+        quantity(m.first_step, "s"),
+        "the measure" if m.baseline else m.check,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _grid_cells(cases: list[grid.Case], settings: _Settings, begin: Callable[[str], None]) -> Iterator[grid.Cell]:
+def _measure_grid(report: _Report, cases: Sequence[grid.Case], begin: Callable[[str], None]) -> None:
     for i, case in enumerate(cases):
         if i % len(grid.SHAPES) == 0:
             begin(f"{case.group} blocks")
-        yield grid.measure(case, settings.grid_turns)
+            report.save()
+        if reason := report.budget.refuses("a block", _CELL_SECONDS):
+            report.left_out.append(f"{len(cases) - i} of {len(cases)} blocks: {reason}")
+            return
+        start = perf_counter()
+        report.cells.append(grid.measure(case, report.settings.grid_turns))
+        report.budget.spent("a block", _CELL_SECONDS, perf_counter() - start)
 
 
-def _grid_rows(cells: list[grid.Cell]) -> list[Row]:
-    return [_grid_row(cells, training) for training in (True, False)]
+def _grid_rows(cells: Sequence[grid.Cell]) -> list[Row]:
+    return [_grid_row(cells, training) for training in (True, False) if any(c.case.training is training for c in cells)]
 
 
-def _grid_row(cells: list[grid.Cell], training: bool) -> Row:
+def _grid_row(cells: Sequence[grid.Cell], training: bool) -> Row:
     ours = [cell for cell in cells if cell.case.training is training]
     goal = Goal(grid.NOT_SLOWER)
     title = f"worst of {len(ours)} blocks, {'train' if training else 'inference'}"
@@ -250,8 +420,36 @@ def _grid_row(cells: list[grid.Cell], training: bool) -> Row:
     return Row(title, "ms", goal, eager=eager, ours=fused, ratio=worst.ratio, check="ok")
 
 
-def _print_slow(cells: list[grid.Cell]) -> None:
+def _print_slow(cells: Sequence[grid.Cell]) -> None:
     timed = sorted((cell for cell in cells if cell.ratio is not None), key=lambda cell: cell.ratio)
     slow = [cell for cell in timed if cell.ratio < grid.NOT_SLOWER]
     for cell in slow or timed[:1]:
         console.print(f"{'slower than eager' if slow else 'worst block'}: {cell.case}: {cell.ratio:.2f}x")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other architectures
+# ---------------------------------------------------------------------------------------------------------------------
+
+_ARCHITECTURE_SECONDS = 40.0
+_ARCHITECTURES_SECONDS = 240.0
+"""One of them, about, and all, where nothing else was asked for."""
+
+
+def _run_architectures(report: _Report) -> None:
+    settings = report.settings
+    with stages(len(architectures.ARCHITECTURES), "bench") as begin:
+        for architecture in architectures.ARCHITECTURES:
+            if reason := report.budget.refuses("a network", _ARCHITECTURE_SECONDS):
+                report.left_out.append(f"{architecture.name}: {reason}")
+                continue
+            begin(f"{architecture.name}: agreement with float64, then time")
+            start = perf_counter()
+            for found in architectures.measure(architecture, settings.train_turns, settings.inference_turns):
+                report.rows.append(found.row)
+                report.measurements += found.measurements
+            report.budget.spent("a network", _ARCHITECTURE_SECONDS, perf_counter() - start)
+            report.save()
+    report.rows.append(architectures.ode_row())
+    cells = [architectures.cells(row) for row in report.rows]
+    console.print(make_table("", architectures.HEAD, cells, _caption(settings)))

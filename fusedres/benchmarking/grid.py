@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +17,20 @@ from ..models.densenet import DenseStage
 from ..models.preresnet import PreActBottleneck
 from ..models.resnet import BasicBlock, Bottleneck
 from ..models.wrn import WideBlock
-from ..patch import patch
-from ..testing import Comparison, channels_last, compare
+from ..testing import channels_last
 from .agreement import verdict
+from .memory import peak_allocated, saved_bytes
+from .peers import BASELINE, OURS, Peer
+from .race import Entrant, Finish, race
+from .referee import Referee
+from .results import Measurement
+from .rotation import copies
 from .shapes import BLOCK_INPUTS as SHAPES
-from .timing import Timing, interleave, speedup
+from .timing import Timing, speedup
+from .workloads import Workload
+
+if TYPE_CHECKING:
+    from ..analysis.traffic import Traffic
 
 __all__ = [
     "BLOCKS",
@@ -29,8 +40,7 @@ __all__ = [
     "Cell",
     "ConvNormAct",
     "cases",
-    "compared",
-    "contestants",
+    "entrants",
     "measure",
 ]
 
@@ -82,6 +92,11 @@ class Case:
         mode = "train" if self.training else "inference"
         return f"{self.block} {mode} {'fp32' if self.autocast is None else 'bf16'}"
 
+    @property
+    def workload(self) -> Workload:
+        """The case as what is done to a network."""
+        return Workload(self.group, self.training, self.autocast)
+
     def __str__(self) -> str:
         return f"{self.group} {'x'.join(map(str, self.shape))}"
 
@@ -93,11 +108,12 @@ class Cell:
     case: Case
     check: str
     times: dict[str, Timing]
+    measurements: tuple[Measurement, ...] = ()
 
     @property
     def ratio(self) -> float | None:
         """How many times faster than eager."""
-        return speedup(self.times["eager"], self.times["fusedres"]) if self.times else None
+        return speedup(self.times["eager"], self.times["fusedres"]) if "fusedres" in self.times else None
 
     def to_dict(self) -> dict[str, Any]:
         times = {name: timing.to_dict() for name, timing in self.times.items()}
@@ -114,39 +130,56 @@ def cases(dtypes: Iterable[torch.dtype | None] = (None,), blocks: Iterable[str] 
                     yield Case(block, shape, training, dtype)
 
 
-def compared(case: Case, backend: str = "auto") -> Comparison:
-    """The errors of the fused block against float64."""
-    return compare(
-        _stock(case),
-        partial(patch, backend=backend),
-        lambda seed: [channels_last(case.shape, seed=seed)],
+def entrants(
+    case: Case,
+    peers: Sequence[Peer] = (BASELINE, OURS),
+    *,
+    device: torch.device | str = "cpu",
+    memory: bool = False,
+    modelled: Traffic | None = None,
+) -> list[Entrant]:
+    """A block's contestants, the first of them the baseline, each on copies of the block.
+
+    Args:
+        memory: whether bytes saved for backward and bytes allocated are measured.
+        modelled: what the model of memory traffic says of the block.
+    """
+    torch.compiler.reset()  # else the eighth block of a class would run as eager
+    stock = _stock(case).to(device)
+    xs = [channels_last(case.shape, seed=seed).to(device) for seed in range(copies(4 * math.prod(case.shape), device))]
+    with torch.no_grad():
+        grad = channels_last(copy.deepcopy(stock)(xs[0]).shape, seed=1).to(device)
+    referee = Referee(
+        stock,
+        lambda seed: channels_last(case.shape, seed=seed).to(device),
         autocast=case.autocast,
         backward=case.training,
+        input_gradients=case.training,
     )
+    found = [_entrant(case, peer, stock, xs, grad, referee, place == 0, memory) for place, peer in enumerate(peers)]
+    return [replace(e, about=_with_costs(e.about, peer, modelled)) for e, peer in zip(found, peers)]
 
 
-def contestants(case: Case, backend: str = "auto") -> dict[str, Callable[[], None]]:
-    """What is timed: one step of the stock block and one of the fused block."""
-    stock = _stock(case)
-    ours = copy.deepcopy(stock)
-    patch(ours, backend=backend)
-    x = channels_last(case.shape)
-    with torch.no_grad():
-        grad = channels_last(copy.deepcopy(stock)(x).shape, seed=1)
-    step = partial(_train_step if case.training else _inference_step, case, x=x, grad=grad)
-    return {"eager": partial(step, stock), "fusedres": partial(step, ours)}
+def _with_costs(about: Measurement, peer: Peer, modelled: Traffic | None) -> Measurement:
+    if modelled is None or peer.schedule is None:
+        return about
+    cost = modelled.total(peer.schedule)
+    return replace(about, moved=cost.nbytes, flops=cost.flops, roofline=cost.seconds)
 
 
-def measure(case: Case, turns: int = 9) -> Cell:
+def measure(case: Case, turns: int = 9, peers: Sequence[Peer] = (BASELINE, OURS)) -> Cell:
     """Checks a case, then times it. What looks too slow is measured once more, three times as long."""
-    check = verdict(compared(case))
-    if check != "ok":
-        return Cell(case, check, {})
-    calls = contestants(case)
-    cell = Cell(case, check, interleave(calls, turns=turns, warmup=3, sample_seconds=2e-3))
-    if cell.ratio < NOT_SLOWER:
-        cell = Cell(case, check, interleave(calls, turns=3 * turns, warmup=1, sample_seconds=4e-3))
+    found = entrants(case, peers)
+    cell = _cell(case, race(found, turns=turns, warmup=3, sample_seconds=2e-3))
+    if cell.ratio is not None and cell.ratio < NOT_SLOWER:
+        cell = _cell(case, race(found, turns=3 * turns, warmup=1, sample_seconds=4e-3))
     return cell
+
+
+def _cell(case: Case, finishes: Sequence[Finish]) -> Cell:
+    ours = next(f.measurement for f in finishes if f.measurement.contestant == OURS.name)
+    times = {f.measurement.contestant: f.timing for f in finishes if f.timing is not None}
+    return Cell(case, ours.check, times if OURS.name in times else {}, tuple(f.measurement for f in finishes))
 
 
 def _stock(case: Case) -> nn.Module:
@@ -154,14 +187,58 @@ def _stock(case: Case) -> nn.Module:
     return BLOCKS[case.block](case.shape[1]).to(memory_format=torch.channels_last).train(case.training)
 
 
-def _train_step(case: Case, module: nn.Module, x: Tensor, grad: Tensor) -> None:
-    x = x.detach().requires_grad_()
+def _entrant(
+    case: Case,
+    peer: Peer,
+    stock: nn.Module,
+    xs: Sequence[Tensor],
+    grad: Tensor,
+    referee: Referee,
+    baseline: bool,
+    memory: bool,
+) -> Entrant:
+    about = Measurement(
+        "block",
+        case.block,
+        "train step" if case.training else "inference",
+        str(case.autocast or torch.float32).removeprefix("torch."),
+        case.shape,
+        peer.name,
+        autocast=case.autocast is not None,
+        baseline=baseline,
+        images=case.shape[0],
+    )
+    if reason := peer.refuses(case.workload, xs[0].device):
+        return Entrant(replace(about, missing=reason))
+    twin = copy.deepcopy(stock)
+    start = perf_counter()
+    call = peer.prepare(twin, xs[0])
+    step = _step(case, twin, call, xs, grad)
+    step()
+    about = replace(about, first_step=perf_counter() - start)
+    if memory:
+        saved = saved_bytes(twin, lambda: _forward(case, call, xs[0].detach().requires_grad_()))
+        about = replace(about, saved=saved if case.training else None, peak=peak_allocated(step, xs[0].device))
+    return Entrant(about, step, None if baseline else lambda: verdict(referee.judge(twin, call)))
+
+
+def _step(
+    case: Case, model: nn.Module, call: Callable[[Tensor], Tensor], xs: Sequence[Tensor], grad: Tensor
+) -> Callable[[], None]:
+    inputs = itertools.cycle(xs)
+
+    def train() -> None:
+        out = _forward(case, call, next(inputs).detach().requires_grad_())
+        out.backward(grad.to(out.dtype))
+        model.zero_grad()
+
+    def infer() -> None:
+        with torch.no_grad():
+            _forward(case, call, next(inputs))
+
+    return train if case.training else infer
+
+
+def _forward(case: Case, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, case.autocast, enabled=case.autocast is not None):
-        out = module(x)
-    out.backward(grad.to(out.dtype))
-    module.zero_grad()
-
-
-def _inference_step(case: Case, module: nn.Module, x: Tensor, grad: Tensor) -> None:
-    with torch.no_grad(), torch.autocast(x.device.type, case.autocast, enabled=case.autocast is not None):
-        module(x)
+        return call(x)

@@ -1,4 +1,24 @@
-"""What a benchmark found, as data: rows with their goals, the machine, and a JSON file that holds both."""
+"""What a benchmark found, as data, and the JSON file that holds it: one form for every command and suite.
+
+A file is one :class:`Results`. Whoever measures writes it with :meth:`Results.save`, which may be called again and
+again as a run goes on (the file is replaced in one step); whoever reports reads it with :meth:`Results.load`, which
+also reads files from before a field existed. Times are in seconds and amounts in bytes and floating-point operations,
+except in ``rows``, which name their unit.
+
+======================  ===============================================================================================
+``machine``             :class:`Machine`: device, threads, versions, commit, date
+``settings``            how it was measured; ``left_out``: what was not, for want of time, in words
+``rows``                :class:`Row`: the headline table, with its goals
+``grid``                cells of the grid of blocks (see :mod:`fusedres.benchmarking.grid`)
+``measurements``        :class:`Measurement`: one for each contestant of each group, absent ones with the reason
+``memory``              :class:`MemoryUse`: saved and peak bytes of each form of each network
+``traffic``             :meth:`fusedres.analysis.traffic.Traffic.to_dict`, for each network, mode and device
+``roofline``            the device's peaks: ``{"name", "bandwidth", "arithmetic": {"float32": ...}}``
+``stages``              what else was run and how it ended: ``{"name", "status", "seconds", "detail"}``
+======================  ===============================================================================================
+
+A measurement whose ``check`` is red has no speed-up, and none is taken over it.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +28,28 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import fusedres
 
 from ..env import env_report
 
-__all__ = ["HEAD", "Goal", "Machine", "Results", "Row", "quantity", "this_machine", "times"]
+__all__ = [
+    "HEAD",
+    "Goal",
+    "Machine",
+    "Measurement",
+    "MemoryUse",
+    "Results",
+    "Row",
+    "quantity",
+    "this_machine",
+    "times",
+]
 
 HEAD = (
     "ResNet-50, batch 8, 224 x 224",
@@ -118,8 +152,123 @@ def times(value: float | None) -> str:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """One contestant of one group: what it took, and what that means. What was not measured is ``None``.
+
+    A group is a subject, a workload, a dtype and a shape; its contestants were timed in turns.
+
+    Attributes:
+        suite: ``"op"``, ``"block"``, ``"model"`` or ``"ode"``.
+        subject: the op, block or network.
+        workload: ``"train step"``, ``"inference"``, or what an op does (``"forward"``, ``"backward"``).
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: what convolutions compute in.
+        autocast: whether that is autocast's doing, the parameters being float32.
+        layout: of the input, ``"channels_last"`` or ``"contiguous"``; a contestant may say another in its name.
+        shape: of the input, as a rule ``[N, C, H, W]``; an op's further parameters are in ``variant``.
+        contestant: ``"fusedres"``, ``"eager"``, or the name of a peer.
+        baseline: whether it is what correctness is measured by, stock PyTorch.
+        missing: why there are no numbers; empty where there are.
+        check: ``"ok"``, ``"RED: ..."``, or empty where nothing was compared.
+        seconds: of a call: ``median``, ``min``, ``q1``, ``q3``, ``turns``.
+        note: what else there is to say, as that a compiler found its work done on disk.
+        first_step: seconds until the first call had returned, preparation (patching, compiling, exporting) included.
+        speedup: by contestant, how many times faster this one is: the median over turns of the ratio within a turn.
+        moved: bytes that a call moves as the model of :mod:`fusedres.analysis.traffic` counts them for this
+            contestant's schedule (for an op: what a single pass over its operands and results moves).
+        flops: of its matrix products.
+        roofline: seconds that the device's peaks allow for these.
+        saved: bytes that autograd keeps between forward and backward.
+        peak: bytes that a call allocates at its peak beyond what was there before.
+    """
+
+    suite: str
+    subject: str
+    workload: str
+    dtype: str
+    shape: tuple[int, ...]
+    contestant: str
+    variant: str = ""
+    autocast: bool = False
+    layout: str = "channels_last"
+    depth: int | None = None
+    baseline: bool = False
+    missing: str = ""
+    check: str = ""
+    seconds: dict[str, float] | None = None
+    note: str = ""
+    first_step: float | None = None
+    speedup: dict[str, float] = field(default_factory=dict)
+    images: int | None = None
+    moved: int | None = None
+    flops: int | None = None
+    roofline: float | None = None
+    saved: int | None = None
+    peak: int | None = None
+
+    @property
+    def group(self) -> str:
+        """What its contestants share, in words."""
+        dtype = f"{self.dtype} autocast" if self.autocast else self.dtype
+        shape = "x".join(map(str, self.shape))
+        return ", ".join(part for part in (self.subject, self.variant, self.workload, dtype, shape) if part)
+
+    @property
+    def remark(self) -> str:
+        """Why it is missing, or in parentheses how long its first step took."""
+        if self.first_step is None:
+            return self.missing
+        return f"({self.first_step:.0f} s{f', {self.note}' if self.note else ''})"
+
+    @property
+    def images_per_second(self) -> float | None:
+        return self._per_second(self.images)
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        return self._per_second(self.moved)
+
+    @property
+    def flops_per_second(self) -> float | None:
+        return self._per_second(self.flops)
+
+    @property
+    def of_roofline(self) -> float | None:
+        """The roofline's time over the measured: 1 is all that the device allows."""
+        return self._per_second(self.roofline)
+
+    def _per_second(self, amount: float | None) -> float | None:
+        return None if amount is None or self.seconds is None else amount / self.seconds["median"]
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes of one training step of one form of a network.
+
+    Attributes:
+        variant: ``"stock"``, ``"patched"``, ...: :data:`fusedres.analysis.memory.VARIANTS`.
+        saved: what autograd keeps between forward and backward, counted by storage.
+        peak: growth of the resident set of a process of its own, or of the device's allocated memory.
+        missing: why there are no numbers; empty where there are.
+    """
+
+    model: str
+    shape: tuple[int, ...]
+    dtype: str
+    variant: str
+    device: str = "cpu"
+    saved: int = 0
+    peak: int = 0
+    missing: str = ""
+
+
+@dataclass(frozen=True)
 class Machine:
-    """What the numbers depend on besides the code."""
+    """What the numbers depend on besides the code.
+
+    Attributes:
+        gpu: its name, where the numbers are a GPU's; empty for a CPU's.
+        packages: versions of the peers and of what they run on.
+    """
 
     cpu: str
     threads: int
@@ -129,22 +278,35 @@ class Machine:
     fusedres: str
     commit: str
     date: str
+    gpu: str = ""
+    packages: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def device(self) -> str:
+        """The GPU, or the CPU with its threads."""
+        return self.gpu or f"{self.cpu}, {self.threads} threads"
 
     @property
     def slug(self) -> str:
         """A name for a folder."""
-        return re.sub(r"[^a-z0-9]+", "-", f"{self.cpu} {self.threads} threads".lower()).strip("-")
+        return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
 
     def __str__(self) -> str:
+        host = f"{self.cpu}, {self.threads} threads ({self.instruction_set})"
         return (
-            f"{self.cpu}, {self.threads} threads ({self.instruction_set}), torch {self.torch}, Python {self.python}, "
+            f"{f'{self.gpu}, {host}' if self.gpu else host}, torch {self.torch}, Python {self.python}, "
             f"fusedres {self.fusedres} at {self.commit}, {self.date}"
         )
 
 
-def this_machine() -> Machine:
-    """The machine, the versions and the commit of this process."""
+PACKAGES = ("triton", "onnxruntime", "openvino", "tensorrt", "torchdiffeq", "apex")
+"""Whose versions a result carries besides those of torch and Python."""
+
+
+def this_machine(device: str | torch.device = "cpu") -> Machine:
+    """The machine, the versions and the commit of this process, for numbers of ``device``."""
     report = env_report()
+    device = torch.device(device)
     return Machine(
         report.cpu,
         report.threads,
@@ -154,7 +316,16 @@ def this_machine() -> Machine:
         fusedres.__version__,
         _commit(),
         date.today().isoformat(),
+        "" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        {name: found for name in PACKAGES if (found := _version(name))},
     )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _commit() -> str:
@@ -174,20 +345,44 @@ def _commit() -> str:
 
 @dataclass(frozen=True)
 class Results:
-    """The rows, the cells of the grid (as plain data), and where and how they were measured."""
+    """What one file holds; the module's docstring has what each part is."""
 
     machine: Machine
     settings: dict[str, Any]
-    rows: tuple[Row, ...]
-    grid: Sequence[dict[str, Any]]
+    rows: tuple[Row, ...] = ()
+    grid: Sequence[dict[str, Any]] = ()
+    measurements: tuple[Measurement, ...] = ()
+    memory: tuple[MemoryUse, ...] = ()
+    traffic: tuple[dict[str, Any], ...] = ()
+    roofline: dict[str, Any] = field(default_factory=dict)
+    stages: tuple[dict[str, Any], ...] = ()
 
     def save(self, path: Path) -> None:
-        """Writes JSON, and the folder that it lies in."""
+        """Writes JSON, and the folder that it lies in. A reader sees the file as it was or as it is, never half."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        unfinished.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        unfinished.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Results:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            TypeError: for a field that no part has.
+        """
         content = json.loads(path.read_text())
-        rows = tuple(Row(**{**row, "goal": Goal(**row["goal"])}) for row in content["rows"])
-        return cls(Machine(**content["machine"]), content["settings"], rows, content["grid"])
+        parts = {
+            "machine": Machine(**content.pop("machine")),
+            "rows": tuple(Row(**{**row, "goal": Goal(**row["goal"])}) for row in content.pop("rows", ())),
+            "measurements": tuple(Measurement(**_shaped(each)) for each in content.pop("measurements", ())),
+            "memory": tuple(MemoryUse(**_shaped(each)) for each in content.pop("memory", ())),
+            "traffic": tuple(content.pop("traffic", ())),
+            "stages": tuple(content.pop("stages", ())),
+        }
+        return cls(**parts, **content)
+
+
+def _shaped(content: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no tuples."""
+    return {**content, "shape": tuple(content["shape"])}

@@ -12,8 +12,11 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
+
+import torch
 
 __all__ = ["Timing", "interleave", "speedup"]
 
@@ -63,40 +66,55 @@ def speedup(baseline: Timing, contestant: Timing) -> float:
 
 
 def interleave(
-    contestants: Mapping[str, Callable[[], Any]], *, turns: int = 7, warmup: int = 2, sample_seconds: float = 0.0
+    contestants: Mapping[str, Callable[[], Any]],
+    *,
+    turns: int = 7,
+    warmup: int = 2,
+    sample_seconds: float = 0.0,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
     """Times the contestants in turn, each turn in another order.
 
     Args:
-        contestants: by name, what to call. A call must have finished its work when it returns.
+        contestants: by name, what to call.
         turns: how many times each is measured.
         warmup: how many calls of each come before.
         sample_seconds: a measurement repeats the call, the same number of times for all, until the fastest of them
             takes about this long; a call's share of it is the sample.
+        device: what a measurement waits for before it ends.
     """
-    repeats = _repeats(contestants, warmup, sample_seconds)
+    finish = _finisher(torch.device(device))
+    repeats = _repeats(contestants, warmup, sample_seconds, finish)
     names = list(contestants)
     samples: dict[str, list[float]] = {name: [] for name in names}
     with _no_garbage_collection():
         for turn in range(turns):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                samples[name].append(_measure(contestants[name], repeats))
+                samples[name].append(_measure(contestants[name], repeats, finish))
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
-def _repeats(contestants: Mapping[str, Callable[[], Any]], warmup: int, sample_seconds: float) -> int:
+def _finisher(device: torch.device) -> Callable[[], Any]:
+    return (lambda: None) if device.type == "cpu" else partial(torch.cuda.synchronize, device)
+
+
+def _repeats(
+    contestants: Mapping[str, Callable[[], Any]], warmup: int, sample_seconds: float, finish: Callable[[], Any]
+) -> int:
     fastest = math.inf
     for call in contestants.values():
         for _ in range(max(warmup, 1)):
-            fastest = min(fastest, _measure(call, 1))
+            fastest = min(fastest, _measure(call, 1, finish))
     return max(1, round(sample_seconds / fastest))
 
 
-def _measure(call: Callable[[], Any], repeats: int) -> float:
+def _measure(call: Callable[[], Any], repeats: int, finish: Callable[[], Any]) -> float:
+    finish()
     start = perf_counter()
     for _ in range(repeats):
         call()
+    finish()
     return (perf_counter() - start) / repeats
 
 

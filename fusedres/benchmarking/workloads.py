@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..patch import patch
 from ..testing import Comparison, compare
+from .rotation import copies
 
 __all__ = ["INFERENCE_BF16", "INFERENCE_FP32", "TRAIN_BF16", "TRAIN_FP32", "Batch", "Workload", "settle"]
 
@@ -26,11 +28,30 @@ class Batch:
     classes: Tensor
 
     @classmethod
-    def random(cls, size: int, resolution: int, seed: int = 0, num_classes: int = 1000) -> Batch:
+    def random(
+        cls, size: int, resolution: int, seed: int = 0, num_classes: int = 1000, device: torch.device | str = "cpu"
+    ) -> Batch:
         generator = torch.Generator().manual_seed(seed)
         images = torch.randn(size, 3, resolution, resolution, generator=generator)
         classes = torch.randint(num_classes, (size,), generator=generator)
-        return cls(images.contiguous(memory_format=torch.channels_last), classes)
+        return cls(images.to(device).contiguous(memory_format=torch.channels_last), classes.to(device))
+
+    @classmethod
+    def several(
+        cls, size: int, resolution: int, num_classes: int = 1000, device: torch.device | str = "cpu"
+    ) -> tuple[Batch, ...]:
+        """As many different ones as it takes for none to be in a cache when its turn comes."""
+        first = cls.random(size, resolution, 0, num_classes, device)
+        others = range(1, copies(first.images.nbytes, device))
+        return (first, *(cls.random(size, resolution, seed, num_classes, device) for seed in others))
+
+    def to(self, dtype: torch.dtype) -> Batch:
+        """With images of this dtype."""
+        return Batch(self.images.to(dtype), self.classes)
+
+    def shifted(self, seed: int) -> Tensor:
+        """The images moved to the side by as many pixels: other numbers in the same shape and layout."""
+        return self.images.roll(seed, 3).contiguous(memory_format=torch.channels_last)
 
     def loss(self, logits: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), self.classes)
@@ -59,30 +80,46 @@ class Workload:
         """A copy of ``model`` in the mode and the dtype of this workload."""
         return copy.deepcopy(model).train(self.training).to(self.dtype)
 
-    def stepper(self, batch: Batch) -> Callable[[nn.Module], Callable[[], Any]]:
-        """Makes, from a prepared model, the call to be timed."""
-        return lambda model: (self._train_step if self.training else self._inference_step)(model, batch)
+    def step(self, model: nn.Module, call: Callable[[Tensor], Tensor], batches: Sequence[Batch]) -> Callable[[], Any]:
+        """The call to be timed, on the batches in turn.
 
-    def _train_step(self, model: nn.Module, batch: Batch) -> Callable[[], Any]:
+        Args:
+            model: prepared; has the parameters that an optimizer steps.
+            call: what maps images to logits, as a rule ``model``.
+        """
+        images = itertools.cycle([batch.to(self.dtype) for batch in batches])
+        return self._train_step(model, call, images) if self.training else self._inference_step(call, images)
+
+    def stepper(self, batch: Batch) -> Callable[[nn.Module], Callable[[], Any]]:
+        """Makes, from a prepared model, its step on one batch."""
+        return lambda model: self.step(model, model, [batch])
+
+    def _train_step(
+        self, model: nn.Module, call: Callable[[Tensor], Tensor], batches: Iterator[Batch]
+    ) -> Callable[[], Any]:
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
         def step() -> None:
-            with torch.autocast(batch.images.device.type, self.autocast, enabled=self.autocast is not None):
-                loss = batch.loss(model(batch.images))
+            batch = next(batches)
+            with self.autocasting(batch):
+                loss = batch.loss(call(batch.images))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
         return step
 
-    def _inference_step(self, model: nn.Module, batch: Batch) -> Callable[[], Any]:
-        images = batch.images.to(self.dtype)
-
+    def _inference_step(self, call: Callable[[Tensor], Tensor], batches: Iterator[Batch]) -> Callable[[], Any]:
         def step() -> None:
+            batch = next(batches)
             with torch.no_grad():
-                model(images)
+                call(batch.images)
 
         return step
+
+    def autocasting(self, batch: Batch) -> torch.autocast:
+        """The context in which a forward runs."""
+        return torch.autocast(batch.images.device.type, self.autocast, enabled=self.autocast is not None)
 
     def check(self, model: nn.Module, images: Callable[[int], Tensor], memory: str = "auto") -> Comparison:
         """The errors of ``model``, stock and fused, against float64, on the images that a seed gives."""

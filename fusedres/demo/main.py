@@ -14,10 +14,12 @@ from torch import nn
 
 from .. import models
 from ..benchmarking.agreement import summaries, verdict
-from ..benchmarking.compiled import CompileBudget
-from ..benchmarking.contest import Contest, contest
+from ..benchmarking.budget import TimeBudget
+from ..benchmarking.contest import contest
 from ..benchmarking.memory import saved_bytes
-from ..benchmarking.results import this_machine
+from ..benchmarking.peers import BASELINE, COMPILE, OURS
+from ..benchmarking.results import Measurement, this_machine
+from ..benchmarking.rotation import copies
 from ..benchmarking.workloads import INFERENCE_BF16, INFERENCE_FP32, TRAIN_BF16, TRAIN_FP32, Batch, Workload, settle
 from ..console import console, lacks, make_table, stages
 from ..patch import patch
@@ -66,7 +68,7 @@ def run(args: Namespace) -> int:
     machine = str(this_machine())
     console.print(machine)
     deadline = float("-inf") if args.quick else perf_counter() + _SECONDS
-    speeds, agreed = _resnet50(settings, CompileBudget(deadline, _AFTER_COMPILING))
+    speeds, agreed = _resnet50(settings, TimeBudget(deadline, _AFTER_COMPILING))
     trainings = _digits(settings)
     save_figure(args.plot, trainings, speeds, machine)
     console.print(f"figure: {args.plot.resolve()}")
@@ -78,7 +80,7 @@ def run(args: Namespace) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _resnet50(settings: _Settings, budget: CompileBudget) -> tuple[dict[str, dict[str, float]], bool]:
+def _resnet50(settings: _Settings, budget: TimeBudget) -> tuple[dict[str, dict[str, float]], bool]:
     """Prints everything about ResNet-50; returns images/s by workload and contestant, and whether all agreed."""
     torch.manual_seed(0)
     model = models.resnet50(fused=False).to(memory_format=torch.channels_last)
@@ -96,13 +98,14 @@ def _resnet50(settings: _Settings, budget: CompileBudget) -> tuple[dict[str, dic
         contests = {w: _timed(w, model, batch, settings.turns, budget, begin) for w in _WORKLOADS if comparisons[w].ok}
     _print_agreement(comparisons)
     _print_costs(first_steps, saved, contests.get(TRAIN_FP32))
-    _print_speeds(comparisons, contests, len(batch))
+    _print_speeds(comparisons, contests)
     speeds = {
-        w.name: {name: len(batch) / timing.median for name, timing in c.times.items()} for w, c in contests.items()
+        w.name: {name: m.images_per_second for name, m in found.items() if m.seconds} for w, found in contests.items()
     }
     return speeds, len(contests) == len(_WORKLOADS)
 
 
+_CONTESTANTS = (BASELINE, OURS, COMPILE)
 _MEMORY = {"eager": None, "fusedres": "auto", 'fusedres, memory="low"': "low"}
 
 
@@ -136,11 +139,13 @@ def _timed(
     model: nn.Module,
     batch: Batch,
     turns: int,
-    budget: CompileBudget,
+    budget: TimeBudget,
     begin: Callable[[str], None],
-) -> Contest:
+) -> dict[str, Measurement]:
     begin(f"time: {workload.name}")
-    return contest(workload, model, batch, turns, budget)
+    batches = [Batch(batch.shifted(i), batch.classes) for i in range(copies(batch.images.nbytes))]
+    finishes = contest("ResNet-50", workload, model, batches, _CONTESTANTS, turns=turns, budget=budget)
+    return {f.measurement.contestant: f.measurement for f in finishes}
 
 
 def _print_agreement(comparisons: dict[Workload, Comparison]) -> None:
@@ -158,8 +163,8 @@ def _print_agreement(comparisons: dict[Workload, Comparison]) -> None:
     console.print(make_table("", head, rows, caption))
 
 
-def _print_costs(first_steps: dict[str, float], saved: dict[str, int], timed: Contest | None) -> None:
-    compiled = timed.compiled if timed else None
+def _print_costs(first_steps: dict[str, float], saved: dict[str, int], timed: dict[str, Measurement] | None) -> None:
+    compiled = timed[COMPILE.name] if timed else None
     first = "" if compiled is None or compiled.first_step is None else f"{compiled.first_step:.1f} s"
     low = saved['fusedres, memory="low"']
     rows = [
@@ -179,25 +184,20 @@ def _print_costs(first_steps: dict[str, float], saved: dict[str, int], timed: Co
     console.print(make_table("", ("costs", "eager", "torch.compile", "fusedres"), rows))
 
 
-def _print_speeds(comparisons: dict[Workload, Comparison], contests: dict[Workload, Contest], images: int) -> None:
-    rows = [_speed_row(w, contests.get(w), images) for w in comparisons]
+def _print_speeds(comparisons: dict[Workload, Comparison], contests: dict[Workload, dict[str, Measurement]]) -> None:
+    rows = [_speed_row(w, contests.get(w)) for w in comparisons]
     head = ("images/s", "eager", "torch.compile", "fusedres", "over eager", "over compile")
     console.print(make_table("", head, rows, "Medians, interleaved; no number where agreement is red"))
 
 
-def _speed_row(workload: Workload, found: Contest | None, images: int) -> tuple[str, ...]:
+def _speed_row(workload: Workload, found: dict[str, Measurement] | None) -> tuple[str, ...]:
     if found is None:
         return (workload.name, *[""] * 5)
-    speeds = {name: f"{images / timing.median:.1f}" for name, timing in found.times.items()}
-    ratios = (found.speedup_over(name) for name in ("eager", "torch.compile"))
-    compiled = " ".join(part for part in (speeds.get("torch.compile"), found.compile_note) if part)
-    return (
-        workload.name,
-        speeds["eager"],
-        compiled,
-        speeds["fusedres"],
-        *("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
-    )
+    ours, compiled = found[OURS.name], found[COMPILE.name]
+    speeds = [f"{m.images_per_second:.1f}" if m.seconds else "" for m in (found[BASELINE.name], compiled, ours)]
+    speeds[1] = " ".join(part for part in (speeds[1], compiled.remark) if part)
+    ratios = (ours.speedup.get(peer.name) for peer in (BASELINE, COMPILE))
+    return (workload.name, *speeds, *("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

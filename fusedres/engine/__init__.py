@@ -17,6 +17,7 @@ from .dense import DenseProgram
 from .execution import execute, execute_dense
 from .program import IDENTITY_SHORTCUT, ConvSlot, ExciteSlot, GainSlot, Link, NormSlot, Program, is_constant
 from .stock import execute_stock
+from .synchronised import group_of
 
 __all__ = [
     "GATES",
@@ -31,5 +32,6 @@ __all__ = [
     "execute",
     "execute_dense",
     "execute_stock",
+    "group_of",
     "is_constant",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ops.activations import IDENTITY
 from ..ops.conv import conv_fprop
-from .pending import Raw, applied, pend
+from .pending import Raw, Statistics, applied, pend
 from .program import Link, Operands
 
 __all__ = ["UNFUSED", "Fusion", "Operand", "convolved", "fusion_of", "measures", "read_by", "run_chain"]
@@ -44,8 +44,8 @@ def absorbs(link: Link, raw: Raw, weight: Tensor) -> bool:
 
 def measures(reader: Link) -> bool:
     """Whether a link wants the statistics of its raw tensor, per channel, from the pass that makes it."""
-    excites = reader.gain is not None and reader.gain.excite is not None  # needs them per sample
-    return reader.norm is not None and reader.norm.batch_statistics and not excites
+    # An excitation needs them per sample.
+    return reader.norm is not None and reader.norm.batch_statistics and not reader.excites
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,12 +103,24 @@ def convolved(
     return y if into is None else into, stats if wanted else None
 
 
-def run_chain(chain: Chain, first: Raw, value: Tensor | None, tensors: Operands, k: SimpleNamespace) -> list[Raw]:
-    """The raw tensors of a chain, each with what is pending on it; ``value`` is the first one's, if it is there yet."""
+def run_chain(
+    chain: Chain,
+    first: Raw,
+    value: Tensor | None,
+    tensors: Operands,
+    k: SimpleNamespace,
+    pends_last: bool = True,
+) -> list[Raw]:
+    """The raw tensors of a chain, each with what is pending on it; ``value`` is the first one's, if it is there yet.
+
+    Without ``pends_last`` the last one is left as it is, for :func:`fusedres.engine.pending.pend_ends`.
+    """
     raws = [first]
-    for link, reader in zip(chain, chain[1:]):
-        tensor, stats = convolved(link, raws[-1], value, tensors, k, measures(reader))
-        raws.append(pend(reader, tensor, tensors, k, stats=stats))
+    for index, (link, reader) in enumerate(zip(chain, chain[1:])):
+        pends = pends_last or index < len(chain) - 2
+        tensor, stats = convolved(link, raws[-1], value, tensors, k, pends and measures(reader))
+        known = None if stats is None else Statistics(stats)
+        raws.append(pend(reader, tensor, tensors, k, known) if pends else Raw(tensor))
         value = None
     return raws
 

@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.bn_stats import statistics_dtype
 from ..ops.layout import dense
 from ..select import kernels
 from .convolution import Chain, convolved, run_chain
 from .gradients import Gradients, RawGradient
 from .inference import infer_chain, swallows
-from .pending import Raw, applied, cast_weights, compute_dtype, norm_rows, pend
+from .pending import Raw, Statistics, applied, cast_weights, compute_dtype, pend
 from .program import Operands, weight_indices
+from .synchronised import GroupStatistics, merge
 from .training import refuse_second_derivatives
 
 __all__ = ["DenseFunction", "DenseProgram", "infer_dense"]
@@ -57,13 +59,20 @@ class DenseProgram(NamedTuple):
 
 
 class _Buffer:
-    """Channels appended so far, and their statistics where a norm wants the batch's."""
+    """Channels appended so far, and their statistics where a norm wants the batch's.
 
-    def __init__(self, x: Tensor, channels: int, dtype: torch.dtype, k: SimpleNamespace, measures: bool) -> None:
+    Where one group of processes shares all of these, every channel's are merged once, as it is appended.
+    """
+
+    def __init__(self, program: DenseProgram, x: Tensor, channels: int, dtype: torch.dtype, k: SimpleNamespace) -> None:
         n, _, h, w = x.shape
         self.tensor = torch.empty((n, channels, h, w), dtype=dtype, device=x.device, memory_format=torch.channels_last)
-        self.stats: Tensor | None = None
-        self.filled, self.k, self.measures = 0, k, measures
+        norms = [layer[0].norm for layer in program.layers if layer[0].norm.batch_statistics]
+        self.measures, groups = bool(norms), {norm.group for norm in norms}
+        self.group = groups.pop() if len(groups) == 1 else None
+        self.own: Tensor | None = None
+        self.merged: GroupStatistics | None = None
+        self.filled, self.k = 0, k
 
     def room(self, channels: int) -> Tensor:
         """Where the next channels go."""
@@ -78,19 +87,34 @@ class _Buffer:
             return
         if y is not into:
             y = y.to(self.tensor.dtype).contiguous(memory_format=torch.channels_last)
-            stats = self.k.bn_stats(y, False, into)
-        if self.stats is None:
-            self.stats = stats.new_empty((2, self.tensor.shape[1]))
-        self.stats[:, start : self.filled] = stats
+            if y.numel():
+                stats = self.k.bn_stats(y, False, into)
+            else:
+                stats = y.new_zeros((2, y.shape[1]), dtype=statistics_dtype(y.dtype))
+        self.own = self._with(self.own, stats, start)
+        if self.group is not None:
+            part = merge(self.group, [(stats, y.numel() // y.shape[1])])[0]
+            known = None if self.merged is None else self.merged.values
+            self.merged = GroupStatistics(self._with(known, part.values, start), part.count)
 
-    def read(self) -> tuple[Tensor, Tensor | None]:
-        stats = None if self.stats is None else self.stats[:, : self.filled].contiguous()
-        return self.tensor[:, : self.filled], stats
+    def _with(self, stats: Tensor | None, of_new: Tensor, start: int) -> Tensor:
+        stats = of_new.new_empty((2, self.tensor.shape[1])) if stats is None else stats
+        stats[:, start : self.filled] = of_new
+        return stats
+
+    def read(self) -> tuple[Tensor, Statistics | None]:
+        channels = self.tensor[:, : self.filled]
+        if self.own is None:
+            return channels, None
+        own, merged = self.own[:, : self.filled].contiguous(), self.merged
+        if merged is not None:
+            merged = merged._replace(values=merged.values[:, : self.filled])
+        return channels, Statistics(own, merged)
 
 
 # From a layer, the channels before it, their statistics and the room for its own to its channels, which may be that
 # room, and their statistics where they are known.
-_Run = Callable[[Chain, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor | None]]
+_Run = Callable[[Chain, Tensor, Statistics | None, Tensor], tuple[Tensor, Tensor | None]]
 
 
 def _grow(
@@ -103,9 +127,8 @@ def _grow(
 ) -> Tensor:
     """The buffer after all layers; ``run`` runs one."""
     dtype = torch.promote_types(x.dtype, dtype)
-    measures = any(layer[0].norm.batch_statistics for layer in program.layers)
     bounds = program.bounds(x.shape[1], tensors)
-    buffer = _Buffer(x, bounds[-1], dtype, k, measures)
+    buffer = _Buffer(program, x, bounds[-1], dtype, k)
     buffer.append(x, buffer.room(x.shape[1]))
     for layer, start, stop in zip(program.layers, bounds, bounds[1:]):
         into = buffer.room(stop - start)
@@ -133,7 +156,7 @@ def infer_dense(program: DenseProgram, x: Tensor, tensors: Operands, folded: dic
         operands = cast_weights(program.links, tensors, dtype)
         return _in_layout_of(x, _forward(program, x, operands, dtype, k)[0])
 
-    def run(layer: Chain, channels: Tensor, stats: Tensor | None, into: Tensor) -> tuple[Tensor, Tensor | None]:
+    def run(layer: Chain, channels: Tensor, stats: Statistics | None, into: Tensor) -> tuple[Tensor, Tensor | None]:
         return infer_chain(layer, channels, None, layer[-1].act, dtype, tensors, folded, k, into), None
 
     return _in_layout_of(x, _grow(program, x, tensors, dtype, k, run))
@@ -145,10 +168,10 @@ def _forward(
     """The buffer, and every layer's raw tensors."""
     kept = []
 
-    def run(layer: Chain, channels: Tensor, stats: Tensor | None, into: Tensor) -> tuple[Tensor, Tensor | None]:
-        first, norm, last = layer[0], layer[0].norm, layer[-1]
-        rows = norm_rows(norm, channels, tensors, k, stats if norm.batch_statistics else None)
-        raws = run_chain(layer[:-1], pend(first, channels, tensors, k, rows), None, tensors, k)
+    def run(layer: Chain, channels: Tensor, stats: Statistics | None, into: Tensor) -> tuple[Tensor, Tensor | None]:
+        first, last = layer[0], layer[-1]
+        known = stats if first.norm.batch_statistics and not first.excites else None
+        raws = run_chain(layer[:-1], pend(first, channels, tensors, k, known), None, tensors, k)
         fits = last.plain and into.dtype == dtype
         made = convolved(layer[-2], raws[-1], None, tensors, k, fits and stats is not None, into=into if fits else None)
         raws.append(pend(last, made[0], tensors, k))
@@ -247,4 +270,4 @@ class _DenseBackward(Gradients):
         else:
             behind = self._pending(layer, last, raws[last], grad, layer[last].act)[0]
         before = total[:, :start]
-        self._link(path, 0, self._links(path, behind, 1), needed or self._norm_needed(layer[0]), before, before)
+        self._link(path, 0, self._links(path, behind, 1), needed or self._makers_needed(layer[0]), before, before)

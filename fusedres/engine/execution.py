@@ -12,7 +12,7 @@ from ..select import backend_for, by_measurement, too_small
 from .dense import DenseFunction, DenseProgram, infer_dense
 from .inference import infer
 from .pending import compute_dtype
-from .program import Link, Operands, Program, is_constant, needs_gradient
+from .program import Link, Operands, Program, is_constant, is_synchronised, needs_gradient
 from .stock import execute_stock, stock_dense
 from .training import BlockFunction
 from .verdict import winner
@@ -60,12 +60,12 @@ def execute_dense(program: DenseProgram, x: Tensor, tensors: Operands, folded: d
 
 def is_for_stock(program: Program | DenseProgram, x: Tensor, elements: int, inference: bool) -> bool:
     """Whether PyTorch's own ops run this; ``elements`` says how much there is to gain."""
-    if torch.compiler.is_compiling() or x.numel() == 0:
-        return True
-    if backend_for(x.device, compute_dtype(x), program.backend) == "stock":
+    if torch.compiler.is_compiling() or backend_for(x.device, compute_dtype(x), program.backend) == "stock":
         return True
     mode = "inference" if inference else "training"
-    return program.memory != "low" and too_small(elements, mode, program.backend)
+    nothing_to_gain = x.numel() == 0 or (program.memory != "low" and too_small(elements, mode, program.backend))
+    # Processes that share statistics must all do the same, whatever their parts of the batch.
+    return nothing_to_gain and not is_synchronised(program.links)
 
 
 def _measured(

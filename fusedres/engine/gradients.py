@@ -17,6 +17,7 @@ from ..ops.layout import like
 from .convolution import UNFUSED, Chain, Fusion, Operand, convolved, fusion_of, measures, pending_operand
 from .pending import Raw, applied, excitation
 from .program import ConvSlot, ExciteSlot, Link, NormSlot, Operands
+from .synchronised import summed
 
 
 class Path(NamedTuple):
@@ -104,6 +105,7 @@ class Gradients:
         if pends:
             g, sums, value = self.k.join_backward_mask(*operands, emit, link.dropout, raw.seed)
             self._from_sums(chain, index, raw.rows, sums, side)
+            sums = self._over_processes(norm, raw, sums, side)
             draw = self._unapplied(norm, raw, g, sums)
             return draw, None if side is None else self._unapplied(side_norm, side.raw, g, sums[0::2]), value
         modifiers = (raw.gain, link.dropout, raw.seed)
@@ -115,6 +117,7 @@ class Gradients:
             if raw.gain is not None:
                 sums, offset = self._behind_gain(link, raw, sums, y.shape[2] * y.shape[3])
             self._from_sums(chain, index, raw.rows, sums, side)
+            sums = self._over_processes(norm, raw, sums, side)
         flags = (training, side_training, side is not None and side.needed)
         count = float(y.numel() // y.shape[1])
         draw, dside = self.k.join_backward_apply(*operands, sums, count, *flags, *modifiers, offset, addend, into)
@@ -140,6 +143,7 @@ class Gradients:
             self._bias(chain, index, None, None, g)
             return RawGradient(g if addend is None else g.add_(addend))
         self._from_sums(chain, index, raw.rows, sums, None)
+        sums = self._over_processes(norm, raw, sums, None)
         if path.pends(index):
             return self._unapplied(norm, raw, g, sums)
         operands = (g, raw.tensor, raw.rows, None, None, IDENTITY.code, IDENTITY.param)
@@ -147,6 +151,22 @@ class Gradients:
         modifiers = (None, 0.0, None, None)
         draw, _ = self.k.join_backward_apply(*operands, sums, count, *flags, *modifiers, addend, into)
         return RawGradient(draw)
+
+    def _over_processes(self, norm: NormSlot | None, raw: Raw, sums: Tensor, side: Side | None) -> Tensor:
+        """The sums with those of the other processes in them, where a norm is synchronised."""
+        group = None if norm is None else norm.group
+        side_norm = None if side is None else side.chain[-1].norm
+        side_group = None if side_norm is None else side_norm.group
+        if group is None and side_group is None:
+            return sums
+        count = raw.tensor.numel() // raw.tensor.shape[1]
+        if group == side_group or side_norm is None or not side_norm.batch_statistics:
+            return summed(sums, group, count / raw.total)
+        # The norms share statistics with different processes: the sum of g is one for the one, another for the other.
+        of_main, of_side = sums[:2], torch.stack((sums[2], sums[3] if len(sums) > 3 else sums[0]))
+        of_main = of_main if group is None else summed(of_main, group, count / raw.total)
+        of_side = of_side if side_group is None else summed(of_side, side_group, count / side.raw.total)
+        return torch.cat((of_main, of_side))
 
     def _sums_needed(self, chain: Chain, index: int, side: Side | None) -> bool:
         """Whether a parameter's gradient comes from the sums, or the squeeze's."""
@@ -218,18 +238,24 @@ class Gradients:
 
         From the sum of the gradient behind the norm, which is there already, or from the raw tensor's gradient.
 
-        A norm with batch statistics takes any constant out again, so its gradient is exactly zero.
+        A norm with batch statistics takes any constant out again, so its gradient is exactly zero; where the batch is
+        that of several processes, so is the sum, which their average is made of.
         """
         conv = chain[index - 1].conv if index else None
         if conv is None or not self.needs[conv.first + 1]:
             return
         norm = chain[index].norm
         if norm is None:
-            # The mean of the statistics pass is more accurate than a sum in the gradient's dtype.
-            total = self.k.bn_stats(grad)[0] * (grad.numel() // grad.shape[1]) if total is None else total.clone()
+            total = self._channel_sums(grad) if total is None else total.clone()
         else:
             total = torch.zeros_like(total) if norm.batch_statistics else total * rows[2]
         self.grads[conv.first + 1] = total
+
+    def _channel_sums(self, grad: Tensor) -> Tensor:
+        if grad.numel() == 0:
+            return grad.new_zeros(grad.shape[1])
+        # The mean of the statistics pass is more accurate than a sum in the gradient's dtype.
+        return self.k.bn_stats(grad)[0] * (grad.numel() // grad.shape[1])
 
     # -- a chain of convolutions ---------------------------------------------------------------------------------
 
@@ -253,7 +279,7 @@ class Gradients:
             weight, needs_weight = self.tensors[link.conv.first], self.needs[link.conv.first]
             if link.plain:
                 raws[i] = raws[i]._replace(tensor=raws[i].tensor.to(weight.dtype))
-            needed = i > 0 or needs_input or self._norm_needed(link)
+            needed = i > 0 or needs_input or self._makers_needed(link)
             fusions[i] = fusion_of(link, raws[i], reader, raws[i + 1].tensor, weight, needed, needs_weight, self.k)
         return Path(chain, raws, fusions)
 
@@ -261,7 +287,7 @@ class Gradients:
         """From the gradient of a chain's last raw tensor to that of its input, added to ``onto`` if that is given."""
         if onto is not None and len(path.chain) > 1:
             return self._first_link(path, self._links(path, grad, 1), onto)
-        grad = self._links(path, grad, 0, needs_input or self._norm_needed(path.chain[0]))
+        grad = self._links(path, grad, 0, needs_input or self._makers_needed(path.chain[0]))
         if not needs_input:
             return None
         return grad.g if onto is None else sum_(onto, grad.g)
@@ -286,8 +312,12 @@ class Gradients:
         # In place, but for a join's gradient that this very convolution reads.
         return self._link(path, 0, grad, True, onto, None if onto is grad.g else onto).g
 
-    def _norm_needed(self, link: Link) -> bool:
-        return link.norm is not None and (self.needs[link.norm.first] or self.needs[link.norm.first + 1])
+    def _makers_needed(self, link: Link) -> bool:
+        """Whether the gradient of a parameter is wanted that makes the link's value: its norm's or excitation's."""
+        slots = [] if link.norm is None else [(link.norm.first, 2)]
+        if link.gain is not None and link.gain.excite is not None:
+            slots.append((link.gain.excite.first, 4))
+        return any(self.needs[first + i] for first, count in slots for i in range(count))
 
     def _link(
         self,

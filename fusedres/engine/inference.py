@@ -7,6 +7,8 @@ is behind it loads it.
 
 from __future__ import annotations
 
+import os
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -118,7 +120,7 @@ def _infer_pending(
         weight, bias = tensors[link.conv.first : link.conv.first + 2]
         operand, fused = read_by(link, raw, None, weight, epilogue, k)
         if fused and takes_all:
-            rows = norm_rows(reader.norm, operand.tensor, tensors, k)
+            rows, _ = norm_rows(reader.norm, operand.tensor, tensors, k, None)
             room = into if last and into is not None and into.dtype == dtype else None
             value = _fused(link.conv, operand, weight, bias, rows, beside, behind, room, k)
             if last:
@@ -172,11 +174,27 @@ def _folded(
     key = (_identity_of(operands, k), x.dtype, last, norm.eps if norm else None, conv.geometry)
     entry = cache.get(conv.first)
     if entry is None or entry[0] != key or key[0] is None:
-        rows = None if norm is None else k.bn_norm(None, 1.0, *affine, 0.0, norm.eps)
-        # The operands and their memory are held on to, so that nothing else can come to lie at their addresses.
-        held = [(t, t.detach()) for t in operands if t is not None]
-        entry = cache[conv.first] = (key, fold(weight, bias, rows, conv.geometry, x), held)
+        with _folding:
+            entry = cache.get(conv.first)  # another thread may have come first
+            if entry is None or entry[0] != key or key[0] is None:
+                rows = None if norm is None else k.bn_norm(None, 1.0, *affine, 0.0, norm.eps)
+                # The operands and their memory are held on to, so that nothing else can come to lie at their addresses.
+                held = [(t, t.detach()) for t in operands if t is not None]
+                entry = cache[conv.first] = (key, fold(weight, bias, rows, conv.geometry, x), held)
     return entry[1]
+
+
+# However many threads infer, a weight is folded and packed once.
+_folding = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """In the child of a fork there is nobody to release a lock that another thread held."""
+    global _folding
+    _folding = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _identity_of(tensors: tuple[Tensor | None, ...], k: SimpleNamespace) -> tuple[Any, ...] | None:
@@ -184,7 +202,14 @@ def _identity_of(tensors: tuple[Tensor | None, ...], k: SimpleNamespace) -> tupl
 
     The count misses writes through ``.data``, for which there is a sample of the values.
     """
-    present = [t for t in tensors if t is not None]
-    if any(t.is_inference() for t in present):
-        return None
-    return k.fingerprint(present), *((t.data_ptr(), t._version) for t in present)
+    present: list[Tensor] = []
+    identity: list[Any] = []
+    for t in tensors:
+        if t is None:
+            continue
+        try:
+            identity += (t.data_ptr(), t._version)
+        except RuntimeError:  # a tensor made in inference mode
+            return None
+        present.append(t)
+    return k.fingerprint(present), *identity

@@ -19,6 +19,7 @@ from torch import Tensor
 from .activations import IDENTITY, RELU, Activation
 from .conv import ConvGeometry, conv_fprop, onednn_refuses
 from .conv_winograd import CONV_WINOGRAD, CONV_WINOGRAD_PACK, winograd_unsuited
+from .layout import like
 
 __all__ = ["FoldedConv", "fold"]
 
@@ -57,7 +58,10 @@ class FoldedConv(NamedTuple):
             return CONV_WINOGRAD.overload("cpu")(*operands, self.geometry.padding)
         if self.runs == "stock":
             y = conv_fprop(x, self.weight, self.bias, self.geometry)
-            return y if residual is None and act == IDENTITY else join(y, None, residual, None, act.code, act.param)
+            if residual is None:
+                return y if act == IDENTITY else join(y, None, None, None, act.code, act.param)
+            # With one channel or one pixel the input's layout does not tell the result's.
+            return join(y, None, like(residual, y), None, act.code, act.param)
         g = self.geometry
         shape = (g.padding, g.stride, g.dilation, g.groups)
         if residual is None:

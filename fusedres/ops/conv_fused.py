@@ -11,9 +11,10 @@ In inference (:data:`CONV_FUSED_JOIN`) the join of :mod:`fusedres.ops.join` is a
 .. math:: out = act_o(scale_k \\cdot y + shift_k + r) \\qquad r \\in \\{0,\\; residual,\\;
     res\\_scale_k \\cdot residual + res\\_shift_k\\}
 
-``x`` is ``[N, C, H, W]`` or a channel slice of a channels_last buffer, ``weight`` ``[K, C, R, S]`` of the same dtype,
-``bias`` ``[K]`` in that dtype or float32; norms are ``[4, C]`` and ``[4, K]``. ``z`` is rounded to the dtype of ``x``,
-as a convolution of its own would read it; sums are in float32 and rounded once. No groups.
+``x`` is ``[N, C, H, W]`` or a channel slice of a channels_last buffer, ``weight`` ``[K, C / groups, R, S]`` of the same
+dtype, which with ``x`` says how many groups there are; ``bias`` ``[K]`` in that dtype or float32; norms are ``[4, C]``
+and ``[4, K]``. ``z`` is rounded to the dtype of ``x``, as a convolution of its own would read it; sums are in float32
+and rounded once. Dense convolutions are the Triton backend's, grouped ones the CUDA backend's.
 
 The idea is that of cuDNN's fused convolutions with batch-norm statistics (NVIDIA, "cuDNN: runtime fusion engines",
 pattern ``scale-bias-relu-conv-genstats``).
@@ -24,8 +25,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import env
+from ..triton import tuning
 from .bn_stats import BN_STATS
-from .conv import ConvGeometry, output_size
+from .conv import ConvGeometry, groups_of, output_size
 from .conv_winograd import winograd_unsuited
 from .join import BY_CODE, JOIN, join_argument
 from .registry import declare
@@ -54,7 +57,7 @@ def _convolved(
 ) -> Tensor:
     value = pending_value(x, norm, act, act_param).contiguous(memory_format=torch.channels_last)
     bias = None if bias is None else bias.to(x.dtype)
-    y = torch.conv2d(value, weight, bias, stride, padding, dilation)
+    y = torch.conv2d(value, weight, bias, stride, padding, dilation, groups_of(x, weight))
     return y.contiguous(memory_format=torch.channels_last)
 
 
@@ -115,7 +118,7 @@ CONV_FUSED_FPROP = declare(
     f"({_INPUT}, {_GEOMETRY}, bool want_stats, Tensor(a!)? into=None) -> (Tensor, Tensor)",
     reference=_fprop_reference,
     fake=_fprop_fake,
-    kernels=("cpu", "triton"),
+    kernels=("cpu", "cuda", "triton"),
 )
 """``(y, stats)``: ``y`` channels_last, or empty where it is written to ``into``, a channel slice of a channels_last
 buffer; ``stats`` is ``[2, K]``, the rows mean and M2, or empty where they are not wanted."""
@@ -177,7 +180,7 @@ CONV_FUSED_JOIN = declare(
     "Tensor(a!)? into=None) -> Tensor",
     reference=_join_reference,
     fake=_join_fake,
-    kernels=("triton",),
+    kernels=("cuda", "triton"),
 )
 """``out``, channels_last, or empty where it is written to ``into``. ``residual`` has the shape and dtype of ``out``."""
 
@@ -199,9 +202,11 @@ def conv_fused_refuses(
 ) -> str | None:
     """``None`` where ``backend`` runs this pass fused and is expected to beat the vendor's convolution, else why not.
 
-    On a GPU, what was measured for this shape or one near it (:func:`fusedres.tune`) decides; without a measurement,
-    1x1 convolutions, which are matrix products, are fused, and larger kernels are left to the vendor. On a CPU, see
-    :func:`fusedres.ops.conv_winograd.winograd_unsuited`: there the arithmetic wins, also with nothing to fuse.
+    Dense convolutions on a GPU are Triton's: what was measured for this shape or one near it (:func:`fusedres.tune`)
+    decides; without a measurement, 1x1 convolutions, which are matrix products, are fused, and larger kernels are left
+    to the vendor. Grouped ones are CUDA's, up to 64 channels per group: vendors compute them at a small part of their
+    peak. On a CPU, see :func:`fusedres.ops.conv_winograd.winograd_unsuited`: there the arithmetic wins, also with
+    nothing to fuse.
 
     Args:
         kind: ``"fprop"`` (both forward ops), ``"dgrad"`` or ``"wgrad"``.
@@ -218,17 +223,21 @@ def conv_fused_refuses(
         return f"backend {backend!r} has no fused convolutions"
     if backend == "cpu":
         return _cpu_unsuited(kind, x, weight, g)
+    if g.groups != 1:  # the Triton backend hands them to CUDA's kernels, where there are any
+        if backend == "triton" and (missing := env.cuda_missing()) is not None:
+            return f"grouped ones are the CUDA kernels', but {missing}"
+        return _memory_unsuited(x, weight) or _grouped_unsuited(kind, x, weight, g)
+    if backend == "cuda":
+        return "the CUDA backend's fused convolutions are grouped ones, this one is dense"
     reason = conv_fused_unsuited(kind, x, weight, g, pending_addend)
     if reason is not None:
         return reason
-    from ..triton.tuning import Problem, vendor_is_faster
-
-    kernel = (weight.shape[2], weight.shape[3])
-    problem = Problem(kind, x.dtype, tuple(x.shape), weight.shape[0], kernel, g, prologue)
-    measured = vendor_is_faster(problem, x.device)
+    filters, _, *kernel = weight.shape
+    problem = tuning.Problem(kind, x.dtype, tuple(x.shape), filters, tuple(kernel), g, prologue)
+    measured = tuning.vendor_is_faster(problem, x.device)
     if measured:
         return f"the vendor's {kind} was measured faster for this shape"
-    if measured is None and kernel != (1, 1):
+    if measured is None and kernel != [1, 1]:
         return f"no measurement says that {kernel[0]}x{kernel[1]} {kind} beats the vendor's: see fusedres.tune"
     return None
 
@@ -243,18 +252,24 @@ def _cpu_unsuited(kind: str, x: Tensor, weight: Tensor, g: ConvGeometry) -> str 
     return winograd_unsuited(x, weight, g)
 
 
-def conv_fused_unsuited(
-    kind: str, x: Tensor, weight: Tensor, g: ConvGeometry, pending_addend: bool = False
-) -> str | None:
-    """``None`` where the kernels take these operands, else why not; arguments as of :func:`conv_fused_refuses`."""
-    if g.groups != 1:
-        return f"a fused convolution has no groups, this one has {g.groups}"
+def _memory_unsuited(x: Tensor, weight: Tensor) -> str | None:
     if x.dtype != weight.dtype:
         return f"x is {x.dtype}, the weight {weight.dtype}"
     if not x.is_contiguous(memory_format=torch.channels_last) and x.stride(1) != 1:
         return "x is not channels_last"
     if x.shape[1] % 8 or weight.shape[0] % 8:
         return f"{x.shape[1]} and {weight.shape[0]} channels do not divide into loads of 16 bytes"
+    return None
+
+
+def conv_fused_unsuited(
+    kind: str, x: Tensor, weight: Tensor, g: ConvGeometry, pending_addend: bool = False
+) -> str | None:
+    """``None`` where the dense kernels take these operands, else why not; arguments of :func:`conv_fused_refuses`."""
+    if g.groups != 1:
+        return f"a dense kernel has no groups, this convolution has {g.groups}"
+    if (reason := _memory_unsuited(x, weight)) is not None:
+        return reason
     pointwise = tuple(weight.shape[2:]) == (1, 1)
     if kind == "dgrad" and pointwise and any(g.padding):
         return "dgrad takes no padding around a 1x1 kernel"
@@ -263,4 +278,35 @@ def conv_fused_unsuited(
             return f"dgrad with stride {g.stride} needs a 1x1 kernel"
         if pending_addend:
             return f"dgrad with stride {g.stride} takes no addend where its input is pending"
+    return None
+
+
+# Channels of a group above which a grouped convolution is a few dense ones, and what the CUDA kernels hold at once.
+_MOST_PER_GROUP = 64
+_MOST_TAPS = 64
+_MOST_PHASES = 16  # of a stride: what a pixel of dgrad's result may be to it
+_PATCH_BYTES = 2**15  # of what one pixel of the result reads
+_FLOAT_SHARED = 2**17  # of shared memory that dgrad in float32 needs
+
+
+def _grouped_unsuited(kind: str, x: Tensor, weight: Tensor, g: ConvGeometry) -> str | None:
+    """The grouped kernels of ``csrc/cuda``."""
+    (filters, inside, *kernel), size = weight.shape, x.element_size()
+    outside = filters // g.groups
+    if (inside, outside) not in ((1, 1), (4, 4)) and (inside % 8 or outside % 8):
+        return f"groups of {inside} to {outside} channels are neither depthwise, nor 4 to 4, nor multiples of 8"
+    if max(inside, outside) > _MOST_PER_GROUP:
+        return f"groups of {inside} to {outside} channels are wide enough for the vendor's dense kernels"
+    if kernel[0] * kernel[1] > _MOST_TAPS or g.stride[0] * g.stride[1] > _MOST_PHASES:
+        return f"a {kernel[0]}x{kernel[1]} kernel with stride {g.stride} has too many taps"
+    reach = [d * (k - 1) + 1 for d, k in zip(g.dilation, kernel)]
+    if reach[0] * reach[1] * (max(inside, outside, 8) * size + 16) > _PATCH_BYTES:
+        return f"a kernel that reaches over {reach[0]}x{reach[1]} pixels does not fit into shared memory"
+    sliced = not x.is_contiguous(memory_format=torch.channels_last)
+    if x.data_ptr() % 16 or (sliced and x.stride(3) * size % 16):
+        return "x is a slice that does not begin at, or whose pixels do not lie apart, multiples of 16 bytes"
+    if kind == "dgrad" and x.dtype == torch.float32 and x.is_cuda:
+        shared = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+        if shared < _FLOAT_SHARED:
+            return f"dgrad in float32 needs {_FLOAT_SHARED} bytes of shared memory, the device has {shared}"
     return None

@@ -18,7 +18,7 @@ convolution stands :math:`z = act(scale_c x + shift_c)`:
 So ``dx`` is to the norm before the convolution what ``g`` was to the one behind it, with the sums from which its rows
 are made: a chain of convolutions is walked without a pass of its own for any norm or activation.
 
-Shapes: ``g`` and ``y`` ``[N, K, P, Q]``, ``x`` ``[N, C, H, W]``, ``weight`` ``[K, C, R, S]``, of one dtype,
+Shapes: ``g`` and ``y`` ``[N, K, P, Q]``, ``x`` ``[N, C, H, W]``, ``weight`` ``[K, C / groups, R, S]``, of one dtype,
 channels_last or channel slices of it; ``grad_rows`` and ``norm`` ``[4, K]`` and ``[4, C]``. Without ``grad_rows``,
 ``dy`` is ``g`` and ``y`` is not read. ``dy`` and ``z`` are rounded to the dtype of ``x``; sums are in float32.
 """
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from .activations import IDENTITY
+from .conv import groups_of
 from .conv_fused import pending_value
 from .join import BY_CODE, join_argument
 from .join_backward import JOIN_BACKWARD_REDUCE
@@ -61,7 +62,7 @@ BN_GRAD_ROWS = declare(
     "(Tensor norm, Tensor? sums, float count) -> Tensor",
     reference=_rows_reference,
     fake=_rows_fake,
-    kernels=("triton",),
+    kernels=("cuda", "triton"),
 )
 """The rows ``(scale, slope, mean, offset)``, ``[4, K]``, from those of :mod:`fusedres.ops.bn_norm` and the totals of
 ``g`` and ``g * yhat`` over ``count`` values (``[2, K]`` or more rows); ``sums=None`` for constant statistics."""
@@ -98,7 +99,7 @@ def _dgrad_reference(
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dy = _output_gradient(g, y, grad_rows)
-    geometry = (stride, padding, dilation, False, [0, 0], 1)
+    geometry = (stride, padding, dilation, False, [0, 0], groups_of(x, weight))
     wide = torch.promote_types(x.dtype, torch.float32)
     dz, _, _ = torch.ops.aten.convolution_backward(
         dy.to(wide), x.to(wide), weight.to(wide), None, *geometry, (True, False, False)
@@ -146,7 +147,7 @@ CONV_FUSED_DGRAD = declare(
     f"{_GEOMETRY}, Tensor? addend=None, Tensor(a!)? into=None) -> (Tensor, Tensor)",
     reference=_dgrad_reference,
     fake=_dgrad_fake,
-    kernels=("cpu", "triton"),
+    kernels=("cpu", "cuda", "triton"),
 )
 """``(dx, sums)``: ``dx`` channels_last, or empty where it is written to ``into``, which may be the addend itself;
 ``sums`` is ``[2, C]``, or empty without a norm. ``addend`` is a gradient that reaches ``z`` another way, such as the
@@ -173,7 +174,7 @@ def _wgrad_reference(
 ) -> None:
     dy = _output_gradient(g, y, grad_rows)
     z = pending_value(x, norm, act, act_param)
-    geometry = (stride, padding, dilation, False, [0, 0], 1)
+    geometry = (stride, padding, dilation, False, [0, 0], groups_of(x, out))
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = torch.empty_like(out, dtype=wide)
     _, dweight, _ = torch.ops.aten.convolution_backward(
@@ -204,7 +205,7 @@ CONV_FUSED_WGRAD = declare(
     f"{_GEOMETRY}, Tensor(a!) out) -> ()",
     reference=_wgrad_reference,
     fake=_wgrad_fake,
-    kernels=("triton",),
+    kernels=("cuda", "triton"),
 )
-"""Writes ``dW`` to ``out``, ``[K, C, R, S]`` of any floating dtype: that of the parameter, where autocast made the
-operands narrower."""
+"""Writes ``dW`` to ``out``, ``[K, C / groups, R, S]`` of any floating dtype: that of the parameter, where autocast made
+the operands narrower."""

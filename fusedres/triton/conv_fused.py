@@ -9,6 +9,8 @@ tile of columns; for taps the loop goes through all of them before the next chan
 while it is in L2. Loads are asynchronous copies of 16 bytes rather than tensor descriptors: the prologue needs the tile
 in registers, and pixels of strided and padded convolutions are no rectangle of rows.
 
+Grouped convolutions go to the CUDA kernels (``csrc/cuda/conv_grouped.h``).
+
 Must move, at least: input, weights, residual and result once. ``2 N P Q K C R S`` FLOPs.
 """
 
@@ -21,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.conv import ConvGeometry, output_size
+from ..ops.conv import ConvGeometry, groups_of, output_size
+from ..ops.conv_fused import CONV_FUSED_FPROP, CONV_FUSED_JOIN
 from .bn_stats import merge_statistics, statistics_of_nothing
 from .launch import Layout, cdiv, launch, layout_of, register
 from .tiles import activate, load_row
@@ -250,6 +253,8 @@ def conv_fused_fprop(
 ) -> tuple[Tensor, Tensor]:
     """See :data:`fusedres.ops.conv_fused.CONV_FUSED_FPROP`; ``tiles`` is for measurements."""
     operands = (x, norm, act, act_param, weight, bias, stride, padding, dilation)
+    if groups_of(x, weight) != 1:
+        return CONV_FUSED_FPROP.overload("cuda")(*operands, want_stats, into)
     y, stats = _run("conv_fused_fprop", *operands, into, want_stats, tiles)
     return y if into is None else x.new_empty(0), x.new_empty(0) if stats is None else stats
 
@@ -273,6 +278,9 @@ def conv_fused_join(
 ) -> Tensor:
     """See :data:`fusedres.ops.conv_fused.CONV_FUSED_JOIN`."""
     operands = (x, norm, act, act_param, weight, bias, stride, padding, dilation)
+    if groups_of(x, weight) != 1:
+        join = (out_norm, residual, res_norm, out_act, out_act_param)
+        return CONV_FUSED_JOIN.overload("cuda")(*operands, *join, into)
     epilogue = {"out_norm": out_norm, "residual": residual, "res_norm": None if residual is None else res_norm}
     epilogue |= {"out_act": out_act, "out_act_param": float(out_act_param)}
     y, _ = _run("conv_fused_join", *operands, into, **epilogue)

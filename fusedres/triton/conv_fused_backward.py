@@ -6,7 +6,7 @@ partial per tile of rows. A 1x1 convolution with a stride scatters: its rows are
 zero. Larger kernels gather, and only with stride 1: with a stride most taps would meet nothing.
 
 wgrad: rows are filters, columns input channels of one tap, the sum runs over pixels and is split, so that the device is
-full; the parts are added in order. Both operands have a prologue.
+full; the parts are added in order. Both operands have a prologue. Grouped convolutions go to the CUDA kernels.
 
 Must move, at least: dgrad reads ``g``, ``y``, the weights and ``x``, writes ``dx``; wgrad reads ``g``, ``y`` and ``x``,
 writes ``dW``. ``2 N P Q K C R S`` FLOPs each.
@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.conv import ConvGeometry
+from ..ops.conv import ConvGeometry, groups_of
+from ..ops.conv_fused_backward import CONV_FUSED_DGRAD, CONV_FUSED_WGRAD
 from .conv_fused import channels_last_of, check_operands, dot_precision, geometry_meta, pending
 from .join_backward import sum_partials
 from .launch import cdiv, launch, multiprocessors, register, splits_of
@@ -205,6 +206,9 @@ def conv_fused_dgrad(
         ValueError: for a stride with a kernel larger than 1x1, with padding, or with a pending addend.
     """
     op = "conv_fused_dgrad"
+    if groups_of(x, weight) != 1:
+        operands = (g, y, grad_rows, weight, x, norm, act, act_param, stride, padding, dilation)
+        return CONV_FUSED_DGRAD.overload("cuda")(*operands, addend, into)
     check_operands(op, x, weight)
     (n, channels, h, w), (filters, _, r, s), (_, _, p, q) = x.shape, weight.shape, g.shape
     strided = tuple(stride) != (1, 1)
@@ -372,6 +376,10 @@ def conv_fused_wgrad(
 ) -> None:
     """See :data:`fusedres.ops.conv_fused_backward.CONV_FUSED_WGRAD`; ``tiles`` is for measurements."""
     op = "conv_fused_wgrad"
+    if groups_of(x, out) != 1:
+        operands = (g, y, grad_rows, x, norm, act, act_param, stride, padding, dilation)
+        CONV_FUSED_WGRAD.overload("cuda")(*operands, out)
+        return
     (n, channels, h, w), (filters, _, r, s), (_, _, p, q) = x.shape, out.shape, g.shape
     rows = n * p * q
     if rows == 0:

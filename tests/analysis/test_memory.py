@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pytest
@@ -12,9 +11,10 @@ from torch import nn
 import fusedres
 from fusedres import models
 from fusedres.analysis import memory, saved_activations
-from fusedres.analysis.memory import VARIANTS, Memory, save_plot
+from fusedres.analysis.memory import VARIANTS, save_plot
 from fusedres.analysis.peak import Measured
 from fusedres.benchmarking import saved_bytes
+from fusedres.benchmarking.results import MemoryUse, Results
 from fusedres.cli import main
 
 
@@ -80,21 +80,28 @@ def test_unknown_names():
         memory("nothing", (1, 3, 8, 8))
 
 
-def test_the_figure_with_what_is_missing(tmp_path):
-    found = {
-        "a": (Memory("stock", 2, 3), Memory("torch.compile", missing="no compiler")),
-        "b": (Memory("stock", 1, 1),),
-    }
-    save_plot(tmp_path / "figure.png", found, "a step")
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+def use(variant: str, saved: int = 0, peak: int = 0, missing: str = "") -> MemoryUse:
+    return MemoryUse("a network", (1, 3, 8, 8), "float32", variant, "cpu", saved, peak, missing)
+
+
+@pytest.mark.parametrize(("suffix", "head"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_the_figure_with_what_is_missing(tmp_path, suffix, head):
+    found = {"a": (use("stock", 2, 3), use("torch.compile", missing="no compiler")), "b": (use("stock", 1, 1),)}
+    path = tmp_path / f"figure.{suffix}"
+    save_plot(path, found, "a step")
+    assert path.read_bytes().startswith(head)
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.modules["fusedres.analysis.memory"], "in_child", lambda f, *args: Measured(f(*args), 2**40))
-    figure, results = tmp_path / "figure.png", tmp_path / "results.json"
+    figure, results = tmp_path / "figure.svg", tmp_path / "results.json"
     options = ["--shape", "1,3,16,16", "--variants", "stock", "--out", str(figure), "--json", str(results)]
-    assert main(["memory", "cifar_resnet", *options]) == 0
-    assert figure.read_bytes().startswith(b"\x89PNG")
-    assert json.loads(results.read_text())["models"]["cifar_resnet"][0]["saved"] > 0
-    assert "peak resident" in capsys.readouterr().out
+    assert main(["memory", "cifar_resnet", "wrn", "--budget", "0", *options]) == 0
+    assert figure.read_bytes().startswith(b"<?xml")
+    loaded = Results.load(results)
+    assert [(m.model, m.variant, m.shape) for m in loaded.memory] == [("cifar_resnet", "stock", (1, 3, 16, 16))]
+    assert loaded.memory[0].saved > 0 and loaded.memory[0].peak > 2**39
+    assert loaded.settings["left_out"] == ["wrn: no time"]
+    printed = capsys.readouterr().out
+    assert "peak" in printed and "left out: wrn" in printed
     assert main(["memory", "nothing"]) == 2

@@ -33,6 +33,19 @@ def test_a_phantom_step_is_recorded_as_the_real_one(backend):
         assert a == b
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_phantom_inference_is_recorded_as_the_real_one(backend):
+    model = fusedres.models.cifar_resnet(8, fused=True).to(memory_format=torch.channels_last).eval()
+    x = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), use_backend(backend):
+        model(x)  # folds the norms into the weights
+    real = record_step(model, x, use_backend(backend), phantom=False)
+    phantom = record_step(model, phantom_input(x.shape), use_backend(backend))
+    assert len(real) > 10
+    for a, b in zip(real, phantom, strict=True):
+        assert a == b
+
+
 def test_values_are_followed_through_views_and_in_place_ops():
     recorder = Recorder({}, phantom=False)
     with recorder:

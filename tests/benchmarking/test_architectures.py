@@ -9,8 +9,10 @@ import pytest
 from fusedres import models
 from fusedres.benchmarking import architectures
 from fusedres.benchmarking.architectures import HEAD, KINDS, Architecture, cells
+from fusedres.benchmarking.referee import Referee
 from fusedres.benchmarking.results import Goal, Row
 from fusedres.benchmarking.workloads import INFERENCE_BF16, TRAIN_FP32
+from fusedres.testing import Comparison, Entry
 
 GOALS = {TRAIN_FP32: Goal(1.1), INFERENCE_BF16: Goal(2.0)}
 TINY = Architecture(
@@ -19,7 +21,9 @@ TINY = Architecture(
 
 
 def test_rows_of_a_network():
-    train, infer, saved = architectures.measure(TINY, 2, 2)
+    found = list(architectures.measure(TINY, 2, 2))
+    train, infer, saved = (f.row for f in found)
+    assert [len(f.measurements) for f in found] == [2, 2, 0]
     for row in (train, infer):
         assert row.check == "ok" and row.ratio > 0
         assert set(row.shares) == set(KINDS) and sum(row.shares.values()) == pytest.approx(1)
@@ -28,9 +32,13 @@ def test_rows_of_a_network():
 
 
 def test_a_red_check_has_no_ratio(monkeypatch):
+    red = Comparison((Entry("output", 3.0, 1.0, 2.0, 1.0),))
+    monkeypatch.setattr(Referee, "judge", lambda *args: red)
+    rows = [found.row for found in architectures.measure(TINY, 1, 1)]
+    assert all(row.ratio is None and row.check.startswith("RED") for row in rows[:2])
     monkeypatch.setattr(architectures, "verdict", lambda comparison: "RED: output")
-    monkeypatch.setattr(architectures, "interleave", None)
-    assert all(row.ratio is None and row.check == "RED: output" for row in architectures.measure(TINY, 1, 1))
+    *_, saved = architectures.measure(TINY, 1, 1)
+    assert saved.row.ratio is None and saved.row.check == "RED: output"
 
 
 def test_as_text():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,34 @@ def script(monkeypatch):
 def test_the_readme_is_up_to_date(script):
     text = (ROOT / "README.md").read_text()
     assert script.updated(text) == text, "run python bench/update_readme.py"
+
+
+GENERATED = re.compile(r"<!-- [^>]*written by (\S+) -->.*?<!-- end of [^>]* -->", re.DOTALL)
+MEASURED = re.compile(r"\d[\d.,]*\s?(?:x\b(?! \d)|ms\b|s\b|seconds\b|MB\b|GB\b|images/s|%)")
+
+
+def test_every_measured_number_is_in_a_table_that_a_program_writes():
+    text = (ROOT / "README.md").read_text()
+    assert MEASURED.search(GENERATED.search(text)[0])  # it finds those that there are
+    assert MEASURED.findall(GENERATED.sub("", text)) == []
+    assert all((ROOT / program).exists() for program in GENERATED.findall(text))
+
+
+def test_every_table_names_a_committed_file_of_a_known_commit():
+    files = re.findall(r"\]\((bench/results/\S+\.json)\)", (ROOT / "README.md").read_text())
+    assert files
+    for name in files:
+        machine = Results.load(ROOT / name).machine
+        assert Path(name).parent.name == machine.slug
+        assert re.fullmatch(r"[0-9a-f]{7,40}", machine.commit), f"{name} was measured on files that were not committed"
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", machine.date) and machine.torch
+
+
+def test_a_number_by_hand_would_be_found():
+    for text in ("1.4x faster", "in 12 ms", "3,100 images/s", "40 % less", "688 MB", "2 seconds"):
+        assert MEASURED.search(text)
+    for text in ("224 x 224", "1x1 convolutions", "to over 1000 layers", "Python 3.10 to 3.13"):
+        assert not MEASURED.search(text)
 
 
 def test_a_full_run_goes_before_a_quick_one(script, monkeypatch, tmp_path):

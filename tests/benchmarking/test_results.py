@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 
-from fusedres.benchmarking.results import HEAD, Goal, Results, Row, this_machine
+from fusedres.benchmarking.results import HEAD, Goal, Measurement, MemoryUse, Results, Row, this_machine
 
 RATIO = Goal(1.2, 1.45)
 SECONDS = Goal(2.0, 0.3, True, " s")
@@ -46,12 +49,67 @@ def test_a_goal_may_be_for_what_it_took():
     assert Row("patch()", "s", SECONDS, ours=0.1, goal_of="ours").reached == "aim"
 
 
+MEASURED = Measurement(
+    "model",
+    "resnet50",
+    "train step",
+    "bfloat16",
+    (8, 3, 224, 224),
+    "fusedres",
+    autocast=True,
+    check="ok",
+    seconds={"median": 0.5, "min": 0.4, "q1": 0.45, "q3": 0.6, "turns": 5},
+    speedup={"eager": 1.5},
+    images=8,
+    moved=10**9,
+    flops=10**10,
+    roofline=0.2,
+)
+
+
 def test_results_survive_the_file(tmp_path):
-    rows = (Row("train", "ms", RATIO, 2.0, None, 1.0, 2.0, spread={"eager": {"median": 0.002}}),)
-    results = Results(this_machine(), {"quick": True}, rows, [{"case": "basic", "ratio": 1.0}])
+    results = Results(
+        this_machine(),
+        {"quick": True, "left_out": ["torch.compile: no time"]},
+        (Row("train", "ms", RATIO, 2.0, None, 1.0, 2.0, spread={"eager": {"median": 0.002}}),),
+        [{"case": "basic", "ratio": 1.0}],
+        (MEASURED, replace(MEASURED, contestant="OpenVINO", seconds=None, missing="inference only")),
+        (MemoryUse("resnet50", (8, 3, 224, 224), "float32", "stock", saved=2, peak=3),),
+        ({"device": "H100 SXM"},),
+        {"name": "this CPU", "bandwidth": 1e10, "arithmetic": {"float32": 1e11}},
+        ({"name": "tests", "status": "ok", "seconds": 1.0, "detail": ""},),
+    )
     path = tmp_path / "folder" / "quick.json"
     results.save(path)
     assert Results.load(path) == results
+    results.save(path)
+    assert [p.name for p in path.parent.iterdir()] == ["quick.json"]
+
+
+def test_files_from_before_a_field_are_read(tmp_path):
+    path = tmp_path / "old.json"
+    Results(this_machine(), {}, (Row("train", "ms", RATIO),), []).save(path)
+    content = json.loads(path.read_text())
+    for name in ("measurements", "memory", "traffic", "roofline", "stages"):
+        del content[name]
+    del content["machine"]["gpu"], content["machine"]["packages"]
+    path.write_text(json.dumps(content))
+    old = Results.load(path)
+    assert old.rows[0].name == "train" and old.measurements == () and old.machine.gpu == ""
+
+
+def test_what_a_measurement_means():
+    assert MEASURED.group == "resnet50, train step, bfloat16 autocast, 8x3x224x224"
+    assert MEASURED.images_per_second == 16
+    assert MEASURED.bytes_per_second == 2e9 and MEASURED.flops_per_second == 2e10
+    assert MEASURED.of_roofline == 0.4
+    assert replace(MEASURED, seconds=None).images_per_second is None
+    assert replace(MEASURED, moved=None).bytes_per_second is None
+
+
+def test_a_gpu_names_its_own_folder():
+    machine = replace(this_machine(), gpu="NVIDIA H100 80GB HBM3")
+    assert machine.slug == "nvidia-h100-80gb-hbm3" and str(machine).startswith("NVIDIA H100 80GB HBM3, ")
 
 
 def test_the_machine_makes_a_folder_name():

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import math
+from functools import partial
 
 import pytest
 import torch
 
 from fusedres import models
+from fusedres.analysis import devices
 from fusedres.benchmarking import cli, grid
 from fusedres.benchmarking.agreement import summaries, verdict
-from fusedres.benchmarking.compiled import CompileBudget
 from fusedres.benchmarking.contest import contest
+from fusedres.benchmarking.peers import BASELINE, COMPILE, OURS
+from fusedres.benchmarking.peers.tensorrt import TensorRT
+from fusedres.benchmarking.referee import Referee
+from fusedres.benchmarking.results import Results
 from fusedres.benchmarking.workloads import INFERENCE_BF16, INFERENCE_FP32, TRAIN_BF16, TRAIN_FP32, Batch, settle
+from fusedres.cli import main
 from fusedres.testing import Comparison, Entry
 
-NO_COMPILE = CompileBudget(-math.inf)
 WORKLOADS = (TRAIN_FP32, TRAIN_BF16, INFERENCE_FP32, INFERENCE_BF16)
 RED = Comparison((Entry("output", 3.0, 1.0, 2.0, 1.0), Entry("grad of conv.weight", 1.0, 1.0, 2.0, 1.0)))
 
@@ -31,11 +35,11 @@ def network():
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
 def test_a_contest_leaves_the_model_alone_and_times_both(network, workload):
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    found = contest(workload, network, Batch.random(4, 16, num_classes=10), 2, NO_COMPILE)
-    assert set(found.times) == {"eager", "fusedres"}
-    assert found.speedup_over("eager") > 0
-    assert found.speedup_over("torch.compile") is None
-    assert found.compile_note == "not asked for"
+    eager, ours = contest("tiny", workload, network, [Batch.random(4, 16, num_classes=10)], turns=2)
+    assert len(eager.timing.samples) == len(ours.timing.samples) == 2
+    assert ours.measurement.check == "ok" and ours.measurement.speedup["eager"] > 0
+    assert ours.measurement.autocast == (workload is TRAIN_BF16)
+    assert ours.measurement.dtype == ("bfloat16" if workload in (TRAIN_BF16, INFERENCE_BF16) else "float32")
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
 
@@ -66,13 +70,12 @@ def test_a_summary_takes_the_median_and_the_worst():
     assert (gradients.count, gradients.budget_used) == (1, 0.5)
 
 
-def test_nothing_is_timed_on_a_red_check(monkeypatch, network):
-    monkeypatch.setattr(type(TRAIN_FP32), "check", lambda *args, **kwargs: RED)
-    monkeypatch.setattr(cli, "contest", lambda *args: pytest.fail("timed"))
-    row = cli._workload_row(
-        TRAIN_FP32, cli._GOALS[TRAIN_FP32], network, Batch.random(1, 16), cli._QUICK, NO_COMPILE, lambda stage: None
-    )
-    assert row.check.startswith("RED") and row.ratio is None and row.ours is None
+def test_a_red_check_has_no_number_in_its_row(monkeypatch, network):
+    monkeypatch.setattr(Referee, "judge", lambda *args: RED)
+    batch = Batch.random(1, 16, num_classes=10)
+    found = {f.measurement.contestant: f.measurement for f in contest("tiny", TRAIN_FP32, network, [batch], turns=1)}
+    row = cli._row("train", cli._GOALS[TRAIN_FP32], found)
+    assert row.check.startswith("RED") and row.ratio is None and row.ours is None and row.eager is None
 
 
 def test_the_grid_covers_every_block_shape_and_mode():
@@ -91,9 +94,62 @@ def test_a_cell_of_the_grid(block, training):
 
 
 def test_a_red_cell_has_no_times(monkeypatch):
-    monkeypatch.setattr(grid, "compare", lambda *args, **kwargs: RED)
-    monkeypatch.setattr(grid, "interleave", lambda *args, **kwargs: pytest.fail("timed"))
-    cell = grid.measure(grid.Case("basic", (2, 16, 7, 7), True))
+    monkeypatch.setattr(Referee, "judge", lambda *args: RED)
+    cell = grid.measure(grid.Case("basic", (2, 16, 7, 7), True), turns=1)
     assert cell.ratio is None and cell.times == {} and cell.check.startswith("RED")
     row = cli._grid_row([cell], training=True)
     assert row.ratio is None and "RED" in row.check
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Everything that the command measures, in little."""
+    monkeypatch.setattr(cli, "BATCH", (2, 32))
+    monkeypatch.setattr(grid, "SHAPES", ((2, 16, 7, 7),))
+    monkeypatch.setattr(devices, "_COPIED", 2**20)
+    monkeypatch.setattr(devices, "_SIDE", 64)
+    monkeypatch.setattr(models, "resnet50", partial(models.resnet18, num_classes=1000))
+    few = cli._Settings(600.0, 0.0, 2, 2, 2, (None,), ("conv-bn-relu",), (BASELINE, OURS, TensorRT()), False)
+    monkeypatch.setattr(cli, "_QUICK", few)
+
+
+def test_the_command_writes_everything(small, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    assert main(["bench", "--quick", "--json", str(path)]) == 0
+    results = Results.load(path)
+    assert [row.name for row in results.rows[:2]] == [TRAIN_BF16.name, TRAIN_FP32.name]
+    assert {m.suite for m in results.measurements} == {"model", "block"}
+    missing = [m for m in results.measurements if m.contestant == "TensorRT"]
+    assert len(missing) == 4 and all(m.missing for m in missing)
+    assert len(results.grid) == 2 and len(results.traffic) == 4
+    assert {m.subject for m in results.measurements if m.suite == "model"} == {"ResNet-50"}
+    ours = next(m for m in results.measurements if m.contestant == "fusedres")
+    assert ours.of_roofline > 0 and ours.saved is not None and ours.peak > 0
+    assert set(results.roofline["arithmetic"]) == {"float32", "bfloat16"}
+    assert results.settings["left_out"] == []
+    printed = capsys.readouterr().out
+    assert "measured / model" in printed and "TensorRT" in printed
+
+
+def test_what_there_is_no_time_for_is_named(small, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    assert main(["bench", "--quick", "--budget", "0", "--json", str(path)]) == 0
+    left_out = Results.load(path).settings["left_out"]
+    assert any(text.startswith("2 of 2 blocks: no time") for text in left_out)
+    assert "left out: 2 of 2 blocks" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_full_run_leaves_every_contest_the_time_to_compile():
+    assert cli._FULL.needed(TRAIN_FP32) > COMPILE.seconds[0] > cli._QUICK.needed(TRAIN_FP32)
+    fixed = sum(map(cli._FULL.needed, cli._GOALS)) + cli._FULL.reserve
+    assert fixed < cli._FULL.seconds <= 15 * 60 and cli._QUICK.seconds < 120
+
+
+def test_an_unknown_peer(capsys):
+    assert main(["bench", "--peers", "magic"]) == 2
+    assert "got 'magic'" in capsys.readouterr().out

@@ -30,6 +30,14 @@ def test_vector_kernels_load_16_bytes(stem):
     assert {name for name in vectors if not BUILT[stem][name]["loads_128_bits"]} == set()
 
 
+@pytest.mark.parametrize("stem", [stem for stem in BUILT if stem.startswith("conv_fused")])
+def test_convolutions_load_16_bytes_and_multiply_matrices(stem):
+    convolutions = {n: k for n, k in BUILT[stem].items() if n.startswith(("conv_grouped", "conv_wgrad_kernel"))}
+    assert convolutions
+    assert {name for name, kernel in convolutions.items() if not kernel["loads_128_bits"]} == set()
+    assert {name for name, kernel in convolutions.items() if kernel["hmma"] != ("Matrix" in name)} == set()
+
+
 @pytest.mark.skipif(
     sass.nvcc_version() != RECORDED["nvcc"],
     reason=f"the table is of nvcc {RECORDED['nvcc']}, not {sass.nvcc_version()}",

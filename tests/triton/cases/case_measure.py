@@ -3,6 +3,10 @@ block, the kernels' numbers are right, and its verdict is their time's."""
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,8 +15,8 @@ from fusedres import select
 from fusedres.ops.conv import ConvGeometry
 from fusedres.testing import channels_last
 from fusedres.triton import tuning
-from fusedres.triton.tuning import Problem, Tiles, Verdict
-from fusedres.tune import blocks, measure, measure_block
+from fusedres.triton.tuning import Entry, Problem, Tiles, Verdict
+from fusedres.tune import blocks, measure, measure_block, tune
 
 ONE, THREE = ConvGeometry((1, 1), (0, 0), (1, 1), 1), ConvGeometry((1, 1), (1, 1), (1, 1), 1)
 CANDIDATES = [Tiles(64, 32, 32, 4, 2), Tiles(64, 64, 32, 4, 2)]
@@ -48,3 +52,16 @@ def test_a_blocks_verdict(device, monkeypatch, ours, expected):
             return next(times)
 
         assert measure_block(case, ["triton"], timer) == Verdict(expected, ours, 2.0)
+
+
+def test_a_budget_keeps_what_was_measured_until_then(device, monkeypatch, tmp_path):
+    monkeypatch.setenv("FUSEDRES_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys.modules["fusedres.tune"], "measure", lambda problem, *_: Entry(CANDIDATES[0], 1.0, 7.0))
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 1), torch.nn.Conv2d(16, 32, 3, padding=1)).to(device)
+    x = torch.randn(2, 8, 6, 6, device=device)
+    report = tune(model, x, seconds=0.0)
+    (key,) = report.entries
+    assert "_k32_3x3_" in key, "what computes most comes first"
+    assert report.left == 7 and "7 more were not measured" in str(report)
+    assert list(json.loads(Path(report.path).read_text())["entries"]) == [key]
+    assert tune(model, x).left == 0

@@ -1,0 +1,20 @@
+"""What the suites of ops share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from bench.ops.contestants import Contest
+
+
+@pytest.fixture
+def race(enter, smoke) -> Callable[..., None]:
+    """``race(group, contestant, contest)``: makes the contest when its group has not raced, reports the contestant."""
+
+    def run(group, contestant: str, contest: Callable[[], Contest]) -> None:
+        enter(group, contestant, lambda: replace(contest(), memory=not smoke).entrants())
+
+    return run

@@ -1,0 +1,29 @@
+"""Stock PyTorch, op by op, in either layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .base import Peer
+
+__all__ = ["Eager"]
+
+_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+class Eager(Peer):
+    """The network as it is. In the other layout than the images', the conversion of the images is part of a call."""
+
+    foreign = False
+    schedule = "stock"
+
+    def __init__(self, layout: str) -> None:
+        self._format = _FORMATS[layout]
+        self.name = "eager" if layout == "channels_last" else f"eager, {layout}"
+
+    def prepare(self, model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+        model.to(memory_format=self._format)
+        return lambda images: model(images.contiguous(memory_format=self._format))

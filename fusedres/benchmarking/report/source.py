@@ -1,0 +1,139 @@
+"""What a file of results holds, in the one form that tables and figures read: measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..results import Machine, Measurement, MemoryUse, Results, Row
+
+__all__ = ["Source", "by_device", "load"]
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of results.
+
+    Attributes:
+        name: its path as the page shows it, relative to the page's project where it lies in it.
+    """
+
+    name: str
+    results: Results
+
+    @property
+    def machine(self) -> Machine:
+        return self.results.machine
+
+    @property
+    def measurements(self) -> tuple[Measurement, ...]:
+        """Those of the file, and those that its older forms, headline rows and grid, amount to."""
+        found = self.results.measurements
+        seen = {(m.suite, m.group, m.contestant) for m in found}
+        older = [*_of_rows(self.results), *_of_grid(self.results)]
+        return (*found, *(m for m in older if (m.suite, m.group, m.contestant) not in seen))
+
+    @property
+    def memory(self) -> tuple[MemoryUse, ...]:
+        return (*self.results.memory, *_memory_of_rows(self.results))
+
+
+def load(path: Path, root: Path) -> Source:
+    """Reads a file.
+
+    Raises:
+        ValueError: where it is no file of results.
+    """
+    try:
+        results = Results.load(path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no file of results: {error}") from error
+    path = path.resolve()
+    return Source(path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name, results)
+
+
+def by_device(sources: list[Source]) -> dict[str, list[Source]]:
+    """The files of each device, in their order."""
+    found: dict[str, list[Source]] = {}
+    for source in sources:
+        found.setdefault(source.machine.device, []).append(source)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Headline rows and the grid
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _of_rows(results: Results) -> Iterator[Measurement]:
+    for row in results.rows:
+        if row.unit != "ms" or row.images_per_second is None or not row.spread:
+            continue
+        network, workload = _network_and_workload(row, results.settings)
+        size = results.settings["batch"]
+        resolution = results.settings.get("resolution", 0)
+        ratios = {"eager": row.ratio, "torch.compile": row.compile_ratio}
+        for contestant, seconds in row.spread.items():
+            ours = contestant == "fusedres"
+            yield Measurement(
+                "model",
+                network,
+                "train step" if "train" in workload else "inference",
+                next((dtype for short, dtype in _DTYPES.items() if short in workload), "float32"),
+                (size, 3, resolution, resolution) if resolution else (size,),
+                contestant,
+                autocast="autocast" in workload,
+                baseline=contestant == "eager",
+                check=row.check if ours else "",
+                seconds=seconds,
+                speedup={other: ratio for other, ratio in ratios.items() if ratio} if ours else {},
+                images=size,
+            )
+
+
+def _network_and_workload(row: Row, settings: dict[str, Any]) -> tuple[str, str]:
+    """``"DenseNet-121: train step, fp32"``, or the workload alone where the file is of one network."""
+    network, separator, workload = row.name.partition(": ")
+    return (network, workload) if separator else (settings.get("network", "the network"), row.name)
+
+
+def _of_grid(results: Results) -> Iterator[Measurement]:
+    for cell in results.grid:
+        words = cell["case"].split()
+        *block, mode, dtype, shape = words
+        for contestant, seconds in cell["seconds"].items():
+            ours = contestant == "fusedres"
+            yield Measurement(
+                "block",
+                " ".join(block),
+                "train step" if mode == "train" else "inference",
+                _DTYPES[dtype],
+                tuple(map(int, shape.split("x"))),
+                contestant,
+                autocast=dtype != "fp32",
+                baseline=contestant == "eager",
+                check=cell["check"] if ours else "",
+                seconds=seconds,
+                speedup={"eager": cell["ratio"]} if ours and cell["ratio"] else {},
+            )
+
+
+def _memory_of_rows(results: Results) -> Iterator[MemoryUse]:
+    """The bytes that autograd keeps, of rows that compare stock with patched."""
+    stock_seen = set()
+    for row in results.rows:
+        if row.unit != "MB" or row.eager is None or row.ours is None or row.ratio is None:
+            continue
+        network, workload = _network_and_workload(row, results.settings)
+        if "ODE" in network:
+            continue  # compares two ways of differentiating, not two forms of a network
+        shape = (results.settings["batch"],)
+        if network not in stock_seen:
+            stock_seen.add(network)
+            yield MemoryUse(network, shape, "float32", "stock", saved=round(1e6 * row.eager))
+        variant = 'patched, memory="low"' if "low" in workload else "patched"
+        yield MemoryUse(network, shape, "float32", variant, saved=round(1e6 * row.ours))
