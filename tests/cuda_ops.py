@@ -15,7 +15,7 @@ from fusedres.ops.bn_norm import BN_NORM
 from fusedres.ops.bn_stats import BN_STATS
 from fusedres.ops.gated_join import GATED_JOIN, GATED_JOIN_BACKWARD
 from fusedres.ops.join import JOIN, join_argument
-from fusedres.ops.join_backward import JOIN_BACKWARD_APPLY, JOIN_BACKWARD_REDUCE
+from fusedres.ops.join_backward import JOIN_BACKWARD, JOIN_BACKWARD_APPLY, JOIN_BACKWARD_REDUCE
 from fusedres.ops.rk_combine import RK_COMBINE, RK_COMBINE_BACKWARD, RK_ERROR
 from fusedres.testing import assert_within_budget, channels_last, contiguous, rms, sliced
 
@@ -216,6 +216,21 @@ class JoinCase:
             expected, _ = JOIN_BACKWARD_APPLY.overload("cuda")(*args)
             empty, _ = JOIN_BACKWARD_APPLY.overload("cuda")(*args, target)
             assert empty.numel() == 0 and torch.equal(target, expected)
+            untouched()
+
+    def check_both(self, training: bool, *, emit: bool = True, addend: bool = False, into: Any = None) -> None:
+        """Both passes at once, without a gain; what is given as for :meth:`check_apply`."""
+        self._leave_the_kinks()
+        more = self._tensor(LAYOUTS[self.layout], 10) if addend else None
+        flags = (training and self.normed, training and self.residual == "affine", self.side is not None)
+        args = (self.grad, *self.operands, emit, self.count, *flags, self.dropout, self.seed, more)
+        scales = (rms(self.grad) * self.count**0.5, None, None, None)
+        expected = compare(f"{self}, training {training}, both", JOIN_BACKWARD, args, scales)
+        if into is not None:
+            target, untouched = into
+            found = JOIN_BACKWARD.overload("cuda")(*args, target)
+            assert found[2].numel() == 0 and torch.equal(target, expected[2])
+            assert all(torch.equal(found[i], expected[i]) for i in (0, 1, 3))
             untouched()
 
 

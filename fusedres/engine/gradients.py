@@ -12,6 +12,7 @@ from torch import Tensor
 from ..ops.activations import Activation
 from ..ops.conv import adds_pointwise_dgrad, conv_backward, pointwise_dgrad_add_
 from ..ops.conv_wgrad import fuses_wgrad
+from ..ops.join_backward import JOIN_BACKWARD
 from ..ops.layout import like
 from .pending import Raw, applied, excitation, next_raw, squeezed
 from .program import ExciteSlot, Link, NormSlot, Operands
@@ -72,14 +73,19 @@ class Gradients:
         modifiers = (raw.gain, link.dropout, raw.seed)
         training = norm is not None and norm.batch_statistics
         side_training = side_norm is not None and side_norm.batch_statistics
+        flags = (training, side_training, side is not None and side.needed)
+        count = float(y.numel() // y.shape[1])
         sums, value, offset = None, None, None
         if emit or training or side_training or self._sums_needed(chain, index, side):
+            if raw.gain is None and self.k.backend in JOIN_BACKWARD.kernels:
+                rest = (link.dropout, raw.seed, addend, into)
+                sums, value, draw, dside = self.k.join_backward(*operands, emit, count, *flags, *rest)
+                self._from_sums(chain, index, raw.rows, sums, side)
+                return draw, dside, value
             sums, value = self.k.join_backward_reduce(*operands, emit, *modifiers)
             if raw.gain is not None:
                 sums, offset = self._behind_gain(link, raw, sums, y.shape[2] * y.shape[3])
             self._from_sums(chain, index, raw.rows, sums, side)
-        flags = (training, side_training, side is not None and side.needed)
-        count = float(y.numel() // y.shape[1])
         draw, dside = self.k.join_backward_apply(*operands, sums, count, *flags, *modifiers, offset, addend, into)
         return draw, dside, value
 
