@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedres.ops.activations import Activation
+from fusedres.ops.bn_join import BN_JOIN
 from fusedres.ops.bn_norm import BN_NORM
 from fusedres.ops.bn_stats import BN_STATS
 from fusedres.ops.gated_join import GATED_JOIN, GATED_JOIN_BACKWARD
@@ -27,6 +28,7 @@ __all__ = [
     "THRESHOLD",
     "TOLERANCES",
     "JoinCase",
+    "check_bn_join",
     "check_bn_norm",
     "check_bn_stats",
     "check_gated_join",
@@ -232,6 +234,29 @@ class JoinCase:
             assert found[2].numel() == 0 and torch.equal(target, expected[2])
             assert all(torch.equal(found[i], expected[i]) for i in (0, 1, 3))
             untouched()
+
+
+def check_bn_join(
+    case: JoinCase, affine: bool = True, running: torch.dtype | None = torch.float32
+) -> tuple[Tensor, ...]:
+    """The norm of ``case.y``'s batch statistics and the join behind it; returns the kernel's results."""
+    draw = torch.randn(3, case.shape[1], generator=generator(12)).to(case.device)
+    gamma, beta = (draw[0] + 1.5, draw[1]) if affine else (None, None)
+    found = []
+    for overload, widen in (("cuda", False), ("reference", False), ("reference", True)):
+        buffers = [None, None] if running is None else [draw[2].to(running), draw[0].abs().to(running) + 0.5]
+        tensors = (case.y, gamma, beta, *buffers, case.side, case.res_norm)
+        y, g, b, mean, var, side, res_norm = wide(tensors) if widen else tensors
+        ending = (case.act.code, case.act.param, case.dropout, case.seed)
+        out, rows = BN_JOIN.overload(overload)(y, g, b, mean, var, 0.3, 1e-5, side, res_norm, *ending)
+        found.append([out, *rows.unbind(0), *(t for t in (mean, var) if t is not None)])
+    # What the mean, and so the shift, are made of are values that may cancel.
+    scales = [None, rms(case.y), None, None, rms(found[2][3]) * rms(case.y), rms(case.y)]
+    names = ("out", "mean", "rstd", "scale", "shift", "running_mean", "running_var")
+    for name, scale, ours, plain, exact in zip(names, [*scales, None], *found):
+        assert_within_budget(ours, plain, exact, f"{case}, {name}", scale=scale)
+    assert found[0][0].stride() == torch.empty_like(case.y).stride()
+    return tuple(found[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -41,5 +41,22 @@ void launch_cooperative(void (*kernel)(Args), const Shape& shape, const Device& 
   FR_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
 }
 
+constexpr int kMergeLanes = 8;  // channels of a block at a time: their floats fill a sector
+
+// The phase in between, which merges what the blocks left: the blocks share the channels, the threads of a block what
+// is there of each. Calls merge(channel, whether this thread takes part, its slice, of how many, its number in the
+// block, how far apart the slices of a channel are in such numbers), which may wait at a block barrier.
+template <class Merge>
+__device__ __forceinline__ void for_each_merged(int64_t channels, const Merge& merge) {
+  const int threads = blockDim.x * blockDim.y, lanes = min(kMergeLanes, threads), count = threads / lanes;
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, slice = thread / lanes;
+  const int64_t block = int64_t{blockIdx.y} * gridDim.x + blockIdx.x, blocks = int64_t{gridDim.x} * gridDim.y;
+  for (int64_t first = block * lanes; first < channels; first += blocks * lanes) {
+    const int64_t c = first + thread % lanes;
+    merge(c, c < channels && slice < count, slice, count, thread, lanes);
+    __syncthreads();  // the next channels come into the same places
+  }
+}
+
 }  // namespace
 }  // namespace fusedres

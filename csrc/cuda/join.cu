@@ -10,45 +10,13 @@ namespace {
 constexpr int kUnroll = 2;  // rows whose loads a thread has in flight
 constexpr int kBlocksPerProcessor = 3;
 
-struct JoinArgs : JoinOperands {
-  Output out;
-};
-
 template <class T, int kWidth, bool kDropout>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) join_fwd_kernel(const JoinArgs a) {
-  using Elements = Pack<T, kWidth>;
   __shared__ typename Numbers<kWidth, kForwardNumbers>::Storage storage;
-  Numbers<kWidth, kForwardNumbers> numbers(storage, a.walk);
-  const auto compute = [&](int64_t c, int64_t sample_channel, float* out) {
-    affine_numbers(a, c, sample_channel, out);
-  };
-  const Place place = Place::mine<kWidth>();
-  const bool inside = place.column < a.walk.row_length;
-  for (int64_t group = blockIdx.z; group < a.walk.groups; group += gridDim.z) {
-    const int64_t before = group * a.walk.rows;
-    numbers.load_group(a.walk, group, compute);
-    for (int64_t first = place.row; inside && first < a.walk.rows; first += place.step * kUnroll) {
-      Elements y[kUnroll], residual[kUnroll];
-#pragma unroll
-      for (int k = 0; k < kUnroll; ++k) {
-        const int64_t row = first + k * place.step;
-        if (row >= a.walk.rows) break;
-        y[k] = a.y.load<T, kWidth>(before + row, place.column);
-        residual[k] = a.residual.data == nullptr ? y[k] : a.residual.load<T, kWidth>(before + row, place.column);
-      }
-#pragma unroll
-      for (int k = 0; k < kUnroll; ++k) {
-        const int64_t row = first + k * place.step;
-        if (row >= a.walk.rows) break;
-        numbers.load_row(a.walk, row, compute);
-        float z[kWidth], scales[kWidth];
-        argument(a, numbers, y[k], residual[k], z);
-        scales_of<kDropout>(a, group, row, place.column, scales);
-        a.out.store(before + row, place.column, activated<T, kDropout>(a, z, scales));
-      }
-    }
-  }
+  join_rows<T, kWidth, kDropout, kUnroll>(a, storage);
 }
+
+}  // namespace
 
 Tensor join_cuda(const Tensor& y, std::optional<Tensor> norm, std::optional<Tensor> residual,
                  std::optional<Tensor> res_norm, int64_t act, double act_param, std::optional<Tensor> gain,
@@ -76,7 +44,6 @@ Tensor join_cuda(const Tensor& y, std::optional<Tensor> norm, std::optional<Tens
   return out;
 }
 
-}  // namespace
 }  // namespace fusedres
 
 FR_CUDA_LIBRARY(m) { m.impl("join_cuda", TORCH_BOX(&fusedres::join_cuda)); }

@@ -443,8 +443,6 @@ struct BackwardArgs {
   ApplyArgs apply;
 };
 
-constexpr int kMergeLanes = 8;  // channels of a block at a time: their floats fill a sector
-
 // What the phases of a launch for both passes keep in shared memory, one after the other.
 template <int kWidth>
 union BackwardShared {
@@ -453,32 +451,26 @@ union BackwardShared {
   typename Numbers<kWidth, kApplyNumbers>::Storage apply;
 };
 
-// The sums of all blocks' partials: the blocks share the channels, the threads of a block the parts. No gain here.
+// The sums of all blocks' partials. There is no gain here.
 __device__ __forceinline__ void merge_partials(const ReduceArgs& a, double (&slices)[kSums][kThreads]) {
   const int64_t channels = a.walk.channels;
-  const int threads = blockDim.x * blockDim.y, lanes = min(kMergeLanes, threads), count = threads / lanes;
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x, lane = thread % lanes, slice = thread / lanes;
-  const int64_t block = int64_t{blockIdx.y} * gridDim.x + blockIdx.x, blocks = int64_t{gridDim.x} * gridDim.y;
-  for (int64_t first = block * lanes; first < channels; first += blocks * lanes) {
-    const int64_t c = first + lane;
-    const bool takes_part = c < channels && slice < count;
+  for_each_merged(channels, [&](int64_t c, bool inside, int slice, int count, int thread, int lanes) {
     double sums[kSums] = {};
 #pragma unroll 4
     for (int64_t part = slice; part < a.parts.parts; part += count) {
-      if (!takes_part) break;
+      if (!inside) break;
       for (int s = 0; s < kSums; ++s) sums[s] += a.partials[(part * kSums + s) * channels + c];
     }
-    __syncthreads();  // those of the channels before are no longer read
     for (int s = 0; s < kSums; ++s) slices[s][thread] = sums[s];
     __syncthreads();
-    if (!takes_part || slice != 0) continue;
+    if (!inside || slice != 0) return;
     const double factors[kSums] = {1., a.norm.rstd(channels, c), a.res_norm.rstd(channels, c)};
     for (int s = 0; s < kSums; ++s) {
-      double total = 0;
-      for (int i = 0; i < count; ++i) total += slices[s][i * lanes + lane];
+      double total = sums[s];
+      for (int i = 1; i < count; ++i) total += slices[s][thread + i * lanes];
       a.sums[s * channels + c] = static_cast<float>(factors[s] * total);
     }
-  }
+  });
 }
 
 template <class T, int kWidth, bool kDropout>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.activations import Activation
+from ..ops.bn_join import BN_JOIN
 from ..ops.bn_stats import statistics_dtype
 from ..ops.conv import conv_fprop
 from ..ops.dropout import draw_seed
@@ -91,14 +93,37 @@ def norm_rows(
     affine_and_buffers = tensors[norm.first : norm.first + 4]
     if not norm.batch_statistics:
         return k.bn_norm(None, 1.0, *affine_and_buffers, 0.0, norm.eps)
+    count = _values_per_channel(raw)
+    stats = k.bn_stats(raw) if stats is None else stats
+    rows = k.bn_norm(stats, float(count), *affine_and_buffers, norm.momentum, norm.eps)
+    _count_writes(affine_and_buffers[2:])
+    return rows
+
+
+def _values_per_channel(raw: Tensor) -> int:
     count = raw.numel() // raw.shape[1]
     if count <= 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {raw.shape}")
-    stats = k.bn_stats(raw) if stats is None else stats
-    rows = k.bn_norm(stats, float(count), *affine_and_buffers, norm.momentum, norm.eps)
-    # A kernel's write goes by unnoticed; folded weights and autograd's checks rely on the count.
-    torch.autograd.graph.increment_version([t for t in affine_and_buffers[2:] if t is not None])
-    return rows
+    return count
+
+
+def _count_writes(buffers: Sequence[Tensor | None]) -> None:
+    """A kernel's write goes by unnoticed; folded weights and autograd's checks rely on the count."""
+    torch.autograd.graph.increment_version([t for t in buffers if t is not None])
+
+
+def pend_and_apply(link: Link, tensor: Tensor, tensors: Operands, k: SimpleNamespace) -> tuple[Raw, Tensor | None]:
+    """:func:`pend`, and :func:`applied` where one kernel does both."""
+    norm = link.norm
+    if k.backend not in BN_JOIN.kernels or link.gain is not None or norm is None or not norm.batch_statistics:
+        return pend(link, tensor, tensors, k), None
+    _values_per_channel(tensor)
+    affine_and_buffers = tensors[norm.first : norm.first + 4]
+    seed = draw_seed() if link.dropout else None
+    ending = (None, None, link.act.code, link.act.param, link.dropout, seed)
+    value, rows = k.bn_join(tensor, *affine_and_buffers, norm.momentum, norm.eps, *ending)
+    _count_writes(affine_and_buffers[2:])
+    return Raw(tensor, rows, seed=seed), value
 
 
 def survivors(x: Tensor, drop_path: float) -> Tensor | None:
@@ -162,6 +187,11 @@ def run_chain(
     raws = [first]
     for link, reader in zip(chain, chain[1:]):
         value = applied(link, raws[-1], k) if value is None else value
-        raws.append(pend(reader, next_raw(link, value, tensors), tensors, k))
-        value = None
+        made = next_raw(link, value, tensors)
+        # The last value is not applied here: what is added to it, and the activation behind that, are the block's.
+        if reader is chain[-1]:
+            raw, value = pend(reader, made, tensors, k), None
+        else:
+            raw, value = pend_and_apply(reader, made, tensors, k)
+        raws.append(raw)
     return raws

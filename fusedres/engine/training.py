@@ -13,7 +13,7 @@ from ..ops.conv import conv_backward
 from ..ops.layout import dense
 from ..select import kernels
 from .gradients import Gradients, Side, sum_
-from .pending import Raw, aligned, applied, apply_pending, cast_weights, compute_dtype, pend, run_chain
+from .pending import Raw, aligned, applied, apply_pending, cast_weights, compute_dtype, pend, pend_and_apply, run_chain
 from .program import IDENTITY_SHORTCUT, Link, Operands, Program, weight_indices
 
 
@@ -52,8 +52,11 @@ def forward_block(
     program: Program, x: Tensor, residual: Tensor | None, tensors: Operands, k: SimpleNamespace
 ) -> tuple[Tensor, list[Raw], list[Raw]]:
     """The block's output, and the raw tensors of its two chains."""
-    first = pend(program.branch[0], x, tensors, k)
-    value = applied(program.branch[0], first, k) if program.shares else None
+    if program.shares or len(program.branch) > 1:
+        first, value = pend_and_apply(program.branch[0], x, tensors, k)
+    else:
+        first, value = pend(program.branch[0], x, tensors, k), None
+    value = applied(program.branch[0], first, k) if program.shares and value is None else value
     branch = run_chain(program.branch, first, value, tensors, k)
     last, raw = program.branch[-1], branch[-1]
     if program.shortcut is None:

@@ -2,6 +2,7 @@
 
 from . import (  # noqa: F401  they register themselves
     all_finite,
+    bn_join,
     bn_norm,
     bn_stats,
     conv_fused,
