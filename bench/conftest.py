@@ -43,7 +43,15 @@ def dtype(request) -> torch.dtype:
 def race(benchmark) -> Callable[..., None]:
     """``race(group, call, dtype=..., ...)`` times ``call`` and notes what its time means."""
 
-    def run(group: str, call: Callable[[], object], *, dtype: torch.dtype, touched: int = 0, images: int = 0) -> None:
+    def run(
+        group: str,
+        call: Callable[[], object],
+        *,
+        dtype: torch.dtype,
+        touched: int = 0,
+        images: int = 0,
+        flops: int = 0,
+    ) -> None:
         benchmark.group = group
         benchmark.extra_info.update(dtype=str(dtype), **_machine())
         benchmark.pedantic(call, rounds=9, iterations=_iterations(benchmark, call), warmup_rounds=2)
@@ -52,6 +60,8 @@ def race(benchmark) -> Callable[..., None]:
         seconds = benchmark.stats.stats.median
         if touched:
             benchmark.extra_info["GB/s"] = round(touched / seconds / 1e9, 2)
+        if flops:
+            benchmark.extra_info["TFLOP/s"] = round(flops / seconds / 1e12, 2)
         if images:
             benchmark.extra_info["images/s"] = round(images / seconds, 2)
 
@@ -69,4 +79,4 @@ def _iterations(benchmark, call: Callable[[], object]) -> int:
 
 def _machine() -> dict[str, object]:
     report = env_report()
-    return {"device": report.cpu, "threads": report.threads, "torch": report.versions["torch"]}
+    return {"device": report.cpu, "gpus": report.gpus, "threads": report.threads, "torch": report.versions["torch"]}

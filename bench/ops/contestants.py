@@ -52,13 +52,18 @@ def _results(op: Op, backend: str, arguments: Sequence[Any]) -> list[Tensor]:
 
 def _copy(argument: Any) -> Any:
     """A tensor in the same strides, so that a slice is still one."""
+    if isinstance(argument, list):
+        return [_copy(each) for each in argument]
     if not isinstance(argument, Tensor):
         return argument
-    room = torch.zeros(1 + sum((n - 1) * s for n, s in zip(argument.shape, argument.stride())), dtype=argument.dtype)
+    extent = 1 + sum((n - 1) * s for n, s in zip(argument.shape, argument.stride()))
+    room = torch.zeros(extent, dtype=argument.dtype, device=argument.device)
     return room.as_strided(argument.shape, argument.stride()).copy_(argument)
 
 
 def _wide(argument: Any) -> Any:
+    if isinstance(argument, list):
+        return [_wide(each) for each in argument]
     return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
 
 

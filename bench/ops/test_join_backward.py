@@ -13,6 +13,7 @@ from fusedres.ops.registry import OPS
 from fusedres.testing import channels_last, sliced
 
 REDUCE, APPLY = OPS["join_backward_reduce"], OPS["join_backward_apply"]
+BOTH = OPS["join_backward"]  # whose kernel is in test_on_gpu.py
 DROPOUT = 0.3
 
 
@@ -38,6 +39,7 @@ def ours(backend, grad, y, residual):
     sums = REDUCE.overload("reference")(*operands, False)[0]
     check(REDUCE, backend, [*operands, False])
     check(APPLY, backend, [*operands, sums, count, True, False, True])
+    check(BOTH, "reference", [*operands, False, count, True, False, True])
 
     def call():
         sums = REDUCE.overload(backend)(*operands, False)[0]

@@ -5,6 +5,7 @@ from . import (  # noqa: F401  they register themselves
     bn_join,
     bn_norm,
     bn_stats,
+    conv_epilogue,
     conv_fused,
     conv_fused_backward,
     conv_wgrad,
