@@ -275,7 +275,8 @@ def ninja_file(torch: Path, cxx: list[str], cuda: Cuda | None) -> str:
         if cuda.cutlass:
             headers = [item for folder in cuda.cutlass for item in ("-isystem", str(folder))]
             hopper = Cuda(cuda.nvcc, (CUTLASS_ARCH,)).gencode
-            flags = [*NVCC_FLAGS, *strict_flags, *hopper, *includes, *headers]
+            # With assertions its loops hold function calls, which keep the matrix instructions from overlapping.
+            flags = [*NVCC_FLAGS, "-DNDEBUG", *strict_flags, *hopper, *includes, *headers]
             rules["cutlass"] = [*nvcc, *flags, *track_headers, *in_out]
             compiles += [Compile("cutlass", source) for source in sorted(ROOT.glob("csrc/cutlass/*.cu"))]
         # nvcc links, since it knows where its own static run time lies.

@@ -19,7 +19,7 @@ from fusedres.testing import channels_last
 OP = OPS["conv_epilogue"]
 SHAPES = ((256, 64, 56, 56), (256, 128, 28, 28), (256, 256, 14, 14), (256, 512, 7, 7))  # ResNet-50's, batch 256
 GEOMETRY = ([1, 1], [1, 1], [1, 1])
-TILES = {"tile 64": 0, "tile 128": 1, "tile 256": 2}
+TILES = {"64 x 64": 0, "128 x 64": 1, "128 x 128": 2}
 
 
 @pytest.mark.parametrize("contestant", ["eager", *TILES])

@@ -29,21 +29,14 @@ namespace {
 
 using cute::_1;
 using cute::_128;
-using cute::_256;
 using cute::_64;
 
-// A tile of output pixels and channels, and how many consumer warp groups share it.
-template <class Channels, bool kTwoConsumers>
-struct Tile {
-  using Shape = cute::Shape<_128, Channels, cute::Shape<_64>>;
-  using Mainloop = std::conditional_t<kTwoConsumers, cutlass::conv::KernelImplicitTmaWarpSpecializedSm90Cooperative,
-                                      cutlass::conv::KernelImplicitTmaWarpSpecializedSm90>;
-  using Epilogue = std::conditional_t<kTwoConsumers, cutlass::epilogue::TmaWarpSpecializedCooperative,
-                                      cutlass::epilogue::TmaWarpSpecialized>;
-};
-using Narrow = Tile<_64, false>;
-using Square = Tile<_128, false>;
-using Wide = Tile<_256, true>;
+// A tile of output pixels and channels: the accumulators of one warp group.
+template <class Pixels, class Channels>
+using Tile = cute::Shape<Pixels, Channels, cute::Shape<_64>>;
+using Small = Tile<_64, _64>;
+using Tall = Tile<_128, _64>;
+using Large = Tile<_128, _128>;
 constexpr int64_t kTiles = 3;
 
 template <class T, class Tile>
@@ -55,14 +48,14 @@ struct Convolution {
   using Fusion = cutlass::epilogue::fusion::PerColLinCombPerColBiasEltAct<cutlass::epilogue::thread::ReLu, T, float,
                                                                           float, T, float>;
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Tile::Shape, Cluster,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, T, Layout, kAligned, T, Layout, kAligned,
-      typename Tile::Epilogue, Fusion>::CollectiveOp;
+      cutlass::epilogue::TmaWarpSpecialized, Fusion>::CollectiveOp;
   using Mainloop = typename cutlass::conv::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, cutlass::conv::Operator::kFprop, T, Layout, kAligned, T,
-      Layout, kAligned, float, typename Tile::Shape, Cluster,
+      Layout, kAligned, float, Tile, Cluster,
       cutlass::conv::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
-      typename Tile::Mainloop>::CollectiveOp;
+      cutlass::conv::KernelImplicitTmaWarpSpecializedSm90>::CollectiveOp;
   using Problem =
       cutlass::conv::ConvProblemShape<cutlass::conv::Operator::kFprop, Mainloop::DispatchPolicy::NumSpatialDimensions>;
   using Kernel = cutlass::conv::kernel::ConvUniversal<Problem, Mainloop, Epilogue>;
@@ -117,22 +110,24 @@ void run(const Device& device, const Operands& t) {
   FR_CUTLASS_CHECK(convolution.run(device.stream()));
 }
 
-// The widest tile that the channels fill, as long as the tiles fill the GPU.
+// The largest tile that the channels fill, as long as the tiles fill the GPU.
 int64_t choose_tile(int64_t pixels, int64_t channels) {
-  const auto tiles = [&](int64_t width) { return ceil_div(pixels, 128) * ceil_div(channels, width); };
-  if (channels >= 256 && tiles(256) >= processors()) return 2;
-  return channels >= 128 && tiles(128) >= processors() ? 1 : 0;
+  const auto tiles = [&](int64_t height, int64_t width) {
+    return ceil_div(pixels, height) * ceil_div(channels, width);
+  };
+  if (channels >= 128 && tiles(128, 128) >= processors()) return 2;
+  return tiles(128, 64) >= processors() ? 1 : 0;
 }
 
 template <class T>
 void run_tile(const Device& device, const Operands& t, int64_t tile) {
   switch (tile) {
     case 0:
-      return run<Convolution<T, Narrow>>(device, t);
+      return run<Convolution<T, Small>>(device, t);
     case 1:
-      return run<Convolution<T, Square>>(device, t);
+      return run<Convolution<T, Tall>>(device, t);
     default:
-      return run<Convolution<T, Wide>>(device, t);
+      return run<Convolution<T, Large>>(device, t);
   }
 }
 

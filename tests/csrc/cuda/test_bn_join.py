@@ -10,10 +10,11 @@ import torch
 from cuda_ops import DTYPES, LAYOUTS, RESIDUALS, JoinCase, check_bn_join
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from slices import far_apart
 
 from fusedres.ops.activations import Activation
 from fusedres.ops.bn_join import BN_JOIN
-from fusedres.testing import assert_within_budget, channels_last
+from fusedres.testing import assert_within_budget, channels_last, contiguous
 
 relaxed = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -70,6 +71,14 @@ def test_a_large_mean_does_not_cancel_a_small_variance():
     var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
     for row, stock in ((0, mean), (1, (var + 1e-5).rsqrt())):
         assert_within_budget(ours[row], stock, exact[row], f"row {row}")
+
+
+def test_offsets_beyond_32_bits():
+    y = far_apart()
+    y.copy_(contiguous(y.shape))
+    rest = (None, None, None, None, 0.1, 1e-5, None, None, 1, 0.0)
+    for ours, expected in zip(BN_JOIN.overload("cuda")(y, *rest), BN_JOIN.overload("cuda")(y.clone(), *rest)):
+        assert torch.equal(ours, expected)
 
 
 def test_bitwise_the_same_for_any_schedule(emulated):

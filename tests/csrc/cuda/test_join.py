@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import mmap
 
 import pytest
 import torch
 from cuda_ops import DTYPES, LAYOUTS, RESIDUALS, JoinCase
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from slices import far_apart
 
 from fusedres.ops.activations import ACTIVATIONS, Activation
 from fusedres.ops.join import JOIN
@@ -52,14 +52,8 @@ def test_any_shape(n, c, h, w, layout, residual, gained, dropout, normed):
 
 
 def test_offsets_beyond_32_bits():
-    """A slice whose pixels lie so far apart that the last ones are past 2^31 elements; few of the pages exist."""
-    pixels, channels, pitch = 5, 8, 2**29
-    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python does not name
-    memory = mmap.mmap(-1, pixels * pitch * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
-    flat = torch.frombuffer(memory, dtype=torch.bfloat16)
-    y = flat.as_strided((1, channels, 1, pixels), (pixels * pitch, 1, pixels * pitch, pitch))
-    y.copy_(contiguous((1, channels, 1, pixels), torch.bfloat16))
-    assert (pixels - 1) * pitch >= 2**31
+    y = far_apart(torch.bfloat16)
+    y.copy_(contiguous(y.shape, torch.bfloat16))
     assert torch.equal(JOIN.overload("cuda")(y, None, None, None, 1, 0.0), y.relu())
 
 

@@ -10,7 +10,7 @@ import torch
 from cuda_ops import DTYPES, LAYOUTS, RESIDUALS, JoinCase
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from slices import empty_slice
+from slices import empty_slice, far_apart
 
 from fusedres.ops.activations import ACTIVATIONS, Activation
 from fusedres.ops.join_backward import JOIN_BACKWARD, JOIN_BACKWARD_APPLY, JOIN_BACKWARD_REDUCE
@@ -65,6 +65,29 @@ def test_any_shape(emulated, n, c, h, w, layout, residual, gained, dropout, norm
 def test_into_a_slice(dtype, before):
     case = JoinCase((2, 16, 5, 3), "channels_last", dtype, "plain", Activation("silu"))
     case.check_apply(True, addend=True, into=empty_slice(case.shape, dtype, before=before, behind=8))
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_offsets_beyond_32_bits(both):
+    """Of every operand and of what is written, in the passes on their own and in one launch."""
+    operands = [far_apart() for _ in range(5)]
+    for seed, t in enumerate(operands[:4]):
+        t.copy_(contiguous(t.shape, seed=seed))
+    near = [t.contiguous(memory_format=torch.channels_last) for t in operands[:4]]
+    found = []
+    for (grad, y, residual, addend), into in ((operands[:4], operands[4]), (near, torch.empty_like(near[0]))):
+        args = (grad, y, None, residual, None, 4, 0.0)
+        if both:
+            _, value, _, dresidual = JOIN_BACKWARD.overload("cuda")(
+                *args, True, 5.0, False, False, True, 0.0, None, addend, into
+            )
+        else:
+            _, value = JOIN_BACKWARD_REDUCE.overload("cuda")(*args, True)
+            _, dresidual = JOIN_BACKWARD_APPLY.overload("cuda")(
+                *args, None, 5.0, False, False, True, None, 0.0, None, None, addend, into
+            )
+        found.append((value, dresidual, into))
+    assert all(torch.equal(ours, expected) for ours, expected in zip(*found))
 
 
 def test_addend_in_place():
