@@ -25,6 +25,7 @@ __all__ = [
     "DTYPES",
     "LAYOUTS",
     "RESIDUALS",
+    "RK_WEIGHTS",
     "THRESHOLD",
     "TOLERANCES",
     "JoinCase",

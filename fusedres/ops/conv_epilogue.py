@@ -8,8 +8,8 @@ the convolution (:mod:`fusedres.ops.bn_norm`), so that no weight is folded. Sums
 
 The kernel is CUTLASS's implicit GEMM for sm_90a, which a build has only where it was asked for
 (``FUSEDRES_CUTLASS=1``); :func:`conv_epilogue_refuses` says whether it runs. ``tile`` is its tile of output pixels and
-channels: 0, 1, 2 for 64 x 64, 128 x 64, 128 x 128, or -1 for what the size suggests. Nothing chooses this op yet, for its speed has not been
-measured: ``pytest bench/ops/test_conv_epilogue.py`` on an H100 does that.
+channels: 0, 1, 2 for 64 x 64, 128 x 64, 128 x 128, or -1 for what the size suggests. Nothing chooses this op yet, for
+its speed has not been measured: ``pytest bench/ops/test_conv_epilogue.py`` on an H100 does that.
 """
 
 from __future__ import annotations

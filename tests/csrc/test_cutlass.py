@@ -25,12 +25,14 @@ pytestmark = [
 def rules(**variables: str) -> tuple[int, str]:
     """The ninja file that ``setup.py`` would write, without running it; or what it says instead."""
     code = (
-        "import sys, setuptools; setuptools.setup = lambda **_: None\n"
-        "namespace = {'__file__': 'setup.py', '__name__': 'setup'}\n"
-        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), namespace)\n"
-        "namespace['BUILD'].mkdir(parents=True, exist_ok=True)\n"
-        "cxx = namespace['find_cxx']()\n"
-        "print(namespace['ninja_file'](namespace['torch_dir'](), cxx, namespace['find_cuda'](cxx)))\n"
+        "import importlib.util, sys, setuptools\n"
+        "setuptools.setup = lambda **_: None\n"
+        "spec = importlib.util.spec_from_file_location('build', 'setup.py')\n"
+        "build = sys.modules['build'] = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(build)\n"
+        "build.BUILD.mkdir(parents=True, exist_ok=True)\n"
+        "cxx = build.find_cxx()\n"
+        "print(build.ninja_file(build.torch_dir(), cxx, build.find_cuda(cxx)))\n"
     )
     environment = {**os.environ, "FUSEDRES_CUDA": "1", "FUSEDRES_WERROR": "1", **variables}
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -38,13 +40,15 @@ def rules(**variables: str) -> tuple[int, str]:
 
 
 def test_only_where_it_is_asked_for():
-    assert "cutlass" not in rules(FUSEDRES_CUTLASS="0")[1]
+    code, text = rules(FUSEDRES_CUTLASS="0")
+    assert code == 0 and "rule nvcc" in text and "cutlass" not in text
     code, text = rules(FUSEDRES_CUTLASS="1", FUSEDRES_CUDA_ARCHS="80")
     assert code != 0 and "needs 90a among the architectures" in text
 
 
 def test_compiles_to_hopper_s_matrix_instructions(tmp_path):
-    _, text = rules(FUSEDRES_CUTLASS="1", FUSEDRES_CUDA_ARCHS="90a")
+    code, text = rules(FUSEDRES_CUTLASS="1", FUSEDRES_CUDA_ARCHS="90a")
+    assert code == 0, text
     command = re.search(r"rule cutlass\n  command = (.*)", text)[1].replace("$$", "$")
     target = tmp_path / "conv_epilogue.o"
     names = {"$in": str(ROOT / "csrc" / "cutlass" / "conv_epilogue.cu"), "$out": str(target), "$out.d": f"{target}.d"}
