@@ -15,7 +15,7 @@ from fusedres.ops.bn_join import BN_JOIN
 from fusedres.ops.bn_norm import BN_NORM
 from fusedres.ops.bn_stats import BN_STATS
 from fusedres.ops.gated_join import GATED_JOIN, GATED_JOIN_BACKWARD
-from fusedres.ops.join import JOIN, join_argument
+from fusedres.ops.join import JOIN, JOIN_STATS, join_argument
 from fusedres.ops.join_backward import JOIN_BACKWARD, JOIN_BACKWARD_APPLY, JOIN_BACKWARD_REDUCE
 from fusedres.ops.rk_combine import RK_COMBINE, RK_COMBINE_BACKWARD, RK_ERROR
 from fusedres.testing import assert_within_budget, channels_last, contiguous, rms, sliced
@@ -187,6 +187,17 @@ class JoinCase:
         (out,) = compare(str(self), JOIN, (*self.operands, *self.modifiers))
         assert out.stride() == torch.empty_like(self.y).stride()
         return out
+
+    def check_stats(self) -> Tensor:
+        """The statistics of the result, which must be the join's bits, against float64's of the same bits."""
+        out, ours = JOIN_STATS.overload("cuda")(*self.operands, *self.modifiers)
+        assert torch.equal(out, JOIN.overload("cuda")(*self.operands, *self.modifiers))
+        assert out.stride() == torch.empty_like(self.y).stride()
+        plain, exact = BN_STATS.reference(out), BN_STATS.reference(out.double())
+        deviation = float((exact[1] / self.count).mean().sqrt())
+        for row, scale in ((0, deviation + rms(exact[0])), (1, None)):
+            assert_within_budget(ours[row], plain[row], exact[row], f"{self}, row {row}", scale=scale)
+        return ours
 
     def check_reduce(self) -> Tensor:
         """The sums, with the forward's result emitted, which must be the forward's bits."""

@@ -12,7 +12,7 @@ from fusedres.ops.activations import RELU
 from fusedres.ops.registry import OPS
 from fusedres.testing import channels_last, sliced
 
-OP = OPS["join"]
+OP, WITH_STATISTICS = OPS["join"], OPS["join_stats"]  # the second's kernel is in test_on_gpu.py
 DROPOUT = 0.3
 
 
@@ -30,6 +30,7 @@ def test_join(race, shape, dtype, residual, contestant):
         require(contestant, dtype)
         arguments = [y, norm, side, side_norm, RELU.code, RELU.param]
         check(OP, contestant, arguments)
+        check(WITH_STATISTICS, "reference", arguments)
 
         def call():
             return OP.overload(contestant)(*arguments)

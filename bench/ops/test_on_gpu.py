@@ -71,10 +71,15 @@ def rows(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Row]:
     def eager_stats() -> tuple[Tensor, ...]:
         return torch.batch_norm_stats(y, EPS) if y.is_cuda else torch.var_mean(y, (0, 2, 3))
 
+    def eager_join_stats() -> tuple[Tensor, ...]:
+        z = torch.relu(eager_norm() + side)
+        return torch.batch_norm_stats(z, EPS) if z.is_cuda else torch.var_mean(z, (0, 2, 3))
+
     bn_join = [y, gamma, beta, mean.clone(), var.clone(), 0.1, EPS, side, None, *relu]
     return {
         "statistics": Row("bn_stats", [y], eager_stats, nbytes(y)),
         "join": Row("join", joined, lambda: torch.relu(eager_norm() + side), nbytes(y, side, y)),
+        "join with statistics": Row("join_stats", joined, eager_join_stats, nbytes(y, side, y)),
         "norm and join": Row("bn_join", bn_join, eager_training, nbytes(y, side, y)),
         "join backward": Row("join_backward", both, eager_backward, nbytes(grad, y, side, y, side)),
         "gated join": Row("gated_join", [y, logits, side, None], eager_gate, nbytes(y, logits, side, y)),
@@ -82,7 +87,7 @@ def rows(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Row]:
     }
 
 
-NAMES = ("statistics", "join", "norm and join", "join backward", "gated join", "Runge-Kutta")
+NAMES = ("statistics", "join", "join with statistics", "norm and join", "join backward", "gated join", "Runge-Kutta")
 
 
 @pytest.mark.parametrize("contestant", ["copy", "eager", "cuda"])

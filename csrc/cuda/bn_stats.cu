@@ -61,26 +61,6 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocksPerProcessor) bn_stats_
   }
 }
 
-// Chan's merge of all parts at once.
-template <class T>
-__global__ void __launch_bounds__(kWarpSize* kMergeSlices, 1) bn_stats_merge_kernel(const StatsArgs a) {
-  const int64_t channels = a.walk.channels, c = int64_t{blockIdx.x} * kWarpSize + threadIdx.x;
-  const Parts& parts = a.partials.parts;
-  for (int64_t group = blockIdx.y; group < parts.groups; group += gridDim.y) {
-    MomentSums sums{};
-#pragma unroll 4
-    for (int64_t part = threadIdx.y; part < parts.parts; part += kMergeSlices) {
-      if (c >= channels) break;
-      sums.add(a.partials, group * parts.parts + part, c, parts.count(part));
-    }
-    sums = {sum_of_slices(sums.count), sum_of_slices(sums.plain), sum_of_slices(sums.sum), sum_of_slices(sums.square)};
-    if (c < channels && threadIdx.y == 0) {
-      a.out[group * channels + c] = static_cast<float>(sums.mean(origin<T>(a, c)));
-      a.out[(parts.groups + group) * channels + c] = static_cast<float>(sums.m2());
-    }
-  }
-}
-
 template <class V>
 void launch(const Device& device, const Tensor& x, StatsArgs& args, bool per_sample) {
   using T = typename V::Element;
@@ -95,9 +75,7 @@ void launch(const Device& device, const Tensor& x, StatsArgs& args, bool per_sam
   else
     bn_stats_rows_kernel<T, V::width><<<shape.grid, shape.block, 0, device.stream()>>>(args);
   FR_CUDA_CHECK(cudaGetLastError());
-  const Shape merge = merge_shape(args.walk, parts);
-  bn_stats_merge_kernel<T><<<merge.grid, merge.block, 0, device.stream()>>>(args);
-  FR_CUDA_CHECK(cudaGetLastError());
+  merge_stats<T>(device, args);
 }
 
 }  // namespace

@@ -175,5 +175,32 @@ __device__ __forceinline__ void stats_rows(const StatsArgs& a, MomentShared<kWid
   }
 }
 
+// Chan's merge of all parts at once.
+template <class T>
+__global__ void __launch_bounds__(kWarpSize* kMergeSlices, 1) bn_stats_merge_kernel(const StatsArgs a) {
+  const int64_t channels = a.walk.channels, c = int64_t{blockIdx.x} * kWarpSize + threadIdx.x;
+  const Parts& parts = a.partials.parts;
+  for (int64_t group = blockIdx.y; group < parts.groups; group += gridDim.y) {
+    MomentSums sums{};
+#pragma unroll 4
+    for (int64_t part = threadIdx.y; part < parts.parts; part += kMergeSlices) {
+      if (c >= channels) break;
+      sums.add(a.partials, group * parts.parts + part, c, parts.count(part));
+    }
+    sums = {sum_of_slices(sums.count), sum_of_slices(sums.plain), sum_of_slices(sums.sum), sum_of_slices(sums.square)};
+    if (c < channels && threadIdx.y == 0) {
+      a.out[group * channels + c] = static_cast<float>(sums.mean(origin<T>(a, c)));
+      a.out[(parts.groups + group) * channels + c] = static_cast<float>(sums.m2());
+    }
+  }
+}
+
+template <class T>
+void merge_stats(const Device& device, const StatsArgs& args) {
+  const Shape merge = merge_shape(args.walk, args.partials.parts);
+  bn_stats_merge_kernel<T><<<merge.grid, merge.block, 0, device.stream()>>>(args);
+  FR_CUDA_CHECK(cudaGetLastError());
+}
+
 }  // namespace
 }  // namespace fusedres

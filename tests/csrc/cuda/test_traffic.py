@@ -24,6 +24,10 @@ def join(case: JoinCase) -> None:
     run("join", *case.operands)
 
 
+def join_stats(case: JoinCase) -> None:
+    run("join_stats", *case.operands)
+
+
 def bn_join(case: JoinCase) -> None:
     run("bn_join", case.y, None, None, None, None, 0.1, 1e-5, *case.operands[2:])
 
@@ -51,6 +55,7 @@ def rk_error(case: JoinCase) -> None:
 # How often a tensor's size is read and written; where one launch holds two passes, the second reads from the cache.
 PASSES: dict[Callable[[JoinCase], None], int] = {
     join: 3,
+    join_stats: 3,
     bn_join: 1 + 3,
     join_backward: 3 + 1 + 3 + 2,
     gated_join: 4,
