@@ -78,4 +78,6 @@ def test_tensors_are_moved_in_whole_sectors(emulated, op, dtype):
     moves = [e for e in entries if e["at"].startswith("pack.h") and e["space"] == "global"]
     assert all(e["sectors"] == e["ideal"] for e in moves)
     sectors = channels_last(SHAPE, dtype).nbytes // 32
-    assert sum(e["sectors"] for e in moves) == PASSES[op] * sectors
+    moved, needed = sum(e["sectors"] for e in moves), PASSES[op] * sectors
+    # Statistics are relative to the first pixel of the result, which every block makes for itself.
+    assert needed < moved < 1.1 * needed if op is join_stats else moved == needed
