@@ -80,4 +80,4 @@ def test_tensors_are_moved_in_whole_sectors(emulated, op, dtype):
     sectors = channels_last(SHAPE, dtype).nbytes // 32
     moved, needed = sum(e["sectors"] for e in moves), PASSES[op] * sectors
     # Statistics are relative to the first pixel of the result, which every block makes for itself.
-    assert needed < moved < 1.1 * needed if op is join_stats else moved == needed
+    assert needed < moved < 1.2 * needed if op is join_stats else moved == needed
