@@ -1,5 +1,6 @@
 # make install   a virtual environment in .venv, with the library built in place; does nothing when nothing changed
 # make test      install, linters, tests
+# make tsan      the CPU kernels from several threads under ThreadSanitizer
 # make wheel     dist/*.whl: one wheel for every Python 3 and torch from 2.10 on, CPU and CUDA builds
 # make demo bench bench-quick format clean
 
@@ -23,7 +24,7 @@ FORMATTED = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '
 # Developers build strictly; a user's compiler may warn.
 export FUSEDRES_WERROR := 1
 
-.PHONY: install demo test bench bench-quick wheel format clean
+.PHONY: install demo test tsan bench bench-quick wheel format clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.library
@@ -52,6 +53,9 @@ test: install
 	$(CLANG_FORMAT) --dry-run -Werror $(FORMATTED)
 	$(PY) -m pytest -q
 	$(PY) -m pytest -q bench --benchmark-disable
+
+tsan: install
+	$(PY) tests/csrc/tsan/run.py
 
 bench: install
 	$(PY) -m fusedres bench

@@ -27,11 +27,13 @@ from .engine import (
     Program,
     execute,
     execute_dense,
+    group_of,
     is_constant,
 )
+from .engine.verdict import judged
 from .ops.activations import IDENTITY, RELU, Activation
 from .ops.conv import geometry
-from .select import too_small
+from .select import by_measurement, too_small
 
 __all__ = [
     "Act",
@@ -45,6 +47,7 @@ __all__ = [
     "Step",
     "dense_plans",
     "link_plans",
+    "measured_backends",
     "run",
     "run_dense",
     "unsupported",
@@ -65,7 +68,7 @@ class Conv:
 
 @dataclass(frozen=True)
 class Norm:
-    """The batch norm held by the ``nn.BatchNorm2d`` at ``path``.
+    """The batch norm held by the ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm`` at ``path``.
 
     Args:
         act: what the module itself applies behind it, as timm's ``BatchNormAct2d`` does; identity for plain norms.
@@ -305,15 +308,13 @@ def run(
         return _call_modules(block, root, x, residual)
     plan = link_plans(block)
     mode = "training" if torch.is_grad_enabled() else "inference"
-    if memory != "low" and too_small(x.numel(), mode, backend):  # asked here too, before the work of binding
+    # Asked here too, before the work of binding.
+    measured = by_measurement(x.device.type)
+    if memory != "low" and not measured and too_small(x.numel(), mode, backend) and not _synchronised(block, root):
         return _call_modules(block, root, x, residual)
     binder = _Binder(root)
     try:
-        branch = binder.chain(plan.branch)
-        if plan.shortcut is None:
-            shortcut = None
-        else:
-            shortcut = IDENTITY_SHORTCUT if len(plan.shortcut) == 1 else binder.chain(plan.shortcut)
+        branch, shortcut = binder.chains(plan)
     except _NotOurs:
         return _call_modules(block, root, x, residual)
     if not binder.suits(x):
@@ -339,6 +340,25 @@ def run_dense(dense: Dense, root: nn.Module, x: Tensor, *, backend: str = "auto"
     return execute_dense(program, x, binder.tensors, _folded(root, dense, is_constant(program.links)))
 
 
+def measured_backends(block: Block | Dense, root: nn.Module, device: torch.device) -> str:
+    """What runs a block on a device where measurements decide: the backends that won, by shape, or stock."""
+    binder = _Binder(root)
+    try:
+        program = _bound(block, binder)
+    except _NotOurs:
+        return "stock"
+    found = judged(program, binder.tensors, device)
+    return " or ".join(sorted(found, key=lambda name: name == "stock")) or "stock, until fusedres.tune has measured it"
+
+
+def _bound(block: Block | Dense, binder: _Binder) -> Program | DenseProgram:
+    if isinstance(block, Dense):
+        return DenseProgram(tuple(map(binder.chain, dense_plans(block))))
+    plan = link_plans(block)
+    branch, shortcut = binder.chains(plan)
+    return Program(branch, shortcut, block.act, block.in_place, shares=plan.shares)
+
+
 def _folded(root: nn.Module, block: Block | Dense, constant: bool) -> dict[int, Any] | None:
     """Where the block's folded weights are kept."""
     if constant:
@@ -352,6 +372,14 @@ def _engine_takes(x: Tensor) -> bool:
         return False
     plain = type(x) is Tensor and x.dim() == 4 and x.is_floating_point()
     return plain and not torch._C._are_functorch_transforms_active()
+
+
+def _synchronised(block: Block, root: nn.Module) -> bool:
+    """Whether a norm may share its statistics with other processes, which then all have to do the same."""
+    if group_of(None) is None:
+        return False
+    norms = (step for step in (*block.branch, *(block.shortcut or ())) if isinstance(step, Norm))
+    return any(isinstance(_module(root, _names(norm.path)), nn.SyncBatchNorm) for norm in norms)
 
 
 class _NotOurs(Exception):
@@ -422,9 +450,13 @@ def _check_ours(module: nn.Module, kind: type[nn.Module]) -> None:
 
 @cache
 def is_norm_act(cls: type[nn.Module]) -> bool:
-    """Whether instances are a batch norm and its activation in one module, timm's ``BatchNormAct2d``."""
+    """Whether instances are a batch norm and its activation in one module, timm's ``BatchNormAct2d`` or its twin."""
     forward = cls.forward
-    return (forward.__module__, forward.__qualname__) == ("timm.layers.norm_act", "BatchNormAct2d.forward")
+    names = ("BatchNormAct2d.forward", "SyncBatchNormAct.forward")
+    return forward.__module__ == "timm.layers.norm_act" and forward.__qualname__ in names
+
+
+_ORDINARY = (Tensor, nn.Parameter)
 
 
 class _Binder:
@@ -437,8 +469,8 @@ class _Binder:
         self.counters: list[Tensor] = []
 
     def suits(self, x: Tensor) -> bool:
-        """Whether the operands' devices and dtypes are such that stock PyTorch would run them with ``x``."""
-        if not all(t is None or t.device == x.device for t in self.tensors):
+        """Whether the operands are ordinary tensors that stock PyTorch would run with ``x``."""
+        if not all(t is None or (type(t) in _ORDINARY and t.device == x.device) for t in self.tensors):
             return False
         return all(w.dtype == x.dtype for w in self.weights) or torch.is_autocast_enabled(x.device.type)
 
@@ -446,6 +478,13 @@ class _Binder:
         """Counts this batch in the norms that count batches; the last thing before it runs."""
         for counter in self.counters:
             counter.add_(1)
+
+    def chains(self, plan: _Plan) -> tuple[tuple[Link, ...], tuple[Link, ...] | None]:
+        """The branch, and the shortcut if there is a join."""
+        branch = self.chain(plan.branch)
+        if plan.shortcut is None:
+            return branch, None
+        return branch, IDENTITY_SHORTCUT if len(plan.shortcut) == 1 else self.chain(plan.shortcut)
 
     def chain(self, plans: tuple[_LinkPlan, ...]) -> tuple[Link, ...]:
         return tuple(
@@ -468,7 +507,9 @@ class _Binder:
         return ConvSlot(first, geometry(conv.stride, conv.padding, conv.dilation, conv.groups, conv.kernel_size))
 
     def _norm(self, norm: nn.Module) -> NormSlot:
-        _check_ours(norm, type(norm) if is_norm_act(type(norm)) else nn.BatchNorm2d)
+        synchronised = isinstance(norm, nn.SyncBatchNorm)
+        plain = nn.SyncBatchNorm if synchronised else nn.BatchNorm2d
+        _check_ours(norm, type(norm) if is_norm_act(type(norm)) else plain)
         first = len(self.tensors)
         parameters, buffers = norm._parameters, norm._buffers
         mean, var = buffers["running_mean"], buffers["running_var"]
@@ -482,7 +523,8 @@ class _Binder:
         if batch_statistics and not updates:
             mean, var = None, None
         self.tensors += (parameters["weight"], parameters["bias"], mean, var)
-        return NormSlot(first, batch_statistics, momentum, norm.eps)
+        group = group_of(norm.process_group) if synchronised and norm.training else None
+        return NormSlot(first, batch_statistics, momentum, norm.eps, group)
 
     def _gain(self, plan: _LinkPlan) -> GainSlot | None:
         drop_path = 0.0 if plan.drop_path is None else self._drop_path(_module(self.root, plan.drop_path))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from gang import Gang
 from torch.utils import deterministic
 
 from fusedres import env, select
@@ -63,3 +64,11 @@ def threads() -> Iterator[Callable[..., Any]]:
 
     yield call
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def gang() -> Iterator[Gang]:
+    """Processes for jobs that several run together; started where a test first runs one."""
+    gang = Gang()
+    yield gang
+    gang.close()

@@ -415,3 +415,27 @@ def test_both_passes_at_once_are_the_passes(residual, emit):
     gradients = torch.ops.fusedres.join_backward_apply(*args, sums, 24.0, *flags, *modifiers)
     found = torch.ops.fusedres.join_backward(*args, emit, 24.0, *flags, *modifiers[1:])
     assert all(torch.equal(a, b) for a, b in zip(found, (sums, value, *gradients), strict=True))
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("emit", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("make", [channels_last, contiguous, sliced])
+def test_mask_is_the_residuals_gradient_and_the_first_pass(make, residual, emit, dropout):
+    """join_backward_mask in one pass; what it writes is what the second pass gives a residual without a norm."""
+    case = Case(make, (2, 5, 4, 3), torch.float32, residual, Activation("silu"), dropout=dropout)
+    args, seed = case.operands(), case.seed
+    g, sums, value = torch.ops.fusedres.join_backward_mask(*args, emit, dropout, seed)
+    expected = torch.ops.fusedres.join_backward_reduce(*args, emit, None, dropout, seed)
+    assert torch.equal(sums, expected[0]) and torch.equal(value, expected[1])
+    beside = torch.zeros_like(case.y) if case.residual is None else None
+    plain = (*args[:3], args[3] if beside is None else beside, args[4])
+    if args[4] is None:
+        dy_and_g = torch.ops.fusedres.join_backward_apply(
+            *plain, *args[5:], None, 1.0, False, False, True, None, dropout, seed
+        )
+        torch.testing.assert_close(g, dy_and_g[1])
+    torch.testing.assert_close(g.sum((0, 2, 3)), sums[0])
+    if make is not sliced:
+        assert g.stride() == case.y.stride()
+    torch.library.opcheck(torch.ops.fusedres.join_backward_mask.default, (*args, emit, dropout, seed))
