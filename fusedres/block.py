@@ -6,14 +6,15 @@ code; :func:`run` binds it to a module's parameters as they are at that moment a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .engine import (
     GATES,
@@ -34,6 +35,7 @@ from .engine.verdict import judged
 from .ops.activations import IDENTITY, RELU, Activation
 from .ops.conv import geometry
 from .select import by_measurement, too_small
+from .walk import Op, activated, walk
 
 __all__ = [
     "Act",
@@ -143,11 +145,17 @@ class Block:
 
     def __post_init__(self) -> None:
         # Blocks are looked up in every call.
-        parts = (self.branch, self.shortcut, self.act, self.residual, self.in_place)
-        object.__setattr__(self, "_hash", hash(parts))
+        object.__setattr__(self, "_hash", hash(self._fields()))
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        """Without the hash, which another process makes another one, and without what :func:`_once` keeps."""
+        return Block, self._fields()
+
+    def _fields(self) -> tuple:
+        return self.branch, self.shortcut, self.act, self.residual, self.in_place
 
 
 @dataclass(frozen=True)
@@ -165,6 +173,28 @@ class Dense:
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        """As for :class:`Block`."""
+        return Dense, (self.layers,)
+
+
+def _once(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Keeps the result on the block: looked up in a cache, it would be compared with the block that came there first.
+
+    Raises again what ``make`` raises.
+    """
+    name = f"_{make.__name__}"
+
+    @wraps(make)
+    def once(block: Block | Dense) -> Any:
+        found = block.__dict__.get(name)
+        if found is None:
+            found = make(block)
+            object.__setattr__(block, name, found)
+        return found
+
+    return once
 
 
 class _LinkPlan(NamedTuple):
@@ -197,7 +227,7 @@ def unsupported(block: Block | Dense) -> str | None:
     return None
 
 
-@cache
+@_once
 def link_plans(block: Block) -> _Plan:
     """The steps grouped into links; raises :class:`UnsupportedBlock` where the engine cannot express them."""
     if block.shortcut is None:
@@ -217,10 +247,12 @@ def link_plans(block: Block) -> _Plan:
     shares = block.residual == "pending" and branch[0]._replace(conv=None) != _LinkPlan()
     if shares and branch[0].conv is None:
         raise UnsupportedBlock("a shortcut from the branch's first value needs a convolution in the branch")
+    if shares and shortcut[0]._replace(conv=None) != _LinkPlan():
+        raise UnsupportedBlock("a shortcut from the branch's first value begins with a norm or an activation")
     return _Plan(branch, shortcut, shares)
 
 
-@cache
+@_once
 def dense_plans(dense: Dense) -> tuple[tuple[_LinkPlan, ...], ...]:
     """Every layer's steps grouped into links; raises as :func:`link_plans` does."""
     layers = tuple(_links(layer) for layer in dense.layers)
@@ -306,12 +338,12 @@ def run(
     """
     if not (_engine_takes(x) and (residual is None or _engine_takes(residual))):
         return _call_modules(block, root, x, residual)
-    plan = link_plans(block)
     mode = "training" if torch.is_grad_enabled() else "inference"
     # Asked here too, before the work of binding.
     measured = by_measurement(x.device.type)
     if memory != "low" and not measured and too_small(x.numel(), mode, backend) and not _synchronised(block, root):
-        return _call_modules(block, root, x, residual)
+        return _walk(block, root, x, residual)
+    plan = link_plans(block)
     binder = _Binder(root)
     try:
         branch, shortcut = binder.chains(plan)
@@ -368,7 +400,8 @@ def _folded(root: nn.Module, block: Block | Dense, constant: bool) -> dict[int, 
 
 
 def _engine_takes(x: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # the compiler fuses what it traces, and that is modules
+    # A compiler and a tracer see modules, and so does a hook on all of them.
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _has_any_global_hook():
         return False
     plain = type(x) is Tensor and x.dim() == 4 and x.is_floating_point()
     return plain and not torch._C._are_functorch_transforms_active()
@@ -388,13 +421,47 @@ class _NotOurs(Exception):
 
 def _call_modules(block: Block, root: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
     """The block by calling its modules one after the other."""
-    head = next(i for i, s in enumerate(block.branch) if isinstance(s, Conv)) if block.residual == "pending" else 0
+    head = _head(block)
     start = _call_steps(block.branch[:head], root, x)
     out = _call_steps(block.branch[head:], root, start)
     if block.shortcut is None:
         return out
     side = _call_steps(block.shortcut, root, start if residual is None else residual)
     return block.act(out.add_(side) if block.in_place else out + side)
+
+
+def _walk(block: Block, root: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
+    """The block by the functions of its modules; the same ops as :func:`_call_modules`."""
+    head, branch, shortcut = _ops(block)
+    start = walk(head, root, x)[0] if head else x
+    out, ours = walk(branch, root, start)
+    if shortcut is None:
+        return out
+    side = walk(shortcut, root, start if residual is None else residual)[0]
+    if block.in_place:
+        return activated(block.act, out.add_(side), ours)[0]
+    return activated(block.act, out + side, True)[0]
+
+
+@_once
+def _ops(block: Block) -> tuple[tuple[Op, ...], tuple[Op, ...], tuple[Op, ...] | None]:
+    """What comes before the branch and the shortcut part, the branch, the shortcut."""
+    steps = tuple(map(_op, block.branch))
+    shortcut = None if block.shortcut is None else tuple(map(_op, block.shortcut))
+    return steps[: _head(block)], steps[_head(block) :], shortcut
+
+
+def _op(step: Step) -> Op:
+    if isinstance(step, Act):
+        return Op(act=step.activation)
+    if isinstance(step, (Conv, Norm)):
+        return Op(nn.Conv2d if isinstance(step, Conv) else nn.BatchNorm2d, _names(step.path))
+    return Op(other=partial(_call_step, step))
+
+
+def _head(block: Block) -> int:
+    """How many steps of the branch come before what the shortcut reads."""
+    return next(i for i, s in enumerate(block.branch) if isinstance(s, Conv)) if block.residual == "pending" else 0
 
 
 def _call_layers(dense: Dense, root: nn.Module, x: Tensor) -> Tensor:
@@ -470,9 +537,14 @@ class _Binder:
 
     def suits(self, x: Tensor) -> bool:
         """Whether the operands are ordinary tensors that stock PyTorch would run with ``x``."""
-        if not all(t is None or (type(t) in _ORDINARY and t.device == x.device) for t in self.tensors):
-            return False
-        return all(w.dtype == x.dtype for w in self.weights) or torch.is_autocast_enabled(x.device.type)
+        device, dtype = x.device, x.dtype
+        for t in self.tensors:
+            if t is not None and (type(t) not in _ORDINARY or t.device != device):
+                return False
+        for w in self.weights:
+            if w.dtype != dtype:
+                return torch.is_autocast_enabled(device.type)
+        return True
 
     def count_batch(self) -> None:
         """Counts this batch in the norms that count batches; the last thing before it runs."""
@@ -492,7 +564,7 @@ class _Binder:
                 None if plan.norm is None else self._norm(_module(self.root, plan.norm)),
                 plan.act,
                 None if plan.conv is None else self._conv(_module(self.root, plan.conv)),
-                self._gain(plan),
+                None if plan.excite is None and plan.drop_path is None else self._gain(plan),
                 0.0 if plan.dropout is None else self._dropout(_module(self.root, plan.dropout)),
             )
             for plan in plans
@@ -501,10 +573,18 @@ class _Binder:
     def _conv(self, conv: nn.Module) -> ConvSlot:
         _check_ours(conv, nn.Conv2d)
         first = len(self.tensors)
-        parameters = conv._parameters
-        self.tensors += (parameters["weight"], parameters["bias"])
-        self.weights.append(parameters["weight"])
-        return ConvSlot(first, geometry(conv.stride, conv.padding, conv.dilation, conv.groups, conv.kernel_size))
+        state = conv.__dict__
+        if state["padding_mode"] != "zeros":
+            raise _NotOurs
+        parameters = state["_parameters"]
+        weight = parameters["weight"]
+        self.tensors += (weight, parameters["bias"])
+        self.weights.append(weight)
+        try:
+            of_conv = geometry(state["stride"], state["padding"], state["dilation"], state["groups"], weight.shape[2:])
+        except (TypeError, ValueError):  # uneven padding="same", or settings of other types than a constructor leaves
+            raise _NotOurs from None
+        return ConvSlot(first, of_conv)
 
     def _norm(self, norm: nn.Module) -> NormSlot:
         synchronised = isinstance(norm, nn.SyncBatchNorm)

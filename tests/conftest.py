@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from gang import Gang
+from hypothesis import settings
 from torch.utils import deterministic
 
 from fusedres import env, select
+
+settings.register_profile("fuzz", max_examples=10_000, print_blob=True)  # of each fuzz test; see ``make fuzz``
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from fusedres.ops.dropout import draw_seed, keep_scale
 __all__ = ["BLOCKS", "DenseBlock", "Depth", "Described", "Gate", "basic", "bottleneck", "conv", "fuse", "norm", "norms"]
 __all__ += ["replay"]
 
-Step = nn.Module | str
+Step = nn.Module | str | Activation
 
 
 class Gate(nn.Module):
@@ -41,7 +41,7 @@ class Depth(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        if not (self.training and self.p):
             return x
         kept = torch.empty((len(x), 1, 1, 1), dtype=x.dtype).bernoulli_(1 - self.p)
         return x * (kept / (1 - self.p) if self.p < 1 else kept)
@@ -49,7 +49,7 @@ class Depth(nn.Module):
 
 class Described(nn.Module):
     """``act(branch(x) + shortcut(x))``; a step is a convolution, a batch norm, a dropout, a gate, stochastic depth, or
-    an activation's name. Either way it draws the same masks.
+    an activation or its name. Either way it draws the same masks.
 
     Args:
         branch, shortcut: as in :class:`fusedres.block.Block`.
@@ -151,7 +151,7 @@ def _split(steps: list[Step]) -> tuple[nn.ModuleList, list[int | Activation]]:
     """The modules, and for every step its module's number or its activation."""
     modules, order = nn.ModuleList(), []
     for step in steps:
-        if isinstance(step, str):
+        if isinstance(step, (str, Activation)):
             order.append(activation(step))
         else:
             order.append(len(modules))

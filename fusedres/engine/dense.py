@@ -270,4 +270,4 @@ class _DenseBackward(Gradients):
         else:
             behind = self._pending(layer, last, raws[last], grad, layer[last].act)[0]
         before = total[:, :start]
-        self._link(path, 0, self._links(path, behind, 1), needed or self._norm_needed(layer[0]), before, before)
+        self._link(path, 0, self._links(path, behind, 1), needed or self._makers_needed(layer[0]), before, before)

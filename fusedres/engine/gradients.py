@@ -286,7 +286,7 @@ class Gradients:
             weight, needs_weight = self.tensors[link.conv.first], self.needs[link.conv.first]
             if link.plain:
                 raws[i] = raws[i]._replace(tensor=raws[i].tensor.to(weight.dtype))
-            needed = i > 0 or needs_input or self._norm_needed(link)
+            needed = i > 0 or needs_input or self._makers_needed(link)
             fusions[i] = fusion_of(link, raws[i], reader, raws[i + 1].tensor, weight, needed, needs_weight, self.k)
         return Path(chain, raws, fusions)
 
@@ -294,7 +294,7 @@ class Gradients:
         """From the gradient of a chain's last raw tensor to that of its input, added to ``onto`` if that is given."""
         if onto is not None and len(path.chain) > 1:
             return self._first_link(path, self._links(path, grad, 1), onto)
-        grad = self._links(path, grad, 0, needs_input or self._norm_needed(path.chain[0]))
+        grad = self._links(path, grad, 0, needs_input or self._makers_needed(path.chain[0]))
         if not needs_input:
             return None
         return grad.g if onto is None else sum_(onto, grad.g)
@@ -319,8 +319,12 @@ class Gradients:
         # In place, but for a join's gradient that this very convolution reads.
         return self._link(path, 0, grad, True, onto, None if onto is grad.g else onto).g
 
-    def _norm_needed(self, link: Link) -> bool:
-        return link.norm is not None and (self.needs[link.norm.first] or self.needs[link.norm.first + 1])
+    def _makers_needed(self, link: Link) -> bool:
+        """Whether the gradient of a parameter is wanted that makes the link's value: its norm's or excitation's."""
+        slots = [] if link.norm is None else [(link.norm.first, 2)]
+        if link.gain is not None and link.gain.excite is not None:
+            slots.append((link.gain.excite.first, 4))
+        return any(self.needs[first + i] for first, count in slots for i in range(count))
 
     def _link(
         self,

@@ -202,7 +202,14 @@ def _identity_of(tensors: tuple[Tensor | None, ...], k: SimpleNamespace) -> tupl
 
     The count misses writes through ``.data``, for which there is a sample of the values.
     """
-    present = [t for t in tensors if t is not None]
-    if any(t.is_inference() for t in present):
-        return None
-    return k.fingerprint(present), *((t.data_ptr(), t._version) for t in present)
+    present: list[Tensor] = []
+    identity: list[Any] = []
+    for t in tensors:
+        if t is None:
+            continue
+        try:
+            identity += (t.data_ptr(), t._version)
+        except RuntimeError:  # a tensor made in inference mode
+            return None
+        present.append(t)
+    return k.fingerprint(present), *identity

@@ -133,18 +133,19 @@ class _Backward(Gradients):
 
     def run(self, grad: Tensor) -> tuple[Any, ...]:
         program, has_shortcut = self.program, self.program.shortcut is not None
-        side_input = self.x if self.residual is None else self.residual
         needs_side_input = self.needs_x if self.residual is None else self.needs_residual
         if program.shares:
-            needs_side_input = needs_side_input or self._norm_needed(program.branch[0])
+            needs_side_input = needs_side_input or self._makers_needed(program.branch[0])
         needs_side = has_shortcut and (needs_side_input or self._any_needed(program.shortcut))
 
         # Two chains that share their first value have that in common with its gradient: their first links go together.
         start = 1 if program.shares else 0
-        branch = self._path(program.branch, self._raws(program.branch, self.x), self.needs_x, start)
+        raws = self._raws(program.branch, self.x)
+        branch = self._path(program.branch, raws, self.needs_x, start)
         shortcut = None
         if has_shortcut:
-            shortcut = self._path(program.shortcut, self._raws(program.shortcut, side_input), needs_side_input, start)
+            of_side = self._raws(program.shortcut, self._side_input(raws))
+            shortcut = self._path(program.shortcut, of_side, needs_side_input, start)
         grad_y, grad_side = self._join(grad, branch, shortcut, needs_side)
         if program.shares:
             return (None, self._shared_input(branch, shortcut, grad_y, grad_side, needs_side_input), None, *self.grads)
@@ -153,6 +154,15 @@ class _Backward(Gradients):
             return (None, self._chain(branch, grad_y, self.needs_x), onto, *self.grads)
         # Both chains read x: the branch adds its gradient to the shortcut's.
         return (None, self._chain(branch, grad_y, self.needs_x, onto), None, *self.grads)
+
+    def _side_input(self, branch: list[Raw]) -> Tensor:
+        """The shortcut's first raw tensor; of a shared value, which is not kept, only where others are made from it."""
+        program, shortcut = self.program, self.program.shortcut
+        if program.shares and not only_adds(program):
+            inner = range(1, len(shortcut))
+            if any(recomputes(shortcut, index, program.memory, self.tensors) for index in inner):
+                return applied(program.branch[0], branch[0], self.k)
+        return self.x if self.residual is None else self.residual
 
     def _raws(self, chain: tuple[Link, ...], x: Tensor) -> list[Raw]:
         """A chain's raw tensors as the forward had them, those recomputed that were dropped."""

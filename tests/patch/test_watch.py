@@ -11,6 +11,7 @@ from survey_blocks import ResidualBlock, SEBottleneckBlock
 from torch import nn
 from torchvision_shim import torchvision_models
 
+import fusedres
 from fusedres.patch import patch
 
 from .blocks import Layers, images, settled
@@ -94,6 +95,26 @@ def test_hooks_added_later_run(path, register):
     handle.remove()
     model(images())
     assert seen == [path]
+
+
+def test_hooks_on_all_modules_run():
+    """As profilers and counters of operations register them."""
+    stock = settled(Busy()).eval()
+    model, block = copy.deepcopy(stock), nn.Sequential(fusedres.nn.ResidualBlock(4)).double().eval()
+    patch(model)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        for one in (stock, model, block):
+            one(images())
+    finally:
+        handle.remove()
+    half = seen.index(stock) + 1
+    assert [type(m) for m in seen[:half]] == [type(m) for m in seen[half : 2 * half - 1]] + [Busy]
+    assert {type(m) for m in seen[2 * half :]} >= {nn.Conv2d, nn.BatchNorm2d}
+    count = len(seen)
+    model(images())
+    assert len(seen) == count
 
 
 def test_hooks_inside_a_gate_run():
