@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "fusedres"  # not setuptools' own, which is a new temporary folder in every editable install
 DEFAULT_ARCHS = "80;90a;100+PTX"
 MINIMUM_TORCH = (2, 10)
+CUTLASS = "nvidia-cutlass==4.2.*"
+CUTLASS_ARCH = "90a"  # the only one that its kernels are for
 
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -77,10 +79,14 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Cuda:
-    """The CUDA compiler and the architectures that it compiles for, as in ``FUSEDRES_CUDA_ARCHS``."""
+    """The CUDA compiler and the architectures that it compiles for, as in ``FUSEDRES_CUDA_ARCHS``.
+
+    ``cutlass`` are the folders of CUTLASS's headers, where its convolutions are built too.
+    """
 
     nvcc: str
     archs: tuple[str, ...]
+    cutlass: tuple[Path, ...] = ()
 
     @property
     def gencode(self) -> list[str]:
@@ -166,11 +172,29 @@ def find_cuda(cxx: list[str]) -> Cuda:
     try:
         nvcc = find_nvcc()
         check_nvcc_works(nvcc, cxx)
-        return Cuda(nvcc, cuda_archs(nvcc))
+        archs = cuda_archs(nvcc)
     except Unavailable as error:
         if mode == "1":
             sys.exit(f"fusedres: FUSEDRES_CUDA=1, but {error}")
         raise
+    return Cuda(nvcc, archs, find_cutlass(archs))
+
+
+def wants_cutlass() -> bool:
+    return os.environ.get("FUSEDRES_CUTLASS", "0") == "1"
+
+
+def find_cutlass(archs: tuple[str, ...]) -> tuple[Path, ...]:
+    """The folders of CUTLASS's headers, from the package nvidia-cutlass; none where nobody asked for it."""
+    if not wants_cutlass():
+        return ()
+    if CUTLASS_ARCH not in archs:
+        sys.exit(f"fusedres: FUSEDRES_CUTLASS=1 needs {CUTLASS_ARCH} among the architectures, which are {archs}")
+    spec = importlib.util.find_spec("cutlass_library")
+    if spec is None or spec.origin is None:
+        sys.exit(f"fusedres: FUSEDRES_CUTLASS=1 needs CUTLASS's headers: pip install '{CUTLASS}'")
+    source = Path(spec.origin).parent / "source"
+    return source / "include", source / "tools" / "util" / "include"
 
 
 def find_ninja() -> str | None:
@@ -246,6 +270,13 @@ def rules_and_compiles(torch: Path, cxx: list[str], cuda: Cuda | None) -> tuple[
         flags = [*NVCC_FLAGS, *strict_flags, *cuda.gencode, *includes]
         rules["nvcc"] = [*nvcc, *flags, *track_headers, *in_out]
         compiles += [Compile("nvcc", source) for source in sorted(ROOT.glob("csrc/cuda/*.cu"))]
+        if cuda.cutlass:
+            headers = [item for folder in cuda.cutlass for item in ("-isystem", str(folder))]
+            hopper = Cuda(cuda.nvcc, (CUTLASS_ARCH,)).gencode
+            # With assertions its loops hold function calls, which keep the matrix instructions from overlapping.
+            flags = [*NVCC_FLAGS, "-DNDEBUG", *strict_flags, *hopper, *includes, *headers]
+            rules["cutlass"] = [*nvcc, *flags, *track_headers, *in_out]
+            compiles += [Compile("cutlass", source) for source in sorted(ROOT.glob("csrc/cutlass/*.cu"))]
         # nvcc links, since it knows where its own static run time lies.
         linker_flags = [f"-Xlinker={flag}" for flag in linker]
         rules["link"] = [*nvcc, "-shared", "-cudart=static", "-nodlink", "-o", "$out", "$in", *linker_flags, *libraries]
@@ -299,6 +330,7 @@ class BuildRecord:
     cuda: bool = False
     cuda_reason: str = ""
     archs: str = ""
+    cutlass: bool = False
 
 
 def build_library() -> BuildRecord:
@@ -330,7 +362,9 @@ def build_library() -> BuildRecord:
         sys.exit("fusedres: the kernels do not compile, see the errors above (FUSEDRES_SKIP_BUILD=1 installs without)")
     compiler = subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
     archs = ";".join(cuda.archs) if cuda else ""
-    return BuildRecord(True, "", compiler, importlib.metadata.version("torch"), cuda is not None, cuda_reason, archs)
+    torch_version = importlib.metadata.version("torch")
+    cutlass = cuda is not None and bool(cuda.cutlass)
+    return BuildRecord(True, "", compiler, torch_version, cuda is not None, cuda_reason, archs, cutlass)
 
 
 def replace_if_changed(target: Path, content: bytes) -> None:
@@ -375,6 +409,7 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
+    setup_requires=[CUTLASS] if wants_cutlass() else [],  # a requirement of the build where it is isolated
     ext_modules=[Extension("fusedres._C", sources=[])],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
 )

@@ -17,10 +17,12 @@ __all__ = [
     "BLOCKS",
     "CHANNELS",
     "CONVOLUTIONS",
+    "EPILOGUES",
     "LAYOUTS",
     "MODIFIED",
     "NETWORKS",
     "ODE_STATES",
+    "ON_GPU",
     "SMOKE_BATCH",
     "SMOKE_BLOCK",
     "SMOKE_MOST",
@@ -96,6 +98,19 @@ CHANNELS = (64, 512, 2048)
 """Of norms of ResNet-50, for what is done to channels alone."""
 
 LAYOUTS = ("channels_last", "contiguous")
+
+ON_GPU: tuple[Shape, ...] = (
+    (256, 256, 56, 56),
+    (256, 64, 56, 56),
+    (64, 64, 56, 56),
+    (32, 256, 14, 14),
+    (8, 2048, 7, 7),
+    (2, 64, 7, 7),
+)
+"""Of ResNet-50, from far beyond a GPU's L2 cache to launch-bound."""
+
+EPILOGUES: tuple[Shape, ...] = ((256, 64, 56, 56), (256, 128, 28, 28), (256, 256, 14, 14), (256, 512, 7, 7))
+"""Inputs of ResNet-50's 3x3 convolutions with stride 1, batch 256."""
 
 SMOKE_MOST: Shape = (2, 64, 7, 7)
 """The largest sizes in a smoke test."""

@@ -44,6 +44,12 @@ VARIABLES = (
     Variable("FUSEDRES_SKIP_BUILD", "build", "0", "1: install without the compiled library"),
     Variable("FUSEDRES_CUDA", "build", "auto", "CUDA kernels: auto (where nvcc works), 0 (never), 1 (or fail)"),
     Variable("FUSEDRES_CUDA_ARCHS", "build", "80;90a;100+PTX", "GPU architectures, separated by semicolons"),
+    Variable(
+        "FUSEDRES_CUTLASS",
+        "build",
+        "0",
+        "1: also CUTLASS's convolutions for compute capability 9.0, with the headers of the package nvidia-cutlass",
+    ),
     Variable("FUSEDRES_WERROR", "build", "0", "1: compiler warnings and register spills are errors"),
     Variable(
         "FUSEDRES_ISA",
@@ -163,8 +169,14 @@ def _versions() -> dict[str, str]:
         "triton": _version_of("triton"),
         "compiler": record.get("compiler") or "none: the library was not built",
         "cuda of torch": torch.version.cuda or "none",
-        "cuda of fusedres": f"built for {record['archs']}" if record.get("cuda") else "none",
+        "cuda of fusedres": _cuda_of(record),
     }
+
+
+def _cuda_of(record: dict) -> str:
+    if not record.get("cuda"):
+        return "none"
+    return f"built for {record['archs']}{', with CUTLASS' if record.get('cutlass') else ''}"
 
 
 def _version_of(distribution: str) -> str:
@@ -231,18 +243,48 @@ def _cuda_backend() -> Backend:
 
 
 def cuda_missing() -> str | None:
-    record = _build_record()
-    if torch.version.cuda is None:
-        return "torch was built without CUDA"
-    if not torch.cuda.is_available():
-        return "torch sees no usable GPU"
-    if reason := library_missing():
-        return reason
-    if not record.get("cuda"):
-        return f"the library was built without CUDA: {record.get('cuda_reason')}"
+    """``None`` where the CUDA kernels run here, else every reason why they do not."""
+    reasons = [reason for reason in (_torch_lacks_cuda(), library_missing() or _built_without_cuda()) if reason]
+    if reasons:
+        return "; ".join(reasons)
+    archs = _build_record()["archs"]
     capability = torch.cuda.get_device_capability()
-    if not runs_on(record["archs"], capability):
-        return f"the library was built for {record['archs']}, the GPU is {capability[0]}.{capability[1]}"
+    if not runs_on(archs, capability):
+        return f"the library was built for {archs}, the GPU is {capability[0]}.{capability[1]}"
+    return None
+
+
+def _torch_lacks_cuda() -> str | None:
+    if torch.version.cuda is None:
+        return "this torch has no CUDA" if torch.version.hip is None else "this torch has ROCm in place of CUDA"
+    if not torch.cuda.is_available():
+        return f"torch sees no usable GPU{_driver_says()}"
+    return None
+
+
+def _driver_says() -> str:
+    """What CUDA answers when it is asked for a GPU, in parentheses, or nothing."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f" ({str(error).partition(chr(10))[0]})"
+    return ""
+
+
+def _built_without_cuda() -> str | None:
+    record = _build_record()
+    return None if record.get("cuda") else f"the library was built without CUDA: {record.get('cuda_reason')}"
+
+
+def cutlass_missing() -> str | None:
+    """``None`` where CUTLASS's convolutions run here, else why they do not."""
+    if reason := cuda_missing():
+        return reason
+    if not _build_record().get("cutlass"):
+        return "the library was built without CUTLASS (FUSEDRES_CUTLASS=1 builds with it)"
+    capability = torch.cuda.get_device_capability()
+    if capability != (9, 0):
+        return f"CUTLASS's kernels are for compute capability 9.0, the GPU has {capability[0]}.{capability[1]}"
     return None
 
 

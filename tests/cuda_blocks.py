@@ -58,6 +58,28 @@ class PreActivation(nn.Module):
         return self.conv2(torch.relu(self.bn2(y))) + x
 
 
+class DenseLayer(nn.Sequential):
+    """Two pre-activated convolutions, the second of which adds 8 channels."""
+
+    def __init__(self, inputs: int) -> None:
+        narrow, added = nn.Conv2d(inputs, 16, 1, bias=False), nn.Conv2d(16, 8, 3, padding=1, bias=False)
+        super().__init__(nn.BatchNorm2d(inputs), nn.ReLU(), narrow, nn.BatchNorm2d(16), nn.ReLU(), added)
+
+
+class Dense(nn.Module):
+    """A dense block: every layer reads a slice of one buffer and writes the next one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([DenseLayer(16 + 8 * i) for i in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = [x]
+        for layer in self.layers:
+            features.append(layer(torch.cat(features, 1)))
+        return torch.cat(features, 1)
+
+
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "basic": lambda: Residual([*conv_bn(16, 16, 3), nn.ReLU(), *conv_bn(16, 16, 3)], []),
     "bottleneck with a projection": lambda: Residual(
@@ -68,6 +90,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     ),
     "squeeze-excitation": Excited,
     "pre-activation": PreActivation,
+    "dense": Dense,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,16 +11,37 @@ import torch
 from torch import Tensor
 
 from fusedres.ops.activations import Activation
+from fusedres.ops.bn_join import BN_JOIN
 from fusedres.ops.bn_norm import BN_NORM
 from fusedres.ops.bn_stats import BN_STATS
-from fusedres.ops.join import JOIN, join_argument
-from fusedres.ops.join_backward import JOIN_BACKWARD_APPLY, JOIN_BACKWARD_REDUCE
+from fusedres.ops.gated_join import GATED_JOIN, GATED_JOIN_BACKWARD
+from fusedres.ops.join import JOIN, JOIN_STATS, join_argument
+from fusedres.ops.join_backward import JOIN_BACKWARD, JOIN_BACKWARD_APPLY, JOIN_BACKWARD_REDUCE
+from fusedres.ops.rk_combine import RK_COMBINE, RK_COMBINE_BACKWARD, RK_ERROR
 from fusedres.testing import assert_within_budget, channels_last, contiguous, rms, sliced
 
-__all__ = ["DTYPES", "LAYOUTS", "RESIDUALS", "JoinCase", "check_bn_norm", "check_bn_stats"]
+__all__ = [
+    "DENSE",
+    "DTYPES",
+    "LAYOUTS",
+    "RESIDUALS",
+    "RK_WEIGHTS",
+    "THRESHOLD",
+    "TOLERANCES",
+    "JoinCase",
+    "check_bn_join",
+    "check_bn_norm",
+    "check_bn_stats",
+    "check_gated_join",
+    "check_rk",
+    "gated_operands",
+    "on_device",
+    "rk_operands",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = {"channels_last": channels_last, "contiguous": contiguous, "sliced": sliced}
+DENSE = {"channels_last": channels_last, "contiguous": contiguous}
+LAYOUTS = {**DENSE, "sliced": sliced}
 RESIDUALS = ("none", "plain", "affine")
 SEED = torch.tensor([0x1234_5678_9ABC_DEF0])
 
@@ -35,7 +57,12 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def compare(name: str, op: Any, args: tuple, scales: tuple[float | None, ...] = (None, None)) -> list[Tensor]:
+def on_device(t: Tensor, device: str) -> Tensor:
+    """``t`` on a device, with its strides."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device).copy_(t)
+
+
+def compare(name: str, op: Any, args: tuple, scales: tuple[float | None, ...] | None = None) -> list[Tensor]:
     """Runs an op's CUDA kernel, its reference and its reference in float64; returns the kernel's results.
 
     ``scales`` are what one rounding of each result is relative to, where that is not the result itself.
@@ -43,9 +70,10 @@ def compare(name: str, op: Any, args: tuple, scales: tuple[float | None, ...] = 
     results = []
     for overload, arguments in (("cuda", args), ("reference", args), ("reference", wide(args))):
         result = op.overload(overload)(*arguments)
-        results.append(result if isinstance(result, tuple) else (result,))
-    for index, (ours, plain, exact) in enumerate(zip(*results)):
-        assert_within_budget(ours, plain, exact, f"{name}, result {index}", scale=scales[index])
+        results.append(result if isinstance(result, (tuple, list)) else (result,))
+    for index, (ours, plain, exact) in enumerate(zip(*results, strict=True)):
+        scale = scales[index] if scales else None
+        assert_within_budget(ours, plain, exact, f"{name}, result {index}", scale=scale)
     return list(results[0])
 
 
@@ -122,8 +150,7 @@ class JoinCase:
         self.seed = SEED if self.dropout else None
 
     def _tensor(self, make: Callable[..., Tensor], seed: int) -> Tensor:
-        t = make(self.shape, self.dtype, seed)
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=self.device).copy_(t)
+        return on_device(make(self.shape, self.dtype, seed), self.device)
 
     def __str__(self) -> str:
         gained = ", gain" if self.gained else ""
@@ -161,6 +188,17 @@ class JoinCase:
         assert out.stride() == torch.empty_like(self.y).stride()
         return out
 
+    def check_stats(self) -> Tensor:
+        """The statistics of the result, which must be the join's bits, against float64's of the same bits."""
+        out, ours = JOIN_STATS.overload("cuda")(*self.operands, *self.modifiers)
+        assert torch.equal(out, JOIN.overload("cuda")(*self.operands, *self.modifiers))
+        assert out.stride() == torch.empty_like(self.y).stride()
+        plain, exact = BN_STATS.reference(out), BN_STATS.reference(out.double())
+        deviation = float((exact[1] / self.count).mean().sqrt())
+        for row, scale in ((0, deviation + rms(exact[0])), (1, None)):
+            assert_within_budget(ours[row], plain[row], exact[row], f"{self}, row {row}", scale=scale)
+        return ours
+
     def check_reduce(self) -> Tensor:
         """The sums, with the forward's result emitted, which must be the forward's bits."""
         self._leave_the_kinks()
@@ -193,3 +231,92 @@ class JoinCase:
             empty, _ = JOIN_BACKWARD_APPLY.overload("cuda")(*args, target)
             assert empty.numel() == 0 and torch.equal(target, expected)
             untouched()
+
+    def check_both(self, training: bool, *, emit: bool = True, addend: bool = False, into: Any = None) -> None:
+        """Both passes at once, without a gain; what is given as for :meth:`check_apply`."""
+        self._leave_the_kinks()
+        more = self._tensor(LAYOUTS[self.layout], 10) if addend else None
+        flags = (training and self.normed, training and self.residual == "affine", self.side is not None)
+        args = (self.grad, *self.operands, emit, self.count, *flags, self.dropout, self.seed, more)
+        scales = (rms(self.grad) * self.count**0.5, None, None, None)
+        expected = compare(f"{self}, training {training}, both", JOIN_BACKWARD, args, scales)
+        if into is not None:
+            target, untouched = into
+            found = JOIN_BACKWARD.overload("cuda")(*args, target)
+            assert found[2].numel() == 0 and torch.equal(target, expected[2])
+            assert all(torch.equal(found[i], expected[i]) for i in (0, 1, 3))
+            untouched()
+
+
+def check_bn_join(
+    case: JoinCase, affine: bool = True, running: torch.dtype | None = torch.float32
+) -> tuple[Tensor, ...]:
+    """The norm of ``case.y``'s batch statistics and the join behind it; returns the kernel's results."""
+    draw = torch.randn(3, case.shape[1], generator=generator(12)).to(case.device)
+    gamma, beta = (draw[0] + 1.5, draw[1]) if affine else (None, None)
+    found = []
+    for overload, widen in (("cuda", False), ("reference", False), ("reference", True)):
+        buffers = [None, None] if running is None else [draw[2].to(running), draw[0].abs().to(running) + 0.5]
+        tensors = (case.y, gamma, beta, *buffers, case.side, case.res_norm)
+        y, g, b, mean, var, side, res_norm = wide(tensors) if widen else tensors
+        ending = (case.act.code, case.act.param, case.dropout, case.seed)
+        out, rows = BN_JOIN.overload(overload)(y, g, b, mean, var, 0.3, 1e-5, side, res_norm, *ending)
+        found.append([out, *rows.unbind(0), *(t for t in (mean, var) if t is not None)])
+    # What the mean, and so the shift, are made of are values that may cancel.
+    scales = [None, rms(case.y), None, None, rms(found[2][3]) * rms(case.y), rms(case.y)]
+    names = ("out", "mean", "rstd", "scale", "shift", "running_mean", "running_var")
+    for name, scale, ours, plain, exact in zip(names, [*scales, None], *found):
+        assert_within_budget(ours, plain, exact, f"{case}, {name}", scale=scale)
+    assert found[0][0].stride() == torch.empty_like(case.y).stride()
+    return tuple(found[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ops that treat every element alike
+# ---------------------------------------------------------------------------------------------------------------------
+
+RK_WEIGHTS = [0.125, -0.3, 1.0, 0.7, -1.4, 0.02, 2.0]
+TOLERANCES = (1e-3, 1e-4)
+THRESHOLD = 0.4
+
+
+def rk_operands(
+    make: Callable[..., Tensor], shape: tuple[int, ...], stages: int, dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor, list[Tensor], list[float]]:
+    """Two states, stages, and their weights."""
+    y0, y1, *ks = (on_device(make(shape, dtype, seed), device) for seed in range(stages + 2))
+    return y0, y1, ks, (RK_WEIGHTS * (1 + stages // len(RK_WEIGHTS)))[:stages]
+
+
+def check_rk(make: Callable[..., Tensor], shape: tuple[int, ...], stages: int, dtype: torch.dtype, device: str) -> None:
+    """The update, its backward, and the norm of the error."""
+    y0, y1, ks, weights = rk_operands(make, shape, stages, dtype, device)
+    name = f"{shape} {dtype}, {stages} stages"
+    (out,) = compare(name, RK_COMBINE, (y0, ks, weights))
+    assert out.stride() == torch.empty_like(y0).stride()
+    for grad in compare(f"{name}, backward", RK_COMBINE_BACKWARD, (y0, weights)):
+        assert grad.stride() == torch.empty_like(y0).stride()
+    compare(f"{name}, error", RK_ERROR, (y0, y1, ks, weights, *TOLERANCES))
+
+
+def gated_operands(
+    make: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A gradient, the logits, the branch and the skip; no logit where rounding decides whether its gate is open."""
+    grad, logits, f, x = (make(shape, dtype, seed) for seed in range(4))
+    logits = logits.clone()
+    logits[(torch.sigmoid(logits.double()) - THRESHOLD).abs() < 0.02] += 0.5
+    return tuple(on_device(t, device) for t in (grad, logits, f, x))
+
+
+def check_gated_join(make: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    """The gated join and its backward: smooth and sparse, with every choice of gradients."""
+    grad, logits, f, x = gated_operands(make, shape, dtype, device)
+    for threshold in (None, THRESHOLD):
+        name = f"{shape} {dtype}, threshold {threshold}"
+        (out,) = compare(name, GATED_JOIN, (f, logits, x, threshold))
+        assert out.stride() == torch.empty_like(f).stride()
+        for sides in ((f, x), (None, None)):
+            for needed in itertools.product((True, False), repeat=2):
+                args = (grad, logits, *sides, threshold, *needed)
+                compare(f"{name}, needed {needed}", GATED_JOIN_BACKWARD, args)

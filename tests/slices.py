@@ -1,13 +1,14 @@
-"""Channel slices of channels_last buffers whose other channels hold NaN, to be written to."""
+"""Channel slices of channels_last buffers: with NaN in the other channels, to be written to; beyond 32-bit offsets."""
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-__all__ = ["empty_slice"]
+__all__ = ["empty_slice", "far_apart"]
 
 
 def empty_slice(
@@ -23,3 +24,13 @@ def empty_slice(
         assert buffer[:, before + c :].isnan().all(), "channels behind the slice were written to"
 
     return buffer[:, before : before + c], check
+
+
+def far_apart(dtype: torch.dtype = torch.float32) -> Tensor:
+    """A slice whose pixels lie so far apart that the last ones are past 2^31 elements; few of the pages exist."""
+    pixels, channels, pitch = 5, 8, 2**29
+    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python does not name
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    flat = torch.frombuffer(mmap.mmap(-1, pixels * pitch * dtype.itemsize, flags=flags), dtype=dtype)
+    assert (pixels - 1) * pitch >= 2**31
+    return flat.as_strided((1, channels, 1, pixels), (pixels * pitch, 1, pixels * pitch, pitch))

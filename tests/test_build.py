@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,30 @@ def test_skipped_build_installs_without_the_library(project):
     assert result.returncode == 0, result.stderr
     assert not project.library.exists()
     assert "FUSEDRES_SKIP_BUILD=1" in project.record["reason"]
+
+
+@pytest.mark.parametrize("variables", [{}, {"FUSEDRES_SKIP_BUILD": "1"}], ids=["built", "skipped"])
+def test_one_wheel_for_every_python(project, variables):
+    """The library does not touch Python's ABI, so the wheel's name must not either."""
+    command = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", "dist"]
+    environment = {**os.environ, "FUSEDRES_CUDA": "0", **variables}
+    result = subprocess.run(command, cwd=project.root, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (project.root / "dist").iterdir()
+    assert re.fullmatch(r"fusedres-[\d.]+-py3-none-\w+\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        record = json.loads(archive.read("fusedres/_build.json"))
+    assert ("fusedres/_C.so" in names) == record["built"]
+
+
+@needs_cxx
+def test_cutlass_is_refused_without_its_architecture(project):
+    nvcc = project.write("nvcc", "#!/bin/sh\ncase $1 in --list-gpu-arch) echo compute_80;; esac\n")
+    nvcc.chmod(0o755)
+    result = project.build(FUSEDRES_CUDA="1", FUSEDRES_CUTLASS="1", CUDACXX=str(nvcc), FUSEDRES_CUDA_ARCHS="80")
+    assert result.returncode != 0
+    assert "FUSEDRES_CUTLASS=1 needs 90a among the architectures" in result.stderr
 
 
 @needs_cxx

@@ -58,7 +58,49 @@ def test_report_names_every_backend_with_a_reason():
 def test_cuda_backend_without_cuda():
     cuda = next(backend for backend in env.env_report().backends if backend.name == "cuda")
     assert not cuda.available
-    assert cuda.detail == "torch was built without CUDA"
+    assert cuda.detail.startswith("this torch has no CUDA")
+
+
+NVCC = "nvcc was not found (looked at CUDACXX, CUDA_HOME, the path and /usr/local/cuda)"
+
+
+@pytest.mark.parametrize(
+    ("torch_has", "gpu", "library", "record", "expected"),
+    [
+        (False, False, None, {"cuda": True}, "this torch has no CUDA"),
+        (True, False, None, {"cuda": True}, "torch sees no usable GPU (Found no NVIDIA driver)"),
+        (
+            False,
+            False,
+            None,
+            {"cuda": False, "cuda_reason": NVCC},
+            f"this torch has no CUDA; the library was built without CUDA: {NVCC}",
+        ),
+        (True, True, None, {"cuda": False, "cuda_reason": NVCC}, f"the library was built without CUDA: {NVCC}"),
+        (True, True, "the compiled library is not there", {}, "the compiled library is not there"),
+        (True, True, None, {"cuda": True, "archs": "80"}, "the library was built for 80, the GPU is 9.0"),
+        (True, True, None, {"cuda": True, "archs": "80;90a"}, None),
+    ],
+)
+def test_every_reason_against_cuda_is_told(monkeypatch, torch_has, gpu, library, record, expected):
+    def init() -> None:
+        raise RuntimeError("Found no NVIDIA driver\nPlease install one")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0" if torch_has else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(env, "library_missing", lambda: library)
+    monkeypatch.setattr(env, "_build_record", lambda: record)
+    assert env.cuda_missing() == expected
+    assert env.cutlass_missing() == (
+        expected or "the library was built without CUTLASS (FUSEDRES_CUTLASS=1 builds with it)"
+    )
+    if expected is None:
+        monkeypatch.setattr(env, "_build_record", lambda: {**record, "cutlass": True})
+        assert env.cutlass_missing() is None
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+        assert "the GPU has 8.0" in env.cutlass_missing()
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,9 @@ class Contest:
 
     def entrants(self) -> list[Entrant]:
         size = nbytes(*tree_leaves(self.operands))
-        sets = [self.operands, *(tree_map(_copy, self.operands) for _ in range(copies(size) - 1))]
+        # Calls that have operands of their own, such as a graph's, are made once.
+        count = copies(size) if size else 1
+        sets = [self.operands, *(tree_map(_copy, self.operands) for _ in range(count - 1))]
         return [self._entrant(name, make, sets) for name, make in self.calls.items()]
 
     def _entrant(self, name: str, make: Callable[[Any], Call], sets: Sequence[Any]) -> Entrant:
@@ -115,13 +117,18 @@ def _results(op: Op, backend: str, arguments: Sequence[Any]) -> list[Tensor]:
 
 def _copy(argument: Any) -> Any:
     """A tensor in the same strides, so that a slice is still one."""
+    if isinstance(argument, list):
+        return [_copy(each) for each in argument]
     if not isinstance(argument, Tensor):
         return argument
-    room = torch.zeros(1 + sum((n - 1) * s for n, s in zip(argument.shape, argument.stride())), dtype=argument.dtype)
+    extent = 1 + sum((n - 1) * s for n, s in zip(argument.shape, argument.stride()))
+    room = torch.zeros(extent, dtype=argument.dtype, device=argument.device)
     return room.as_strided(argument.shape, argument.stride()).copy_(argument)
 
 
 def _wide(argument: Any) -> Any:
+    if isinstance(argument, list):
+        return [_wide(each) for each in argument]
     return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
 
 

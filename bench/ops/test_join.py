@@ -12,7 +12,7 @@ from fusedres.ops.activations import RELU
 from fusedres.ops.registry import OPS
 from fusedres.testing import channels_last, contiguous, sliced
 
-OP = OPS["join"]
+OP, WITH_STATISTICS = OPS["join"], OPS["join_stats"]  # the second's kernel is in test_on_gpu.py
 DROPOUT = 0.3
 
 
@@ -37,6 +37,7 @@ def test_join(race, shape, dtype, residual, contestant):
         side = None if residual == "none" else channels_last(shape, dtype, 1)
         side_norm = affine_rows(shape[1], 1) if residual == "affine" else None
         arguments = [y, affine_rows(shape[1]), side, side_norm, RELU.code, RELU.param]
+        check(WITH_STATISTICS, "reference", arguments)
         return contest_of(group, arguments, lambda given: eager(*given[:4]), nbytes(y, side, y))
 
     race(group, contestant, contest)

@@ -13,6 +13,7 @@ from fusedres.ops.registry import OPS
 from fusedres.testing import channels_last, sliced
 
 REDUCE, MASK, APPLY = OPS["join_backward_reduce"], OPS["join_backward_mask"], OPS["join_backward_apply"]
+BOTH = OPS["join_backward"]  # whose kernel is in test_on_gpu.py
 DROPOUT = 0.3
 
 
@@ -39,6 +40,7 @@ def test_join_backward(race, shape, dtype, contestant):
         def holds(name):
             check(REDUCE, name, [*arguments, False])
             check(APPLY, name, [*arguments, REDUCE.overload("reference")(*arguments, False)[0], *flags])
+            check(BOTH, "reference", [*arguments, False, *flags])
 
         calls = {"eager": lambda given: eager(given[0], given[1], given[3])} | {name: ours(name) for name in BACKENDS}
         checks = {name: lambda name=name: holds(name) for name in BACKENDS}

@@ -4,7 +4,8 @@
 
 #include <tuple>
 
-#include "cpu/pointwise.h"
+#include "common/flat.h"
+#include "cpu/parallel.h"
 
 namespace fusedres {
 namespace {

@@ -5,7 +5,8 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu/pointwise.h"
+#include "common/flat.h"
+#include "cpu/parallel.h"
 
 namespace fusedres {
 namespace {

@@ -1,8 +1,7 @@
 // The rows (mean, rstd, scale, shift) of a batch norm on CUDA; see fusedres/ops/bn_norm.py for the formula.
 #include <torch/csrc/stable/library.h>
 
-#include "cuda/launch.h"
-#include "cuda/vector.h"
+#include "cuda/bn_norm.h"
 
 namespace fusedres {
 namespace {
@@ -10,16 +9,14 @@ namespace {
 constexpr int kChannels = 32;  // of a block
 constexpr int kSlices = 8;     // threads that share a channel's partials
 
-struct NormArgs {
+struct MergeArgs {
   const float* stats;  // [2, partials, channels], or null
-  int64_t partials, channels;
-  double count, momentum, eps;
-  ChannelVector gamma, beta, running_mean, running_var;
-  float* out;  // [4, channels]
+  int64_t partials;
+  NormArgs norm;
 };
 
 // Mean and M2 of a channel: Chan's merge of partials of equally many values. All threads of the block take part.
-__device__ __forceinline__ void merge(const NormArgs& a, int64_t channel, double& mean, double& m2) {
+__device__ __forceinline__ void merge(const MergeArgs& a, int64_t channel, double& mean, double& m2) {
   __shared__ double sums[kSlices][kChannels + 1];
   const auto total = [&](double mine) {
     sums[threadIdx.y][threadIdx.x] = mine;
@@ -29,43 +26,34 @@ __device__ __forceinline__ void merge(const NormArgs& a, int64_t channel, double
     __syncthreads();
     return sum;
   };
-  const bool inside = channel < a.channels;
+  const bool inside = channel < a.norm.channels;
   const float* means = a.stats + channel;
-  const float* m2s = means + a.partials * a.channels;
+  const float* m2s = means + a.partials * a.norm.channels;
   double sum = 0;
-  for (int64_t k = threadIdx.y; inside && k < a.partials; k += kSlices) sum += means[k * a.channels];
+  for (int64_t k = threadIdx.y; inside && k < a.partials; k += kSlices) sum += means[k * a.norm.channels];
   mean = total(sum) / static_cast<double>(a.partials);
-  const double each = a.count / static_cast<double>(a.partials);
+  const double each = a.norm.count / static_cast<double>(a.partials);
   sum = 0;
   for (int64_t k = threadIdx.y; inside && k < a.partials; k += kSlices) {
     // A single partial stays as it is: the difference of two infinities would be NaN.
-    const double d = a.partials == 1 ? 0. : means[k * a.channels] - mean;
-    sum += m2s[k * a.channels] + each * d * d;
+    const double d = a.partials == 1 ? 0. : means[k * a.norm.channels] - mean;
+    sum += m2s[k * a.norm.channels] + each * d * d;
   }
   m2 = total(sum);
 }
 
-__global__ void __launch_bounds__(kChannels* kSlices) bn_norm_kernel(const NormArgs a) {
+__global__ void __launch_bounds__(kChannels* kSlices) bn_norm_kernel(const MergeArgs a) {
   const int64_t c = int64_t{blockIdx.x} * kChannels + threadIdx.x;
   double mean = 0, m2 = 0;
   if (a.stats != nullptr) merge(a, c, mean, m2);
-  if (c >= a.channels || threadIdx.y != 0) return;
-  double var = m2 / a.count;
-  if (a.stats == nullptr) {
-    mean = a.running_mean.get(c, 0.);
-    var = a.running_var.get(c, 1.);
-  } else {
-    const double m = a.momentum;
-    a.running_mean.set(c, (1 - m) * a.running_mean.get(c, 0.) + m * mean);
-    a.running_var.set(c, (1 - m) * a.running_var.get(c, 1.) + m * m2 / (a.count - 1));
-  }
-  const double rstd = 1.0 / sqrt(var + a.eps);
-  const double scale = rstd * a.gamma.get(c, 1.);
-  a.out[c] = static_cast<float>(mean);
-  a.out[a.channels + c] = static_cast<float>(rstd);
-  a.out[2 * a.channels + c] = static_cast<float>(scale);
-  a.out[3 * a.channels + c] = static_cast<float>(a.beta.get(c, 0.) - mean * scale);
+  if (c >= a.norm.channels || threadIdx.y != 0) return;
+  if (a.stats == nullptr)
+    a.norm.write_constant(c);
+  else
+    a.norm.write(c, mean, m2);
 }
+
+}  // namespace
 
 Tensor bn_norm_cuda(std::optional<Tensor> stats, double count, std::optional<Tensor> gamma, std::optional<Tensor> beta,
                     std::optional<Tensor> running_mean, std::optional<Tensor> running_var, double momentum,
@@ -83,18 +71,10 @@ Tensor bn_norm_cuda(std::optional<Tensor> stats, double count, std::optional<Ten
   const int64_t channels = like.size(like.dim() - 1);
   const Device device(like);
   Tensor out = torch::stable::new_empty(like, {4, channels}, kFloat);
-  NormArgs args{};
+  MergeArgs args{};
   args.stats = device.in<float>(stats);
   args.partials = stats && stats->dim() == 3 ? stats->size(1) : 1;
-  args.channels = channels;
-  args.count = count;
-  args.momentum = momentum;
-  args.eps = eps;
-  args.gamma = channel_vector(kOp, "gamma", device, gamma, channels);
-  args.beta = channel_vector(kOp, "beta", device, beta, channels);
-  args.running_mean = channel_vector(kOp, "running_mean", device, running_mean, channels);
-  args.running_var = channel_vector(kOp, "running_var", device, running_var, channels);
-  args.out = device.out<float>(out);
+  args.norm = norm_args(kOp, device, channels, count, gamma, beta, running_mean, running_var, momentum, eps, out);
   if (channels == 0) return out;
   const dim3 grid(as_dim(ceil_div(channels, kChannels)));
   bn_norm_kernel<<<grid, dim3(kChannels, kSlices), 0, device.stream()>>>(args);
@@ -102,7 +82,6 @@ Tensor bn_norm_cuda(std::optional<Tensor> stats, double count, std::optional<Ten
   return out;
 }
 
-}  // namespace
 }  // namespace fusedres
 
 FR_CUDA_LIBRARY(m) { m.impl("bn_norm_cuda", TORCH_BOX(&fusedres::bn_norm_cuda)); }

@@ -7,6 +7,12 @@
 #include "cuda/walk.h"
 
 namespace fusedres {
+
+// fusedres::join_cuda, for ops that fall back to it.
+Tensor join_cuda(const Tensor& y, std::optional<Tensor> norm, std::optional<Tensor> residual,
+                 std::optional<Tensor> res_norm, int64_t act, double act_param, std::optional<Tensor> gain,
+                 double dropout, std::optional<Tensor> seed);
+
 namespace {
 
 // The rows (mean, rstd, scale, shift) of a norm, or null: the identity.
@@ -147,6 +153,47 @@ __device__ __forceinline__ Pack<T, kWidth> activated(const JoinOperands& a, cons
     }
   });
   return out;
+}
+
+struct JoinArgs : JoinOperands {
+  Output out;
+};
+
+// kRows: rows whose loads a thread has in flight.
+template <class T, int kWidth, bool kDropout, int kRows>
+__device__ __forceinline__ void join_rows(const JoinArgs& a,
+                                          typename Numbers<kWidth, kForwardNumbers>::Storage& storage) {
+  using Elements = Pack<T, kWidth>;
+  Numbers<kWidth, kForwardNumbers> numbers(storage, a.walk);
+  const auto compute = [&](int64_t c, int64_t sample_channel, float* out) {
+    affine_numbers(a, c, sample_channel, out);
+  };
+  const Place place = Place::mine<kWidth>();
+  const bool inside = place.column < a.walk.row_length;
+  for (int64_t group = blockIdx.z; group < a.walk.groups; group += gridDim.z) {
+    const int64_t before = group * a.walk.rows;
+    numbers.load_group(a.walk, group, compute);
+    for (int64_t first = place.row; inside && first < a.walk.rows; first += place.step * kRows) {
+      Elements y[kRows], residual[kRows];
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) {
+        const int64_t row = first + k * place.step;
+        if (row >= a.walk.rows) break;
+        y[k] = a.y.load<T, kWidth>(before + row, place.column);
+        residual[k] = a.residual.data == nullptr ? y[k] : a.residual.load<T, kWidth>(before + row, place.column);
+      }
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) {
+        const int64_t row = first + k * place.step;
+        if (row >= a.walk.rows) break;
+        numbers.load_row(a.walk, row, compute);
+        float z[kWidth], scales[kWidth];
+        argument(a, numbers, y[k], residual[k], z);
+        scales_of<kDropout>(a, group, row, place.column, scales);
+        a.out.store(before + row, place.column, activated<T, kDropout>(a, z, scales));
+      }
+    }
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
-// The join's backward on CUDA, in two passes; see fusedres/ops/join_backward.py for the formulas.
+// The join's backward on CUDA, in two passes, or in one launch for both; see fusedres/ops/join_backward.py for the
+// formulas.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
+#include "cuda/cooperative.h"
 #include "cuda/join.h"
 #include "cuda/reduce.h"
 
@@ -82,11 +84,15 @@ __device__ __forceinline__ void reduce_row(const ReduceArgs& a, const Loaded<T, 
 }
 
 // channels_last: a thread keeps its channels.
+template <int kWidth>
+struct ReduceShared {
+  float sums[kSums][kThreads * kWidth];
+  typename Numbers<kWidth, kReduceNumbers>::Storage numbers;
+};
+
 template <class T, int kWidth, bool kDropout>
-__global__ void __launch_bounds__(kThreads, kReduceBlocksPerProcessor) join_reduce_rows_kernel(const ReduceArgs a) {
-  __shared__ float shared[kSums][kThreads * kWidth];
-  __shared__ typename Numbers<kWidth, kReduceNumbers>::Storage storage;
-  Numbers<kWidth, kReduceNumbers> numbers(storage, a.walk);
+__device__ __forceinline__ void reduce_rows(const ReduceArgs& a, ReduceShared<kWidth>& shared) {
+  Numbers<kWidth, kReduceNumbers> numbers(shared.numbers, a.walk);
   const auto compute = [&](int64_t c, int64_t sample_channel, float* out) {
     reduce_numbers(a, c, sample_channel, out);
   };
@@ -106,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocksPerProcessor) join_redu
         if (first + k * place.step < a.walk.rows)
           reduce_row<T, kWidth, kDropout>(a, in[k], numbers, group, first + k * place.step, place.column, sums);
     }
-    const auto slot = [&](int sum, unsigned y) { return &shared[sum][(y * blockDim.x + threadIdx.x) * kWidth]; };
+    const auto slot = [&](int sum, unsigned y) { return &shared.sums[sum][(y * blockDim.x + threadIdx.x) * kWidth]; };
 #pragma unroll
     for (int s = 0; s < kSums; ++s)
 #pragma unroll
@@ -126,6 +132,12 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocksPerProcessor) join_redu
     }
     __syncthreads();  // the next group writes the slots again
   }
+}
+
+template <class T, int kWidth, bool kDropout>
+__global__ void __launch_bounds__(kThreads, kReduceBlocksPerProcessor) join_reduce_rows_kernel(const ReduceArgs a) {
+  __shared__ ReduceShared<kWidth> shared;
+  reduce_rows<T, kWidth, kDropout>(a, shared);
 }
 
 // The contiguous layout: a warp keeps its plane.
@@ -195,6 +207,16 @@ void launch_reduce(const Device& device, const Tensor& y, ReduceArgs& args, bool
   FR_CUDA_CHECK(cudaGetLastError());
 }
 
+ReduceArgs reduce_args(const char* op, const Device& device, const Spans& spans, const JoinGiven& given,
+                       const Tensor& grad, Tensor* emitted, Tensor& sums) {
+  ReduceArgs args{};
+  static_cast<JoinOperands&>(args) = given.operands(op, device, spans, given.gain.has_value());
+  args.grad = input_of(device, spans, grad);
+  if (emitted != nullptr) args.emitted = output_of(device, spans, *emitted);
+  args.sums = device.out<float>(sums);
+  return args;
+}
+
 std::tuple<Tensor, Tensor> join_backward_reduce_cuda(const Tensor& grad, const Tensor& y, std::optional<Tensor> norm,
                                                      std::optional<Tensor> residual, std::optional<Tensor> res_norm,
                                                      int64_t act, double act_param, bool emit,
@@ -213,11 +235,7 @@ std::tuple<Tensor, Tensor> join_backward_reduce_cuda(const Tensor& grad, const T
   const Layout layout = shared_layout(
       kOp, {{"y", &y}, {"grad", &grad}, {"residual", pointer_to(residual)}, {"y", emit ? &emitted : nullptr}});
   const Spans spans = Spans::of(y, layout);
-  ReduceArgs args{};
-  static_cast<JoinOperands&>(args) = given.operands(kOp, device, spans, gain.has_value());
-  args.grad = input_of(device, spans, grad);
-  if (emit) args.emitted = output_of(device, spans, emitted);
-  args.sums = device.out<float>(out);
+  ReduceArgs args = reduce_args(kOp, device, spans, given, grad, emit ? &emitted : nullptr, out);
   dispatch_vector(kOp, y, args.walk, {args.y, args.grad, args.residual, as_input(args.emitted)}, [&](auto vector) {
     if (args.dropout.active)
       launch_reduce<decltype(vector), true>(device, y, args, gain.has_value());
@@ -275,27 +293,28 @@ __device__ __forceinline__ void through_norm(const Numbers<kWidth, kApplyNumbers
   for (int i = 0; i < kWidth; ++i) result[i] = fmaf(offset[i], to_float(x.lane[i]) - scale[i], result[i]);
 }
 
-template <class T, int kWidth, bool kDropout>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) join_apply_kernel(const ApplyArgs a) {
-  __shared__ typename Numbers<kWidth, kApplyNumbers>::Storage storage;
+// kRows: rows whose loads a thread has in flight.
+template <class T, int kWidth, bool kDropout, int kRows>
+__device__ __forceinline__ void apply_rows(const ApplyArgs& a,
+                                           typename Numbers<kWidth, kApplyNumbers>::Storage& storage) {
   Numbers<kWidth, kApplyNumbers> numbers(storage, a.walk);
   const auto compute = [&](int64_t c, int64_t sample_channel, float* out) { apply_numbers(a, c, sample_channel, out); };
   const Place place = Place::mine<kWidth>();
   const bool inside = place.column < a.walk.row_length;
   for (int64_t group = blockIdx.z; group < a.walk.groups; group += gridDim.z) {
     numbers.load_group(a.walk, group, compute);
-    for (int64_t first = place.row; inside && first < a.walk.rows; first += place.step * kUnroll) {
-      Loaded<T, kWidth> in[kUnroll];
-      Pack<T, kWidth> addend[kUnroll];
+    for (int64_t first = place.row; inside && first < a.walk.rows; first += place.step * kRows) {
+      Loaded<T, kWidth> in[kRows];
+      Pack<T, kWidth> addend[kRows];
 #pragma unroll
-      for (int k = 0; k < kUnroll; ++k) {
+      for (int k = 0; k < kRows; ++k) {
         const int64_t row = group * a.walk.rows + first + k * place.step;
         if (first + k * place.step >= a.walk.rows) break;
         in[k].load(a, a.grad, row, place.column);
         if (a.addend.data != nullptr) addend[k] = a.addend.load<T, kWidth>(row, place.column);
       }
 #pragma unroll
-      for (int k = 0; k < kUnroll; ++k) {
+      for (int k = 0; k < kRows; ++k) {
         const int64_t row = first + k * place.step;
         if (row >= a.walk.rows) break;
         numbers.load_row(a.walk, row, compute);
@@ -321,12 +340,48 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) join_apply_kern
   }
 }
 
+template <class T, int kWidth, bool kDropout>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) join_apply_kernel(const ApplyArgs a) {
+  __shared__ typename Numbers<kWidth, kApplyNumbers>::Storage storage;
+  apply_rows<T, kWidth, kDropout, kUnroll>(a, storage);
+}
+
 void check_sums(const char* op, const Tensor& sums, const Tensor& y, bool all) {
   const bool rows = sums.dim() == 2 && (sums.size(0) == kSums || sums.size(0) == kSums + 1);
   STD_TORCH_CHECK(rows && sums.size(1) == y.size(1) && sums.is_contiguous() && sums.scalar_type() == kFloat, op,
                   ": sums must be a contiguous float32 tensor of shape [3, ", y.size(1), "] or [4, ", y.size(1), "]");
   STD_TORCH_CHECK(!all || sums.size(0) > kSums, op,
                   ": sums must have a fourth row, where the residual's norm is in training beside a gain or an offset");
+}
+
+// Whether the statistics of a norm, and of the residual's, are the batch's.
+struct Training {
+  bool own, residual;
+};
+
+ApplyArgs apply_args(const char* op, const Device& device, const Spans& spans, const JoinGiven& given,
+                     const Tensor& grad, const std::optional<Tensor>& addend, Tensor& grad_y, Tensor* grad_residual,
+                     Training training, const std::optional<Tensor>& sums, const std::optional<Tensor>& offset,
+                     double count) {
+  ApplyArgs args{};
+  static_cast<JoinOperands&>(args) = given.operands(op, device, spans, given.gain || offset);
+  args.grad = input_of(device, spans, grad);
+  args.addend = input_of(device, spans, addend);
+  args.grad_y = output_of(device, spans, grad_y);
+  if (grad_residual != nullptr) args.grad_residual = output_of(device, spans, *grad_residual);
+  args.training = training.own;
+  args.res_training = training.residual;
+  if (sums) {
+    const float* rows = device.in<float>(sums);
+    const bool apart = sums->size(0) > kSums;  // a fourth row: the sum of g, which u is not
+    args.dbeta = rows;
+    args.dgamma = rows + spans.channels;
+    args.res_dgamma = rows + 2 * spans.channels;
+    args.res_dbeta = apart ? rows + 3 * spans.channels : rows;
+  }
+  args.offset = device.in<float>(offset);
+  args.share = static_cast<float>(1 / count);
+  return args;
 }
 
 std::tuple<Tensor, Tensor> join_backward_apply_cuda(const Tensor& grad, const Tensor& y, std::optional<Tensor> norm,
@@ -362,24 +417,9 @@ std::tuple<Tensor, Tensor> join_backward_apply_cuda(const Tensor& grad, const Te
                                             {into ? "into" : "y", &target},
                                             {"y", writes_residual ? &grad_residual : nullptr}});
   const Spans spans = Spans::of(y, layout);
-  ApplyArgs args{};
-  static_cast<JoinOperands&>(args) = given.operands(kOp, device, spans, by_sample);
-  args.grad = input_of(device, spans, grad);
-  args.addend = input_of(device, spans, addend);
-  args.grad_y = output_of(device, spans, target);
-  if (writes_residual) args.grad_residual = output_of(device, spans, grad_residual);
-  args.training = training;
-  args.res_training = res_training;
-  if (sums) {
-    const float* rows = device.in<float>(sums);
-    const bool apart = sums->size(0) > kSums;  // a fourth row: the sum of g, which u is not
-    args.dbeta = rows;
-    args.dgamma = rows + spans.channels;
-    args.res_dgamma = rows + 2 * spans.channels;
-    args.res_dbeta = apart ? rows + 3 * spans.channels : rows;
-  }
-  args.offset = device.in<float>(offset);
-  args.share = static_cast<float>(1 / count);
+  const ApplyArgs args =
+      apply_args(kOp, device, spans, given, grad, addend, target, writes_residual ? &grad_residual : nullptr,
+                 {training, res_training}, sums, offset, count);
   const auto tensors = {
       args.y, args.grad, args.residual, args.addend, as_input(args.grad_y), as_input(args.grad_residual)};
   dispatch_vector(kOp, y, args.walk, tensors, [&](auto vector) {
@@ -394,10 +434,152 @@ std::tuple<Tensor, Tensor> join_backward_apply_cuda(const Tensor& grad, const Te
   return {grad_y, grad_residual};
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Both passes
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct BackwardArgs {
+  ReduceArgs reduce;
+  ApplyArgs apply;
+};
+
+// What the phases of a launch for both passes keep in shared memory, one after the other.
+template <int kWidth>
+union BackwardShared {
+  ReduceShared<kWidth> reduce;
+  double slices[kSums][kThreads];
+  typename Numbers<kWidth, kApplyNumbers>::Storage apply;
+};
+
+// The sums of all blocks' partials. There is no gain here.
+__device__ __forceinline__ void merge_partials(const ReduceArgs& a, double (&slices)[kSums][kThreads]) {
+  const int64_t channels = a.walk.channels;
+  for_each_merged(channels, [&](int64_t c, bool inside, int slice, int count, int thread, int lanes) {
+    double sums[kSums] = {};
+#pragma unroll 4
+    for (int64_t part = slice; part < a.parts.parts; part += count) {
+      if (!inside) break;
+      for (int s = 0; s < kSums; ++s) sums[s] += a.partials[(part * kSums + s) * channels + c];
+    }
+    for (int s = 0; s < kSums; ++s) slices[s][thread] = sums[s];
+    __syncthreads();
+    if (!inside || slice != 0) return;
+    const double factors[kSums] = {1., a.norm.rstd(channels, c), a.res_norm.rstd(channels, c)};
+    for (int s = 0; s < kSums; ++s) {
+      double total = sums[s];
+      for (int i = 1; i < count; ++i) total += slices[s][thread + i * lanes];
+      a.sums[s * channels + c] = static_cast<float>(factors[s] * total);
+    }
+  });
+}
+
+template <class T, int kWidth, bool kDropout>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) join_backward_kernel(const BackwardArgs a) {
+  __shared__ BackwardShared<kWidth> shared;
+  const auto grid = cooperative_groups::this_grid();
+  reduce_rows<T, kWidth, kDropout>(a.reduce, shared.reduce);
+  grid.sync();
+  merge_partials(a.reduce, shared.slices);
+  grid.sync();
+  apply_rows<T, kWidth, kDropout, 1>(a.apply, shared.apply);  // the cache is near, registers are few
+}
+
+template <class V, bool kDropout>
+bool launch_both(const Device& device, const Tensor& y, BackwardArgs& args) {
+  const Shape shape = shape_of(args.reduce.walk, V::width, kUnroll, kBlocksPerProcessor, kMostColumns);
+  const auto kernel = join_backward_kernel<typename V::Element, V::width, kDropout>;
+  if (!runs_at_once(kernel, shape)) return false;
+  args.reduce.parts = parts_of(args.reduce.walk, shape, false);
+  Tensor partials = torch::stable::new_empty(y, {args.reduce.parts.parts, kSums, args.reduce.walk.channels}, kFloat);
+  args.reduce.partials = device.out<float>(partials);
+  launch_cooperative(kernel, shape, device, args);
+  return true;
+}
+
+// The tensors that the passes share.
+struct BothGiven {
+  const Tensor& grad;
+  const std::optional<Tensor>& addend;
+  Tensor *emitted, *grad_residual;  // null: not wanted
+  Tensor &grad_y, &sums;
+  Training training;
+  double count;
+};
+
+// One launch for both passes; false where that cannot be.
+bool backward_at_once(const char* op, const Device& device, const JoinGiven& given, const BothGiven& t) {
+  const Tensor& y = given.y;
+  const Layout layout = shared_layout(op, {{"y", &y},
+                                           {"grad", &t.grad},
+                                           {"residual", pointer_to(given.residual)},
+                                           {"addend", pointer_to(t.addend)},
+                                           {"y", t.emitted},
+                                           {"into", &t.grad_y},
+                                           {"y", t.grad_residual}});
+  if (layout == Layout::kContiguous) return false;
+  const Spans spans = Spans::of(y, layout);
+  BackwardArgs args{reduce_args(op, device, spans, given, t.grad, t.emitted, t.sums),
+                    apply_args(op, device, spans, given, t.grad, t.addend, t.grad_y, t.grad_residual, t.training,
+                               t.sums, {}, t.count)};
+  const auto tensors = {args.apply.y,
+                        args.apply.grad,
+                        args.apply.residual,
+                        args.apply.addend,
+                        as_input(args.reduce.emitted),
+                        as_input(args.apply.grad_y),
+                        as_input(args.apply.grad_residual)};
+  bool done = false;
+  dispatch_vector(op, y, args.reduce.walk, tensors, [&](auto vector) {
+    using V = decltype(vector);
+    done = args.reduce.dropout.active ? launch_both<V, true>(device, y, args) : launch_both<V, false>(device, y, args);
+  });
+  return done;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> join_backward_cuda(
+    const Tensor& grad, const Tensor& y, std::optional<Tensor> norm, std::optional<Tensor> residual,
+    std::optional<Tensor> res_norm, int64_t act, double act_param, bool emit, double count, bool training,
+    bool res_training, bool need_residual, double dropout, std::optional<Tensor> seed, std::optional<Tensor> addend,
+    std::optional<Tensor> into) {
+  constexpr const char* kOp = "join_backward_cuda";
+  if (!residual) res_norm.reset();
+  const JoinGiven given{y, norm, residual, res_norm, act, act_param, {}, dropout, seed};
+  given.check(kOp);
+  check_matches(kOp, "grad", grad, y);
+  if (addend) check_matches(kOp, "addend", *addend, y);
+  if (into) check_matches(kOp, "into", *into, y);
+  const Device device(y);
+  const int64_t read = 2 + residual.has_value() + addend.has_value();
+  if (y.numel() > 0 && stays_in_l2(read * y.numel() * y.element_size())) {
+    const bool writes_residual = residual.has_value() && need_residual;
+    const auto output = [&y](bool wanted) {
+      return wanted ? torch::stable::empty_like(y) : torch::stable::new_empty(y, {0});
+    };
+    Tensor sums = torch::stable::new_empty(y, {kSums, y.size(1)}, kFloat);
+    Tensor emitted = output(emit), grad_y = output(!into), grad_residual = output(writes_residual);
+    const BothGiven tensors{grad,
+                            addend,
+                            emit ? &emitted : nullptr,
+                            writes_residual ? &grad_residual : nullptr,
+                            into ? *into : grad_y,
+                            sums,
+                            {training && norm.has_value(), res_training && res_norm.has_value()},
+                            count};
+    if (backward_at_once(kOp, device, given, tensors)) return {sums, emitted, grad_y, grad_residual};
+  }
+  auto [sums, emitted] =
+      join_backward_reduce_cuda(grad, y, norm, residual, res_norm, act, act_param, emit, {}, dropout, seed);
+  auto [grad_y, grad_residual] =
+      join_backward_apply_cuda(grad, y, norm, residual, res_norm, act, act_param, sums, count, training, res_training,
+                               need_residual, {}, dropout, seed, {}, addend, into);
+  return {sums, emitted, grad_y, grad_residual};
+}
+
 }  // namespace
 }  // namespace fusedres
 
 FR_CUDA_LIBRARY(m) {
+  m.impl("join_backward_cuda", TORCH_BOX(&fusedres::join_backward_cuda));
   m.impl("join_backward_reduce_cuda", TORCH_BOX(&fusedres::join_backward_reduce_cuda));
   m.impl("join_backward_apply_cuda", TORCH_BOX(&fusedres::join_backward_apply_cuda));
 }

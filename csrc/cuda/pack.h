@@ -49,6 +49,13 @@ __device__ __forceinline__ T from_float(float v) {
     return __float2bfloat16_rn(v);
 }
 
+// A kernel's element type and its elements per access.
+template <class T, int kWidth>
+struct Vector {
+  using Element = T;
+  static constexpr int width = kWidth;
+};
+
 template <int kWidth>
 bool is_aligned(const void* p, size_t element_size) {
   return reinterpret_cast<uintptr_t>(p) % (kWidth * element_size) == 0;

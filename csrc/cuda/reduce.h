@@ -19,19 +19,21 @@ struct Parts {
   int64_t groups, parts;
   int64_t rows, height;  // channels_last: rows of a group, and of a block at a time
   int64_t plane;
+  int64_t blocks;  // channels_last: of a group; fewer than the parts where several groups are merged into one
 
   // Values per channel in one part.
   __host__ __device__ __forceinline__ int64_t count(int64_t part) const {
     if (contiguous) return plane;
-    const int64_t step = parts * height, rest = rows % step - part * height;
+    const int64_t step = blocks * height, rest = rows % step - part % blocks * height;
     return rows / step * height + (rest < 0 ? 0 : rest < height ? rest : height);
   }
 };
 
 inline Parts parts_of(const Walk& walk, const Shape& shape, bool by_sample) {
-  if (!walk.contiguous) return {false, walk.groups, shape.grid.y, walk.rows, shape.block.y, walk.plane};
+  const int64_t blocks = shape.grid.y;
+  if (!walk.contiguous) return {false, walk.groups, blocks, walk.rows, shape.block.y, walk.plane, blocks};
   const int64_t samples = walk.rows / walk.channels;
-  return {true, by_sample ? samples : 1, by_sample ? 1 : samples, 0, 0, walk.plane};
+  return {true, by_sample ? samples : 1, by_sample ? 1 : samples, 0, 0, walk.plane, 0};
 }
 
 // The contiguous layout's shape: a warp for every row.
@@ -53,7 +55,8 @@ __device__ __forceinline__ void combine_thread_rows(const Combine& combine) {
   }
 }
 
-__device__ __forceinline__ float warp_sum(float v) {
+template <class T>
+__device__ __forceinline__ T warp_sum(T v) {
 #pragma unroll
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(kFullMask, v, offset);
   return v;

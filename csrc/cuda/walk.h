@@ -112,12 +112,6 @@ bool fits_vectors(const Walk& walk, size_t element_size, const void* data, int64
          (is_aligned<kWidth>(data, element_size) && (pitch % kWidth == 0 || walk.groups * walk.rows == 1));
 }
 
-template <class T, int kWidth>
-struct Vector {
-  using Element = T;
-  static constexpr int width = kWidth;
-};
-
 // Calls f(Vector<T, width>{}) with the widest access that rows, addresses and pitches allow: 16 bytes, or one element.
 template <class T, class F>
 void dispatch_width(const Walk& walk, std::initializer_list<Input> tensors, const F& f) {

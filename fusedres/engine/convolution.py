@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ops.activations import IDENTITY
 from ..ops.conv import conv_fprop
-from .pending import Raw, Statistics, applied, pend
+from .pending import Raw, Statistics, applied, pend, pend_and_apply
 from .program import Link, Operands
 
 __all__ = ["UNFUSED", "Fusion", "Operand", "convolved", "fusion_of", "measures", "read_by", "run_chain"]
@@ -119,9 +119,13 @@ def run_chain(
     for index, (link, reader) in enumerate(zip(chain, chain[1:])):
         pends = pends_last or index < len(chain) - 2
         tensor, stats = convolved(link, raws[-1], value, tensors, k, pends and measures(reader))
-        known = None if stats is None else Statistics(stats)
-        raws.append(pend(reader, tensor, tensors, k, known) if pends else Raw(tensor))
-        value = None
+        # The last value is not applied here: what is added to it, and the activation behind that, are the block's.
+        if stats is None and index < len(chain) - 2:
+            raw, value = pend_and_apply(reader, tensor, tensors, k)
+        else:
+            known = None if stats is None else Statistics(stats)
+            raw, value = pend(reader, tensor, tensors, k, known) if pends else Raw(tensor), None
+        raws.append(raw)
     return raws
 
 

@@ -13,6 +13,7 @@ from ..ops.activations import IDENTITY, Activation
 from ..ops.conv import adds_pointwise_dgrad, conv_backward, pointwise_dgrad_add_
 from ..ops.conv_wgrad import fuses_wgrad
 from ..ops.excite import squeezed
+from ..ops.join_backward import JOIN_BACKWARD
 from ..ops.layout import like
 from .convolution import UNFUSED, Chain, Fusion, Operand, convolved, fusion_of, measures, pending_operand
 from .pending import Raw, applied, excitation
@@ -111,15 +112,21 @@ class Gradients:
         modifiers = (raw.gain, link.dropout, raw.seed)
         training = norm is not None and norm.batch_statistics
         side_training = side_norm is not None and side_norm.batch_statistics
+        flags = (training, side_training, side is not None and side.needed)
+        count = float(y.numel() // y.shape[1])
         sums, value, offset = None, None, None
         if emit or training or side_training or self._sums_needed(chain, index, side):
+            alone = all(n is None or n.group is None for n in (norm, side_norm))
+            if raw.gain is None and alone and self.k.backend in JOIN_BACKWARD.kernels:
+                rest = (link.dropout, raw.seed, addend, into)
+                sums, value, draw, dside = self.k.join_backward(*operands, emit, count, *flags, *rest)
+                self._from_sums(chain, index, raw.rows, sums, side)
+                return RawGradient(draw), RawGradient(dside), value
             sums, value = self.k.join_backward_reduce(*operands, emit, *modifiers)
             if raw.gain is not None:
                 sums, offset = self._behind_gain(link, raw, sums, y.shape[2] * y.shape[3])
             self._from_sums(chain, index, raw.rows, sums, side)
             sums = self._over_processes(norm, raw, sums, side)
-        flags = (training, side_training, side is not None and side.needed)
-        count = float(y.numel() // y.shape[1])
         draw, dside = self.k.join_backward_apply(*operands, sums, count, *flags, *modifiers, offset, addend, into)
         return RawGradient(draw), RawGradient(dside), value
 

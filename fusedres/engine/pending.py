@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.activations import Activation
+from ..ops.bn_join import BN_JOIN
 from ..ops.bn_stats import statistics_dtype
 from ..ops.dropout import draw_seed
 from ..ops.excite import EXCITE, GATES, squeezed
@@ -92,6 +93,21 @@ def pend(link: Link, tensor: Tensor, tensors: Operands, k: SimpleNamespace, stat
     mask = survivors(tensor, link.gain.drop_path)
     gain = gain_of(link.gain.excite, rows, means, mask, tensors, tensor, k)
     return Raw(tensor, rows, gain, mask, means, draw_seed() if link.dropout else None, total)
+
+
+def pend_and_apply(link: Link, tensor: Tensor, tensors: Operands, k: SimpleNamespace) -> tuple[Raw, Tensor | None]:
+    """:func:`pend`, and :func:`applied` where one kernel does both."""
+    norm = link.norm
+    plain = link.gain is None and norm is not None and norm.batch_statistics and norm.group is None
+    if k.backend not in BN_JOIN.kernels or not plain or _count(tensor) <= 1:
+        return pend(link, tensor, tensors, k), None
+    affine_and_buffers = tensors[norm.first : norm.first + 4]
+    seed = draw_seed() if link.dropout else None
+    ending = (None, None, link.act.code, link.act.param, link.dropout, seed)
+    value, rows = k.bn_join(tensor, *affine_and_buffers, norm.momentum, norm.eps, *ending)
+    # See norm_rows.
+    torch.autograd.graph.increment_version([t for t in affine_and_buffers[2:] if t is not None])
+    return Raw(tensor, rows, seed=seed), value
 
 
 def pend_ends(program: Program, branch: list[Raw], shortcut: list[Raw], tensors: Operands, k: SimpleNamespace) -> None:

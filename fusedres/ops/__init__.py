@@ -2,8 +2,10 @@
 
 from . import (  # noqa: F401  they register themselves
     all_finite,
+    bn_join,
     bn_norm,
     bn_stats,
+    conv_epilogue,
     conv_fused,
     conv_fused_backward,
     conv_wgrad,

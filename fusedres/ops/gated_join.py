@@ -57,7 +57,7 @@ GATED_JOIN = declare(
     "(Tensor f, Tensor logits, Tensor x, float? threshold) -> Tensor",
     reference=_reference,
     fake=_fake,
-    kernels=("cpu", "triton"),
+    kernels=("cpu", "cuda", "triton"),
 )
 
 
@@ -99,7 +99,7 @@ GATED_JOIN_BACKWARD = declare(
     "-> (Tensor, Tensor, Tensor)",
     reference=_backward_reference,
     fake=_backward_fake,
-    kernels=("cpu", "triton"),
+    kernels=("cpu", "cuda", "triton"),
 )
 """``(df, dlogits, dx)``, each empty where it is not needed; ``dlogits`` is, where ``f`` and ``x`` are given."""
 

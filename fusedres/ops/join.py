@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .bn_stats import statistics_dtype
+from .bn_stats import BN_STATS, statistics_dtype
 from .dropout import dropped
 from .registry import declare
 
-__all__ = ["BY_CODE", "JOIN", "join_argument"]
+__all__ = ["BY_CODE", "JOIN", "JOIN_STATS", "join_argument"]
 
-_SCHEMA = (
-    "(Tensor y, Tensor? norm, Tensor? residual, Tensor? res_norm, int act, float act_param, "
-    "Tensor? gain=None, float dropout=0.0, Tensor? seed=None) -> Tensor"
+_ARGUMENTS = (
+    "Tensor y, Tensor? norm, Tensor? residual, Tensor? res_norm, int act, float act_param, "
+    "Tensor? gain=None, float dropout=0.0, Tensor? seed=None"
 )
 
 BY_CODE = {formula.code: formula for formula in ACTIVATIONS.values()}
@@ -78,4 +78,44 @@ def _fake(
     return torch.empty_like(y)
 
 
-JOIN = declare("join", _SCHEMA, reference=_reference, fake=_fake, kernels=("cpu", "cuda", "triton"))
+JOIN = declare("join", f"({_ARGUMENTS}) -> Tensor", reference=_reference, fake=_fake, kernels=("cpu", "cuda", "triton"))
+
+
+def _stats_reference(
+    y: Tensor,
+    norm: Tensor | None,
+    residual: Tensor | None,
+    res_norm: Tensor | None,
+    act: int,
+    act_param: float,
+    gain: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    out = _reference(y, norm, residual, res_norm, act, act_param, gain, dropout, seed)
+    return out, BN_STATS.reference(out)
+
+
+def _stats_fake(
+    y: Tensor,
+    norm: Tensor | None,
+    residual: Tensor | None,
+    res_norm: Tensor | None,
+    act: int,
+    act_param: float,
+    gain: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(y), y.new_empty((2, y.shape[1]), dtype=statistics_dtype(y.dtype))
+
+
+JOIN_STATS = declare(
+    "join_stats",
+    f"({_ARGUMENTS}) -> (Tensor, Tensor)",
+    reference=_stats_reference,
+    fake=_stats_fake,
+    kernels=("cuda",),
+)
+"""The join, and the statistics of its rounded result as :mod:`fusedres.ops.bn_stats` has them, ``[2, C]``: what the
+norm of a pre-activation block behind it reads. One pass in channels_last, two in the contiguous layout."""

@@ -30,7 +30,7 @@ from .dropout import dropped
 from .join import BY_CODE, join_argument
 from .registry import declare
 
-__all__ = ["JOIN_BACKWARD_APPLY", "JOIN_BACKWARD_MASK", "JOIN_BACKWARD_REDUCE"]
+__all__ = ["JOIN_BACKWARD", "JOIN_BACKWARD_APPLY", "JOIN_BACKWARD_MASK", "JOIN_BACKWARD_REDUCE"]
 
 _OPERANDS = "Tensor grad, Tensor y, Tensor? norm, Tensor? residual, Tensor? res_norm, int act, float act_param"
 _MODIFIERS = "Tensor? gain=None, float dropout=0.0, Tensor? seed=None"
@@ -264,3 +264,71 @@ JOIN_BACKWARD_APPLY = declare(
 
 ``sums`` is ``[3, C]``, the totals of :math:`u`, of :math:`u \\hat y` and of :math:`g \\hat r`, with a fourth row, that
 of :math:`g`, where a gain or an offset tells ``u`` from ``g``."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both passes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _both_reference(
+    grad: Tensor,
+    y: Tensor,
+    norm: Tensor | None,
+    residual: Tensor | None,
+    res_norm: Tensor | None,
+    act: int,
+    act_param: float,
+    emit: bool,
+    count: float,
+    training: bool,
+    res_training: bool,
+    need_residual: bool,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    addend: Tensor | None = None,
+    into: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    operands = (grad, y, norm, residual, res_norm, act, act_param)
+    modifiers = (None, dropout, seed)
+    sums, emitted = _reduce_reference(*operands, emit, *modifiers)
+    flags = (training, res_training, need_residual)
+    gradients = _apply_reference(*operands, sums, count, *flags, *modifiers, None, addend, into)
+    return sums, emitted, *gradients
+
+
+def _both_fake(
+    grad: Tensor,
+    y: Tensor,
+    norm: Tensor | None,
+    residual: Tensor | None,
+    res_norm: Tensor | None,
+    act: int,
+    act_param: float,
+    emit: bool,
+    count: float,
+    training: bool,
+    res_training: bool,
+    need_residual: bool,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    addend: Tensor | None = None,
+    into: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    operands = (grad, y, norm, residual, res_norm, act, act_param)
+    sums, emitted = _reduce_fake(*operands, emit)
+    flags = (training, res_training, need_residual)
+    return sums, emitted, *_apply_fake(*operands, sums, count, *flags, into=into)
+
+
+JOIN_BACKWARD = declare(
+    "join_backward",
+    f"({_OPERANDS}, bool emit, float count, bool training, bool res_training, bool need_residual, "
+    "float dropout=0.0, Tensor? seed=None, Tensor? addend=None, Tensor(a!)? into=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_both_reference,
+    fake=_both_fake,
+    kernels=("cuda",),
+)
+"""Both passes where nothing is to be done between them, that is without a gain: ``(sums, forward's result if emit,
+dy + addend, dresidual)``. On CUDA one launch where the tensors fit in the L2 cache, and otherwise the two above."""

@@ -23,7 +23,7 @@ def test_nothing_is_spilled(stem):
     assert {name for name, kernel in BUILT[stem].items() if kernel["stack"]} == set()
 
 
-@pytest.mark.parametrize("stem", [stem for stem in BUILT if stem.startswith(("bn_stats", "join"))])
+@pytest.mark.parametrize("stem", [stem for stem in BUILT if stem != "bn_norm"])
 def test_vector_kernels_load_16_bytes(stem):
     vectors = {name for name in BUILT[stem] if any(width in name for width in VECTOR_WIDTHS)}
     assert vectors

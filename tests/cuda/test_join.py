@@ -25,6 +25,14 @@ def test_against_float64(shape, layout, dtype):
         JoinCase(shape, layout, dtype, residual, gained=True, dropout=dropout, device="cuda").check_forward()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 64, 14, 14), (3, 37, 7, 5), (1, 8, 1, 1), (16, 256, 28, 28)], ids=str)
+def test_statistics_against_float64(shape, layout, dtype):
+    for residual, gained in itertools.product(RESIDUALS, (False, True)):
+        JoinCase(shape, layout, dtype, residual, Activation("silu"), gained=gained, device="cuda").check_stats()
+
+
 def test_seed_on_the_device():
     case = JoinCase((2, 16, 5, 5), dropout=0.5, device="cuda")
     out = JOIN.overload("cuda")(*case.operands, None, 0.5, case.seed.cuda())

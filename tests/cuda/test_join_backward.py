@@ -9,7 +9,7 @@ import torch
 from cuda_ops import DTYPES, LAYOUTS, RESIDUALS, JoinCase
 
 from fusedres.ops.activations import ACTIVATIONS, Activation
-from fusedres.ops.join_backward import JOIN_BACKWARD_REDUCE
+from fusedres.ops.join_backward import JOIN_BACKWARD, JOIN_BACKWARD_REDUCE
 
 SHAPES = [(2, 37, 6, 5), (2, 64, 3, 3), (16, 256, 28, 28), (8, 2048, 7, 7)]
 
@@ -31,6 +31,29 @@ def test_activations(name):
         case = JoinCase((2, 64, 5, 5), layout, torch.float32, "affine", Activation(name, 0.125), device="cuda")
         case.check_reduce()
         case.check_apply(True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [*SHAPES, (64, 64, 56, 56)], ids=str)
+def test_both_against_float64(shape, layout, dtype):
+    """The last shape is beyond half of an H100's L2 cache."""
+    for residual, dropout in itertools.product(RESIDUALS, (0.0, 0.3)):
+        case = JoinCase(shape, layout, dtype, residual, Activation("silu"), dropout=dropout, device="cuda")
+        case.check_both(True, addend=True)
+        case.check_both(False, emit=False)
+
+
+def test_both_in_a_graph():
+    case = JoinCase((8, 64, 28, 28), residual="affine", device="cuda")
+    args = (case.grad, *case.operands, True, case.count, True, True, True)
+    JOIN_BACKWARD.overload("cuda")(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = JOIN_BACKWARD.overload("cuda")(*args)
+    case.grad.mul_(-1.5)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, JOIN_BACKWARD.overload("cuda")(*args)))
 
 
 def test_bitwise_the_same_from_run_to_run():

@@ -188,7 +188,16 @@ def test_wrong_input_raises():
             torch.ops.fusedres.join_cpu(y, None, None, None, 0, 0.0, gain)
 
 
-@pytest.mark.parametrize("name", ["join", "join_cpu"])
+@pytest.mark.parametrize("gained", [False, True])
+def test_statistics_are_those_of_the_result(gained):
+    y, norm, r, side = operands(channels_last, (2, 5, 4, 3), torch.bfloat16, "affine")
+    args = (y, rows_of(norm), r, rows_of(side), 1, 0.0, gain_of(y) if gained else None)
+    out, stats = torch.ops.fusedres.join_stats(*args)
+    assert torch.equal(out, torch.ops.fusedres.join(*args))
+    assert torch.equal(stats, torch.ops.fusedres.bn_stats(out))
+
+
+@pytest.mark.parametrize("name", ["join", "join_stats", "join_cpu"])
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_opcheck(name, residual):
     op = getattr(torch.ops.fusedres, name).default

@@ -400,6 +400,21 @@ def test_opcheck(suffix, residual, emit, modified):
     flags = True, residual == "affine", emit
     addend, into = (make(case.y.shape), empty_slice(case.y.shape)[0]) if modified else (None, None)
     torch.library.opcheck(apply, (*args, sums, 24.0, *flags, *modifiers, case.offset, addend, into))
+    if not suffix:
+        both = torch.ops.fusedres.join_backward.default
+        torch.library.opcheck(both, (*args, emit, 24.0, *flags, *modifiers[1:], addend, into))
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("emit", [True, False])
+def test_both_passes_at_once_are_the_passes(residual, emit):
+    case = Case(channels_last, (2, 5, 4, 3), torch.float32, residual, Activation("silu"), dropout=0.5)
+    args, modifiers = case.operands(), case.modifiers
+    flags = True, residual == "affine", True
+    sums, value = torch.ops.fusedres.join_backward_reduce(*args, emit, *modifiers)
+    gradients = torch.ops.fusedres.join_backward_apply(*args, sums, 24.0, *flags, *modifiers)
+    found = torch.ops.fusedres.join_backward(*args, emit, 24.0, *flags, *modifiers[1:])
+    assert all(torch.equal(a, b) for a, b in zip(found, (sums, value, *gradients), strict=True))
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)

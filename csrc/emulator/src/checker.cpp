@@ -79,8 +79,8 @@ void Checker::declare(const void* p, size_t bytes, bool initialised) {
     const auto here = it++;
     if (here->first < end && begin < here->first + here->second.bytes) older.insert(ranges_.extract(here));
   }
-  if (older.empty() && initialised) {
-    ranges_[begin] = {bytes, {}};
+  if (older.empty()) {
+    ranges_[begin] = {bytes, initialised};
     return;
   }
   const uintptr_t declared = begin;
@@ -88,11 +88,10 @@ void Checker::declare(const void* p, size_t bytes, bool initialised) {
     begin = std::min(begin, at);
     end = std::max(end, at + range.bytes);
   }
-  std::vector<bool> bits(end - begin);
-  std::fill(bits.begin() + (declared - begin), bits.begin() + (declared + bytes - begin), initialised);
-  for (const auto& [at, range] : older)
-    for (size_t i = 0; i < range.bytes; ++i) bits[at - begin + i] = bits[at - begin + i] || range.has(i);
-  ranges_[begin] = {end - begin, std::move(bits)};
+  Range merged{end - begin};
+  merged.take({bytes, initialised}, declared - begin);
+  for (const auto& [at, range] : older) merged.take(range, at - begin);
+  ranges_[begin] = std::move(merged);
 }
 
 void Checker::forget(const void* p) { ranges_.erase(reinterpret_cast<uintptr_t>(p)); }
@@ -105,7 +104,7 @@ void Checker::initialise(const void* p, size_t bytes) {
   if (it == ranges_.begin()) return;
   --it;
   const size_t from = begin - it->first, to = std::min(from + bytes, it->second.bytes);
-  for (size_t i = from; i < to && !it->second.initialised.empty(); ++i) it->second.initialised[i] = true;
+  for (size_t i = from; i < to && !it->second.whole; ++i) it->second.set(i);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -175,10 +174,10 @@ void Checker::access_global(uintptr_t p, size_t bytes, Access access, const Mome
            reinterpret_cast<void*>(p), past, before_all ? 0 : it->second.bytes, place(moment).c_str());
     }
     for (size_t i = p - it->first; i < p - it->first + bytes; ++i) {
-      if (it->second.initialised.empty()) break;
+      if (it->second.whole) break;
       if (access != Access::kWrite && !it->second.has(i))
         fail("uninitialised read: %p in global memory, by %s", reinterpret_cast<void*>(p), place(moment).c_str());
-      it->second.initialised[i] = true;
+      it->second.set(i);
     }
   }
   constexpr uintptr_t kPage = 4096;

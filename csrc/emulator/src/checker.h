@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <bitset>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -82,10 +83,28 @@ class Checker {
     std::vector<std::unordered_map<uint16_t, uint32_t>> executions;  // per thread, how often an instruction ran
     std::unordered_map<uint64_t, std::vector<std::pair<uintptr_t, unsigned>>> requests;
   };
+  // Which bytes hold a value: all, or those with a flag; a page of flags exists once one of its bytes has one.
   struct Range {
-    size_t bytes;
-    std::vector<bool> initialised;  // by byte; empty: all of it
-    bool has(size_t i) const { return initialised.empty() || initialised[i]; }
+    static constexpr size_t kPage = 4096;
+    size_t bytes = 0;
+    bool whole = false;
+    std::unordered_map<size_t, std::bitset<kPage>> flags = {};
+
+    bool has(size_t i) const {
+      if (whole) return true;
+      const auto found = flags.find(i / kPage);
+      return found != flags.end() && found->second[i % kPage];
+    }
+    void set(size_t i) {
+      if (!whole) flags[i / kPage].set(i % kPage);
+    }
+    // What `other`, which begins at byte `at` of this range, has.
+    void take(const Range& other, size_t at) {
+      for (size_t i = 0; i < other.bytes && other.whole; ++i) set(at + i);
+      for (const auto& [page, bits] : other.flags)
+        for (size_t i = 0; i < kPage; ++i)
+          if (bits[i]) set(at + page * kPage + i);
+    }
   };
 
   uint16_t site_index(void* site);

@@ -22,6 +22,7 @@ cudaError_t set(cudaError_t error) {
 
 // Few, so that small inputs make threads walk their grid stride. At most 128: so many blocks can run together.
 int processors = 2;
+int l2_bytes = 50 << 20;
 
 }  // namespace
 
@@ -140,7 +141,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = emu::kDynamicSharedLimit;
       return cudaSuccess;
     case cudaDevAttrL2CacheSize:
-      *value = 50 << 20;
+      *value = l2_bytes;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
       *value = 9;
@@ -182,6 +183,7 @@ extern "C" {
 void emu_seed(uint64_t seed) { emu::machine().random.seed(seed); }
 void emu_copies(int mode) { emu::machine().copies = static_cast<emu::Copies>(mode); }
 void emu_processors(int count) { processors = count; }
+void emu_l2_bytes(int bytes) { l2_bytes = bytes; }
 uint64_t emu_launches() { return emu::machine().launches; }
 void emu_count_traffic(int on) { emu::machine().checker.counting = on != 0; }
 void emu_declare(const void* p, size_t bytes, int initialised) {
@@ -203,6 +205,7 @@ __attribute__((constructor)) static void read_environment() {
   emu_seed(static_cast<uint64_t>(number("EMU_SEED", 1)));
   emu_copies(static_cast<int>(number("EMU_COPIES", 0)));
   emu_processors(static_cast<int>(number("EMU_PROCESSORS", processors)));
+  emu_l2_bytes(static_cast<int>(number("EMU_L2_BYTES", l2_bytes)));
 }
 
 }  // extern "C"

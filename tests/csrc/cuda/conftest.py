@@ -20,5 +20,6 @@ def emulated(request) -> ctypes.CDLL:
     controls = library()
     controls.emu_seed(ctypes.c_uint64(1))
     controls.emu_processors(2)
+    controls.emu_l2_bytes(50 << 20)
     controls.emu_copies(0)
     return controls

@@ -10,7 +10,7 @@ import torch
 from cuda_ops import DTYPES, LAYOUTS, check_bn_stats
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from slices import empty_slice
+from slices import empty_slice, far_apart
 
 from fusedres.ops.bn_stats import BN_STATS
 from fusedres.testing import assert_within_budget, channels_last, contiguous
@@ -60,6 +60,12 @@ def test_into_a_slice(dtype, before):
     into, check = empty_slice(x.shape, dtype, before=before, behind=8)
     check_bn_stats(x, False, into)
     check()
+
+
+def test_offsets_beyond_32_bits():
+    x, into = far_apart(torch.bfloat16), far_apart(torch.bfloat16)
+    x.copy_(contiguous(x.shape, torch.bfloat16))
+    check_bn_stats(x, False, into)
 
 
 def test_from_one_slice_of_a_buffer_into_another():

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
-import mmap
 
 import pytest
 import torch
 from cuda_ops import DTYPES, LAYOUTS, RESIDUALS, JoinCase
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from slices import far_apart
 
 from fusedres.ops.activations import ACTIVATIONS, Activation
-from fusedres.ops.join import JOIN
+from fusedres.ops.join import JOIN, JOIN_STATS
 from fusedres.testing import channels_last, contiguous, transposed
 
 ACTS = [Activation(name, 0.125) for name in ACTIVATIONS]
@@ -51,15 +52,48 @@ def test_any_shape(n, c, h, w, layout, residual, gained, dropout, normed):
     torch.testing.assert_close(out, JOIN.overload("reference")(*case.operands, *case.modifiers), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_against_float64(layout, dtype):
+    for shape, residual in itertools.product([(2, 37, 6, 5), (3, 64, 3, 3), (1, 8, 1, 1)], RESIDUALS):
+        for gained, dropout in itertools.product((False, True), (0.0, 0.3)):
+            JoinCase(shape, layout, dtype, residual, ACTS[4], gained=gained, dropout=dropout).check_stats()
+
+
+@relaxed
+@given(
+    n=st.integers(1, 4),
+    c=st.integers(1, 70),
+    h=st.integers(1, 9),
+    w=st.integers(1, 9),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    gained=st.booleans(),
+    processors=st.integers(1, 5),
+)
+def test_statistics_of_any_shape(emulated, n, c, h, w, layout, gained, processors):
+    emulated.emu_processors(processors)
+    JoinCase((n, c, h, w), layout, residual="plain", gained=gained).check_stats()
+
+
+def test_statistics_are_the_same_for_any_schedule(emulated):
+    case = JoinCase((3, 48, 9, 9), "channels_last", torch.bfloat16, "affine", gained=True)
+    results = []
+    for seed in range(1, 4):
+        emulated.emu_seed(ctypes.c_uint64(seed))
+        results.append(case.check_stats())
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_statistics_of_a_result_with_a_large_mean():
+    """Relative to their first value: a large mean costs a small variance nothing."""
+    case = JoinCase((2, 19, 9, 8), act=ACTS[0], normed=False)
+    case.y.mul_(0.5).add_(3e4)
+    case.check_stats()
+
+
 def test_offsets_beyond_32_bits():
-    """A slice whose pixels lie so far apart that the last ones are past 2^31 elements; few of the pages exist."""
-    pixels, channels, pitch = 5, 8, 2**29
-    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python does not name
-    memory = mmap.mmap(-1, pixels * pitch * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
-    flat = torch.frombuffer(memory, dtype=torch.bfloat16)
-    y = flat.as_strided((1, channels, 1, pixels), (pixels * pitch, 1, pixels * pitch, pitch))
-    y.copy_(contiguous((1, channels, 1, pixels), torch.bfloat16))
-    assert (pixels - 1) * pitch >= 2**31
+    y = far_apart(torch.bfloat16)
+    y.copy_(contiguous(y.shape, torch.bfloat16))
     assert torch.equal(JOIN.overload("cuda")(y, None, None, None, 1, 0.0), y.relu())
 
 
@@ -88,6 +122,8 @@ def test_wrong_input():
         JOIN.overload("cuda")(y, torch.ones(4, 7), None, None, 1, 0.0)
     with pytest.raises(RuntimeError, match="activation"):
         JOIN.overload("cuda")(y, None, None, None, 99, 0.0)
+    with pytest.raises(RuntimeError, match="join_stats_cuda: y holds no element"):
+        JOIN_STATS.overload("cuda")(y[:0], None, None, None, 1, 0.0)
     with pytest.raises(RuntimeError, match="seed"):
         JOIN.overload("cuda")(y, None, None, None, 1, 0.0, None, 0.5, None)
     with pytest.raises(RuntimeError, match="gain"):
@@ -97,3 +133,4 @@ def test_wrong_input():
 def test_opcheck():
     for case in (JoinCase((2, 5, 4, 3), residual="affine"), JoinCase((2, 5, 4, 3), gained=True, dropout=0.5)):
         torch.library.opcheck(JOIN.overload("cuda"), (*case.operands, *case.modifiers))
+        torch.library.opcheck(JOIN_STATS.overload("cuda"), (*case.operands, *case.modifiers))

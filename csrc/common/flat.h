@@ -4,14 +4,14 @@
 
 #include <initializer_list>
 
-#include "cpu/parallel.h"
+#include "common/layout.h"
 
 namespace fusedres {
 
 // Four-dimensional tensors may all be channels_last instead of all contiguous. Null pointers are absent tensors.
-inline void check_flat(const char* op, std::initializer_list<const Tensor*> tensors) {
+inline void check_flat(const char* op, std::initializer_list<const torch::stable::Tensor*> tensors) {
   bool contiguous = true;
-  for (const Tensor* t : tensors) contiguous = contiguous && (t == nullptr || t->is_contiguous());
+  for (const auto* t : tensors) contiguous = contiguous && (t == nullptr || t->is_contiguous());
   STD_TORCH_CHECK(contiguous || all_dense(tensors, Layout::kChannelsLast), op,
                   ": the tensors must all be contiguous, or all be dense in channels_last");
 }
