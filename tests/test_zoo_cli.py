@@ -10,7 +10,8 @@ from torchvision_shim import torchvision_models
 
 from fusedres.cli import main
 from fusedres.patch import Declined, Fused, PatchReport
-from fusedres.zoo_cli import ZOO, build, document
+from fusedres.zoo import ZOO, build
+from fusedres.zoo.document import document
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "zoo.md"
 

@@ -102,7 +102,7 @@ def _report(model: nn.Module, plan: Plan, dry_run: bool) -> PatchReport:
         for entry in _entries(module, paths, *templates[path])
     ]
     convolutions = {path: m for m, path in paths.items() if isinstance(m, nn.Conv2d)}
-    left = plan.reasons.keys() | convolutions.keys() - {conv for site in sites for conv in site.convolutions}
+    left = (plan.reasons.keys() | convolutions.keys()) - {conv for site in sites for conv in site.convolutions}
     reasons = [Declined(p, plan.reasons.get(p, _NEVER_CALLED)) for p in paths.values() if p in left]
     sources = {path: template.source for path, (template, _) in templates.items()}
     return PatchReport(tuple(sites), tuple(reasons), len(convolutions), _notes(convolutions), dry_run, sources)

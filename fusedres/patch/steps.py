@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..block import Act, Conv, Dropout, DropPath, Norm, SqueezeExcite, Step, is_norm_act
 from ..ops.activations import IDENTITY, Activation
 from .modules import drop_path_problem, is_drop_path
-from .trace import IN_PLACE_OPERATORS
+from .trace import IN_PLACE_OPERATORS, is_users_function
 
 __all__ = [
     "PASS",
@@ -27,7 +27,9 @@ __all__ = [
     "Reading",
     "Stop",
     "addition",
+    "calls_as_module_says",
     "changes_in_place",
+    "conv_path",
     "makes_its_result",
     "paths",
     "read",
@@ -52,7 +54,7 @@ Reading = Step | Pass | Stop
 
 def paths(step: Step) -> tuple[str, ...]:
     """The modules whose parameters and settings a step reads."""
-    if isinstance(step, Act):
+    if isinstance(step, Act) or (isinstance(step, Dropout) and step.p is not None):
         return ()
     return (step.fc1, step.fc2) if isinstance(step, SqueezeExcite) else (step.path,)
 
@@ -192,7 +194,7 @@ def _read_function(node: fx.Node) -> Reading:
     if node.target in ("clone", torch.clone):
         return PASS
     if node.target is F.dropout:
-        return Stop(f"{node.name} is a function; a block reads its probability from a module, nn.Dropout")
+        return _read_dropout(node)
     known = _FUNCTION_ACTIVATIONS.get(node.target)
     if known is None:
         return Stop()
@@ -202,6 +204,54 @@ def _read_function(node: fx.Node) -> Reading:
     except TypeError:
         return Stop()
     return Act(activation) if activation else Stop()
+
+
+def conv_path(node: fx.Node) -> str | None:
+    """The path of the module whose own weight a call of ``F.conv2d`` convolves with."""
+    arguments = _conv_arguments(node)
+    weight = arguments.get("weight")
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr" or not weight.target.endswith(".weight"):
+        return None
+    return weight.target.removesuffix(".weight")
+
+
+def _conv_arguments(node: fx.Node) -> dict[str, Any]:
+    if node.op != "call_function" or node.target is not F.conv2d:
+        return {}
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    return {
+        "bias": None,
+        "stride": 1,
+        "padding": 0,
+        "dilation": 1,
+        "groups": 1,
+        **dict(zip(names, node.args)),
+        **node.kwargs,
+    }
+
+
+def calls_as_module_says(node: fx.Node, module: nn.Conv2d) -> bool:
+    """Whether a call of ``F.conv2d`` convolves with the bias, stride, padding, dilation and groups of ``module``."""
+    arguments = _conv_arguments(node)
+    bias = arguments["bias"]
+    own = isinstance(bias, fx.Node) and bias.op == "get_attr" and bias.target == f"{conv_path(node)}.bias"
+    return (own if module.bias is not None else bias is None) and all(
+        _pair(arguments[name]) == _pair(getattr(module, name)) for name in ("stride", "padding", "dilation", "groups")
+    )
+
+
+def _pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list) else value
+
+
+def _read_dropout(node: fx.Node) -> Reading:
+    """``F.dropout(x, p, self.training)``, whose keyword arguments tracing has filled in."""
+    p, training = node.kwargs.get("p"), node.kwargs.get("training")
+    if p == 0 or training is False:
+        return PASS
+    if isinstance(training, fx.Node) and training.op == "get_attr" and isinstance(p, (int, float)):
+        return Dropout(training.target.rpartition(".")[0], float(p))
+    return Stop(f"{node.name} is a dropout that is not switched by its module's mode")
 
 
 @dataclass(frozen=True)
@@ -237,7 +287,17 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 _MAKERS = {
-    *(operator.mul, torch.mul, torch.cat, torch.mean, torch.sigmoid, F.sigmoid, F.hardsigmoid, F.adaptive_avg_pool2d),
+    *(
+        F.conv2d,
+        operator.mul,
+        torch.mul,
+        torch.cat,
+        torch.mean,
+        torch.sigmoid,
+        F.sigmoid,
+        F.hardsigmoid,
+        F.adaptive_avg_pool2d,
+    ),
     *("mul", "mean", "sigmoid"),
 }
 
@@ -251,13 +311,15 @@ def makes_its_result(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def changes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether ``node`` writes into the tensor that it reads first."""
+    """Whether ``node`` writes into the tensor that it reads first; a function of the user's may write into any."""
     if node.op == "call_module":
         return bool(getattr(module, "inplace", False))
     if node.op == "call_method":
         return node.target.endswith("_") and not node.target.endswith("__")
     if node.op == "call_function":
         # A positional True is counted too, for F.relu(x, True): to see a write too many costs a fusion, no more.
+        if is_users_function(node.target):
+            return True
         flagged = node.kwargs.get("inplace") or "out" in node.kwargs or any(a is True for a in node.args)
         return node.target in IN_PLACE_OPERATORS or getattr(node.target, "__name__", "").endswith("_") or bool(flagged)
     return False
