@@ -16,6 +16,7 @@ from .. import select
 from ..block import Block, Dense
 from .gated_join import GatedJoin
 from .plan import Plan, make_plan
+from .prediction import Predictor
 from .report import Declined, Fused, PatchReport
 from .selection import Selection
 from .steps import paths as paths_of
@@ -66,7 +67,7 @@ def patch(
     options = {k: v for k, v in (("backend", backend), ("memory", memory)) if v != "auto"}
     plan = make_plan(model, Selection(model, only, skip), options)
     # The report comes first: it raises where the backend cannot run the model, which then stays as it is.
-    report = _report(model, plan, dry_run)
+    report = _report(model, plan, dry_run, Predictor(model, only, skip, memory))
     if not dry_run:
         for site in plan.sites:
             swap(site)
@@ -91,7 +92,7 @@ def unpatch(model: nn.Module) -> int:
     return sum(unswap(module) for module in model.modules())
 
 
-def _report(model: nn.Module, plan: Plan, dry_run: bool) -> PatchReport:
+def _report(model: nn.Module, plan: Plan, dry_run: bool, predictor: Predictor) -> PatchReport:
     paths = {module: path for path, module in model.named_modules()}
     templates = {path: (template_of(module), True) for path, module in plan.fused.items()}
     templates.update({site.path: (site.template, False) for site in plan.sites})
@@ -105,7 +106,8 @@ def _report(model: nn.Module, plan: Plan, dry_run: bool) -> PatchReport:
     left = (plan.reasons.keys() | convolutions.keys()) - {conv for site in sites for conv in site.convolutions}
     reasons = [Declined(p, plan.reasons.get(p, _NEVER_CALLED)) for p in paths.values() if p in left]
     sources = {path: template.source for path, (template, _) in templates.items()}
-    return PatchReport(tuple(sites), tuple(reasons), len(convolutions), _notes(convolutions), dry_run, sources)
+    notes = _notes(convolutions)
+    return PatchReport(tuple(sites), tuple(reasons), len(convolutions), notes, dry_run, sources, predictor)
 
 
 _NEVER_CALLED = "the forward of the module that holds it does not call it"
