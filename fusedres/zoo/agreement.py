@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..patch import PatchReport, patch
+from ..patch import PatchReport, explain, patch
 from ..select import use_backend
 from ..testing import rms
+from .networks import build
 
-__all__ = ["Agreement", "agreement", "fitting_input"]
+__all__ = ["Agreement", "agreement", "fitting_input", "judged"]
 
 _RELATIVE = 1e-7
 """The difference that is taken for rounding, which a deep network in training amplifies, over a tensor's root mean
@@ -63,6 +64,33 @@ def agreement(model: nn.Module, seed: int = 0) -> Agreement:
         dropout.p = 0.0  # its masks are of the same distribution as stock's, but not the same masks
     with use_backend("reference"):
         return Agreement(report, tuple(_differences(runnable, stock, x)))
+
+
+def judged(name: str, largest: float) -> tuple[str, str]:
+    """``"agrees"``, ``"differs"`` or ``"not run"`` for a network, and what there is to say of it.
+
+    A network that :func:`fusedres.patch` raises on differs.
+
+    Args:
+        largest: how many parameters a network may have to be run; larger ones are only looked at.
+    """
+    try:
+        model = build(name)
+    except ValueError as error:
+        return "not run", str(error).splitlines()[0]
+    try:
+        report = explain(model)
+        covered = f"{report.covered} of {report.total} convolutions"
+        parameters = sum(p.numel() for p in model.parameters())
+        if not report.fused or parameters > largest:
+            return "not run", f"{covered}, {parameters / 1e6:.0f} million parameters"
+        found = agreement(model)
+    except Exception as error:  # patch must not raise, and a patched network no more than the stock one
+        return "differs", f"{type(error).__name__}: {error}"
+    if found.unproven:
+        return "not run", f"{covered}, {found.unproven}"
+    worst = ", ".join(f"{where} by {error:.1e}" for where, error in found.differences[:3])
+    return ("differs", f"{covered}; {worst}") if found.differences else ("agrees", covered)
 
 
 def _is_detector(model: nn.Module) -> bool:
