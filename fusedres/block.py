@@ -45,9 +45,11 @@ __all__ = [
     "SqueezeExcite",
     "Step",
     "dense_plans",
+    "is_small",
     "link_plans",
     "run",
     "run_dense",
+    "runs_modules",
     "unsupported",
 ]
 
@@ -362,8 +364,20 @@ def _folded(root: nn.Module, block: Block | Dense, constant: bool) -> dict[int, 
     return None
 
 
+def is_small(x: Any, backend: str = "auto", memory: str = "auto") -> bool:
+    """Whether a block would run ``x`` as stock, for being so small; its module's own forward then does so at less cost."""
+    if type(x) is not Tensor or memory == "low" or torch.compiler.is_compiling():
+        return False
+    return too_small(x.numel(), "training" if torch.is_grad_enabled() else "inference", backend)
+
+
+def runs_modules() -> bool:
+    """Whether something watches that wants to see modules and stock ops: a compiler, an exporter, a tracer."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def _engine_takes(x: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # the compiler fuses what it traces, and that is modules
+    if runs_modules():
         return False
     plain = type(x) is Tensor and x.dim() == 4 and x.is_floating_point()
     return plain and not torch._C._are_functorch_transforms_active()

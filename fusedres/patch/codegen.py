@@ -58,13 +58,22 @@ def generate(
     code = traced.graph.python_code("self")
     body = _body(code.src)
     others = [f"not isinstance({name}, {tensor})" for name in sorted(traced.tensors)]
-    guard = _guard(traced.signature, stock, [*others, f"{changed}(self, {constants})"])
+    small = _when_small(regions, f"{run}.is_small", options)
+    guard = _guard(traced.signature, stock, [*others, f"{changed}(self, {constants})", *small])
     arguments = ", ".join(["self", str(traced.signature)[1:-1]] if traced.signature.parameters else ["self"])
     source = f"{_header(type(module), blocks)}def forward({arguments}):\n{guard}{body}"
     globals_ = {run: block, stock: type(module), changed: watch.changed, constants: watched}
     if others:
         globals_[tensor] = Tensor
     return source, {**code.globals, **blocks, **globals_}
+
+
+def _when_small(regions: Sequence[Region], ask: str, options: dict[str, str]) -> list[str]:
+    """The question whether the forward had better be stock's, where it is one block that reads an argument."""
+    if len(regions) != 1 or not isinstance(regions[0].block, Block) or regions[0].inputs[0].op != "placeholder":
+        return []
+    arguments = [regions[0].inputs[0].target, *(f"{name}={value!r}" for name, value in options.items())]
+    return [f"{ask}({', '.join(arguments)})"]
 
 
 class _Names:
@@ -170,13 +179,13 @@ def _body(source: str) -> str:
     return re.sub(r"    (\w+) = (.+?)(?:;  (?:\w+ = )+None)?\n    return \1\n$", r"    return \2\n", body)
 
 
-def _guard(signature: inspect.Signature, stock: str, changed: list[str]) -> str:
+def _guard(signature: inspect.Signature, stock: str, others: list[str]) -> str:
     """The lines that send a call to the stock forward where the graph does not stand for it."""
     parameters = list(signature.parameters.values())
     required = [p.name for p in parameters if p.default is p.empty]
     conditions = [f"{name} is None" for name in required] if len(required) > 1 else []
     conditions += [_differs(p) for p in parameters if p.default is not p.empty]
-    conditions += changed
+    conditions += others
     arguments = ", ".join(["self", *(f"{p.name}={p.name}" if p.kind == p.KEYWORD_ONLY else p.name for p in parameters)])
     return f"    if {' or '.join(conditions)}:\n        return {stock}.forward({arguments})\n"
 

@@ -17,7 +17,16 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..block import Act, Conv, Dropout, DropPath, Norm, SqueezeExcite, Step, is_norm_act
 from ..ops.activations import IDENTITY, Activation
-from .modules import drop_path_problem, is_drop_path
+from .modules import (
+    bare_conv_problem,
+    conv_problem,
+    drop_path_problem,
+    hook_problem,
+    is_builtin,
+    is_drop_path,
+    linear_problem,
+    norm_problem,
+)
 from .trace import IN_PLACE_OPERATORS, is_users_function
 
 __all__ = [
@@ -33,6 +42,7 @@ __all__ = [
     "makes_its_result",
     "paths",
     "read",
+    "step_problem",
     "tensor_input",
 ]
 
@@ -57,6 +67,17 @@ def paths(step: Step) -> tuple[str, ...]:
     if isinstance(step, Act) or (isinstance(step, Dropout) and step.p is not None):
         return ()
     return (step.fc1, step.fc2) if isinstance(step, SqueezeExcite) else (step.path,)
+
+
+def step_problem(step: Step, module: nn.Module, shared: dict[int, str]) -> str | None:
+    """Why ``module``, whose parameters and settings ``step`` reads, is no longer such a step; ``None`` where it is."""
+    if isinstance(step, Conv):
+        return (bare_conv_problem if step.bare else conv_problem)(module, shared)
+    if isinstance(step, Norm):
+        return norm_problem(module, shared)
+    if isinstance(step, SqueezeExcite):
+        return (conv_problem if isinstance(module, nn.Conv2d) else linear_problem)(module, shared)
+    return drop_path_problem(module) if isinstance(step, DropPath) else hook_problem(module)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,13 +196,20 @@ def _read_norm(path: str, norm: nn.Module, excluded: Callable[[nn.Module], str |
             return Stop(f"{path}.{name} {hooked}")
     if not _does_nothing(norm.drop):
         return Stop(f"{path} has a {type(norm.drop).__name__} inside")
-    activation = IDENTITY if _does_nothing(norm.act) else _module_activation(norm.act)
+    activation = IDENTITY if _does_nothing(norm.act) else _activation_inside(norm.act)
     return Norm(path, activation) if activation else Stop(f"{path} has a {type(norm.act).__name__}, which no block has")
 
 
 def _module_activation(module: nn.Module) -> Activation | None:
     known = _MODULE_ACTIVATIONS.get(type(module))
     return known and known(module)
+
+
+def _activation_inside(module: nn.Module) -> Activation | None:
+    """The activation inside a norm, which is not part of any graph and may be written out."""
+    from .products import written_activation  # which reads nodes, as this file does
+
+    return _module_activation(module) if is_builtin(module) else written_activation(module)
 
 
 def _does_nothing(module: nn.Module) -> bool:

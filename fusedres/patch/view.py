@@ -13,6 +13,7 @@ from ..block import Act, Block, Conv, Dense, Norm, SqueezeExcite, Step
 from .gated_join import GatedJoin
 from .gates import Gate, find_gate
 from .modules import has_own_conv_forward
+from .products import Product, find_product
 from .steps import (
     PASS,
     Addition,
@@ -125,7 +126,7 @@ class View:
         self._calls = Counter(id(self._modules[n.target]) for n in self.nodes if n.op == "call_module")
         self._taken: set[fx.Node] = set()
         self._readings: dict[fx.Node, Reading] = {}
-        self._gates: dict[fx.Node, Gate | None] = {}
+        self._gates: dict[fx.Node, Gate | Product | None] = {}
         self._writes = [(n, self.written_by(n)) for n in self.nodes if changes_in_place(n, self.module_of(n))]
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -152,10 +153,12 @@ class View:
             return Stop(f"{node.target} is called more than once")
         return reading
 
-    def _gate(self, node: fx.Node) -> Gate | None:
+    def _gate(self, node: fx.Node) -> Gate | Product | None:
+        """The step of several nodes that ends with ``node``."""
         if node not in self._gates:
             position = self._order.__getitem__
-            self._gates[node] = find_gate(node, self.module_of, self._read, self._usable_in_gate, position)
+            gate = find_gate(node, self.module_of, self._read, self._usable_in_gate, position)
+            self._gates[node] = gate or find_product(node, self.module_of, self.untouched)
         return self._gates[node]
 
     def _usable_in_gate(self, node: fx.Node) -> bool:
@@ -260,7 +263,7 @@ class View:
             reading = self.reading(following)
             if reading is not PASS and not isinstance(reading, Act):
                 break
-            links.append(ChainLink(following, reading, (following,)))
+            links.append(ChainLink(following, reading, self.nodes_of(following)))
             if reading is not PASS:
                 return Chain(before, tuple(links))
             node = following
