@@ -231,6 +231,8 @@ class _Tracer(fx.Tracer):
         try:
             path = self.path_of_module(module)
         except NameError:
+            if self._is_made_on_the_way(module):
+                return forward(*args, **kwargs)
             raise Untraceable(f"it calls a {type(module).__name__} that is not registered as a submodule") from None
         self._note_what_is_given(module, args)
         if not self.is_leaf_module(module, path):
@@ -241,6 +243,13 @@ class _Tracer(fx.Tracer):
             if not hasattr(error, "_fusedres_culprit"):
                 error._fusedres_culprit = path if module in self.inlined else ""
             raise
+
+    def _is_made_on_the_way(self, module: nn.Module) -> bool:
+        """Whether the module is one like ``nn.ReLU()(x)``: of PyTorch's own, without state, and kept by nobody."""
+        if not is_builtin(module) or module._parameters or module._buffers or module._modules:
+            return False
+        kept = (value for m in self.root.modules() for value in m.__dict__.values())
+        return not any(value is module or (type(value) in _HOLDERS and _holds(value, module)) for value in kept)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
         positional, keyword = [], {}
@@ -269,6 +278,13 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+
+_HOLDERS = (*_CONTAINERS, tuple)
+
+
+def _holds(container: Collection, module: nn.Module) -> bool:
+    return any(value is module for value in (container.values() if isinstance(container, dict) else container))
 
 
 # What certainly makes a tensor, of those that forwards ask about.

@@ -113,6 +113,22 @@ def test_what_a_layer_makes_is_a_tensor():
     assert "isinstance" not in report.source("")
 
 
+# -- layers that are made on the way ------------------------------------------------------------------------------------
+
+
+def test_a_layer_that_is_made_on_the_way_is_what_it_does():
+    model = type("Making", (Layers,), {"forward": lambda self, x: nn.ReLU(inplace=True)(self.branch(x) + x)})()
+    report = check_patched(model)
+    assert [site.pattern for site in report.fused] == ["post-activation residual (identity)"]
+
+
+def test_a_layer_that_is_kept_in_a_list_is_left():
+    model = type("Keeping", (Layers,), {"forward": lambda self, x: self.acts[0](self.branch(x) + x)})()
+    model.acts = [nn.ReLU()]
+    report = check_patched(model)
+    assert "not registered as a submodule" in report.declined[0].reason
+
+
 # -- functions that are called from the graph --------------------------------------------------------------------------
 
 
