@@ -365,7 +365,7 @@ def _folded(root: nn.Module, block: Block | Dense, constant: bool) -> dict[int, 
 
 
 def is_small(x: Any, backend: str = "auto", memory: str = "auto") -> bool:
-    """Whether a block would run ``x`` as stock, for being so small; its module's own forward then does so at less cost."""
+    """Whether a block would run ``x`` as stock, for being so small; its module's own forward does so at less cost."""
     if type(x) is not Tensor or memory == "low" or torch.compiler.is_compiling():
         return False
     return too_small(x.numel(), "training" if torch.is_grad_enabled() else "inference", backend)

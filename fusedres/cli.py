@@ -36,7 +36,7 @@ COMMANDS: dict[str, Command] = {
     "residual-as-ode": Command("fusedres.analysis.residual_as_ode", "a residual stack against its ODE's solution"),
     "traffic": Command("fusedres.analysis.traffic", "bytes that a training step moves, and the time they must take"),
     "tune": Command("fusedres.tune_cli", "measure the tiles of a model's convolutions on this GPU, and keep them"),
-    "zoo": Command("fusedres.zoo.cli", "networks of torchvision, timm and others: what is fused, whether the numbers stay, times"),
+    "zoo": Command("fusedres.zoo.cli", "networks of other libraries: what is fused, whether the numbers stay, times"),
 }
 
 

@@ -107,5 +107,7 @@ def _called(name: str, factory: Callable[[], Any] | nn.Module) -> nn.Module:
 
 def _in_words(error: Exception) -> str:
     kind = type(error).__name__
-    known = isinstance(error, (ImportError, AttributeError, ValueError, TypeError)) and not isinstance(error, UnicodeError)
+    known = isinstance(error, (ImportError, AttributeError, ValueError, TypeError)) and not isinstance(
+        error, UnicodeError
+    )
     return str(error) if known else f"{kind}: {error}"

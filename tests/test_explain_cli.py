@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from torchvision_shim import torchvision_models
+from torchvision_shim import timm_models, torchvision_models
 
 from fusedres.cli import main
 
@@ -77,13 +77,12 @@ def test_a_callable_in_a_file(capsys, tmp_path):
         (["no_such_file.py:Model"], "there is no file no_such_file.py"),
         (["torchvision:resnet19"], "torchvision:resnet19 cannot be built: Unknown model resnet19"),
         (["timm:resnet19"], "timm:resnet19 cannot be built: Unknown model"),
-        (["transformers:ResNet"], "cannot be built"),
         (["resnet18:"], "is none of"),
         (["resnet18", "--source", "layer9"], "no module was fused at 'layer9'"),
     ],
 )
 def test_what_is_wrong_is_said(capsys, arguments, message):
-    if arguments[0].startswith(("torchvision:", "timm:", "transformers:")):
-        pytest.importorskip(arguments[0].partition(":")[0]) if "transformers" in arguments[0] else torchvision_models()
+    if arguments[0].startswith(("torchvision:", "timm:")):
+        timm_models()
     assert main(["explain", *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The bytes that a training step moves per image, as the stock model and as the patched one, before anything has run."""
+"""The bytes that a training step moves per image, stock and patched, before anything has run."""
 
 from __future__ import annotations
 

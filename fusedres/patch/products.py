@@ -56,7 +56,7 @@ def find_product(node: fx.Node, module_of: ModuleOf, usable: Callable[[fx.Node],
 
 
 def written_activation(module: nn.Module) -> Activation | None:
-    """The activation that a module's own forward is, whichever way it is written; ``None`` where it is something else."""
+    """The activation that a module's own forward is, whichever way it is written; ``None`` for anything else."""
     if module._parameters or module._buffers or module._modules:
         return None
     try:

@@ -143,7 +143,6 @@ class PatchReport:
         verb = "would be fused" if self.dry_run else "fused"
         return f"{self.covered} of {self.total} convolutions {verb} ({self.coverage:.0%}), in {len(self.fused)} sites"
 
-
     def _prediction(self) -> list[str]:
         if self.predictor is None or not self.fused:
             return []

@@ -167,7 +167,7 @@ class View:
         return once and self.untouched(node)
 
     def convolution(self, node: fx.Node) -> tuple[str, nn.Conv2d] | None:
-        """The convolution that ``node`` runs, and its path: by calling it, or by a function in the module's own forward."""
+        """The convolution that ``node`` runs, by calling it or by a function in its own forward, behind its path."""
         if node.op == "call_module":
             return (node.target, module) if isinstance(module := self.module_of(node), nn.Conv2d) else None
         path = conv_path(node)

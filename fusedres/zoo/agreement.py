@@ -8,7 +8,7 @@ every buffer behind the step.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,13 +51,13 @@ class Agreement:
         return not self.differences and not self.unproven
 
 
-def agreement(model: nn.Module, seed: int = 0) -> Agreement:
-    """Patches ``model``, which is changed for good, and compares it with a stock copy of it."""
+def agreement(model: nn.Module, fuse: Callable[[nn.Module], PatchReport] = patch, seed: int = 0) -> Agreement:
+    """Patches ``model`` with ``fuse``, which changes it for good, and compares it with a stock copy of it."""
     runnable = getattr(model, "backbone", model) if _is_detector(model) else model
     _unsettle(runnable.double(), seed)
     x = fitting_input(runnable)
     stock = copy.deepcopy(runnable)
-    report = patch(model)
+    report = fuse(model)
     if x is None:
         return Agreement(report, unproven="the stock network runs on no image of sizes " + ", ".join(map(str, _SIZES)))
     for dropout in (m for twin in (runnable, stock) for m in twin.modules() if isinstance(m, nn.Dropout)):
@@ -108,7 +108,9 @@ def fitting_input(model: nn.Module, batch: int = 2, dtype: torch.dtype = torch.f
         x = torch.randn(batch, own[0], size, size, generator=generator, dtype=dtype)
         try:
             with torch.no_grad():
-                copy.deepcopy(model).eval()(x)
+                trial = copy.deepcopy(model)
+                trial.eval()(x)
+                trial.train()(x)
         except Exception:  # what a network raises on an image that it was not made for is its own affair
             continue
         return x

@@ -25,7 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "networks",
         nargs="*",
-        help=f"library:name, with {', '.join(LIBRARIES)} for libraries; * and ? stand for any letters; by default a list",
+        help=f"library:name, with {', '.join(LIBRARIES)} for libraries; * and ? stand for any letters; default: a list",
     )
     parser.add_argument("--all", action="store_true", help="every network of every library that is installed")
     what = parser.add_mutually_exclusive_group()

@@ -4,7 +4,7 @@
 ``torchvision:resnet50``                  ``torchvision.models.get_model``, also detection and segmentation
 ``timm:resnet50d``                        ``timm.create_model``
 ``smp:Unet/resnet34``                     a decoder of segmentation-models-pytorch on one of its encoders
-``transformers:ResNetModel``              a class of Hugging Face's transformers, from the configuration that it defaults to
+``transformers:ResNetModel``              a class of Hugging Face's transformers, from its default configuration
 ========================================  =============================================================================
 """
 
@@ -45,7 +45,9 @@ ZOO: dict[str, tuple[str, ...]] = {
         ),
         *("timm:legacy_seresnet50", "timm:legacy_seresnext50_32x4d", "timm:senet154"),
     ),
-    "Pre-activation ResNet": ("timm:resnetv2_18", "timm:resnetv2_34", "timm:resnetv2_50", "timm:resnetv2_101"),
+    "Pre-activation ResNet": (
+        *("timm:resnetv2_18", "timm:resnetv2_34", "timm:resnetv2_50", "timm:resnetv2_101", "timm:resnetv2_50t"),
+    ),
     "RegNet": (
         *("torchvision:regnet_x_400mf", "torchvision:regnet_y_400mf", "torchvision:regnet_y_3_2gf"),
         *("timm:regnetx_004", "timm:regnety_004", "timm:regnety_032", "timm:regnetv_040"),
@@ -83,6 +85,23 @@ ZOO: dict[str, tuple[str, ...]] = {
     "Without residual joins": (
         *("torchvision:vgg16_bn", "torchvision:googlenet", "torchvision:inception_v3", "torchvision:squeezenet1_1"),
         *("torchvision:shufflenet_v2_x1_0", "timm:inception_v4", "timm:vovnet39a", "timm:selecsls42b"),
+    ),
+    "Segmentation": (
+        *("torchvision:fcn_resnet50", "torchvision:deeplabv3_resnet50", "torchvision:lraspp_mobilenet_v3_large"),
+        *("smp:Unet/resnet18", "smp:UnetPlusPlus/resnet18", "smp:MAnet/resnet18", "smp:Linknet/resnet18"),
+        *("smp:FPN/resnet18", "smp:PSPNet/resnet18", "smp:PAN/resnet18", "smp:DeepLabV3/resnet18"),
+        *("smp:DeepLabV3Plus/resnet18", "smp:UPerNet/resnet18", "smp:Unet/se_resnet50", "smp:Unet/densenet121"),
+        *("smp:Unet/efficientnet-b0", "smp:Unet/timm-efficientnet-b0", "smp:Unet/mobilenet_v2", "smp:Unet/dpn68"),
+    ),
+    "Detection": (
+        *("torchvision:fasterrcnn_resnet50_fpn", "torchvision:retinanet_resnet50_fpn"),
+        *("torchvision:ssdlite320_mobilenet_v3_large", "transformers:DFineForObjectDetection"),
+    ),
+    "Hugging Face": (
+        *("transformers:ResNetForImageClassification", "transformers:RegNetModel", "transformers:MobileNetV1Model"),
+        *("transformers:MobileNetV2Model", "transformers:EfficientNetModel", "transformers:HGNetV2Backbone"),
+        *("transformers:TextNetModel", "transformers:MobileViTModel", "transformers:BitModel"),
+        "transformers:ConvNextModel",
     ),
     "Without batch norm": (
         "timm:resnet50_gn",
@@ -205,8 +224,8 @@ _TRANSFORMERS = (
     *("ResNetModel", "ResNetForImageClassification", "ResNetBackbone", "RegNetModel", "RegNetForImageClassification"),
     *("MobileNetV1Model", "MobileNetV2Model", "MobileNetV2ForSemanticSegmentation", "EfficientNetModel", "BitModel"),
     *("BitBackbone", "ConvNextModel", "ConvNextV2Model", "MobileViTModel", "MobileViTV2Model", "LevitModel"),
-    *("PoolFormerModel", "EfficientFormerModel", "SegformerModel", "TextNetModel", "DFineForObjectDetection"),
-    *("RTDetrResNetBackbone", "HGNetV2Backbone", "SuperPointForKeypointDetection", "PPLCNetBackbone", "UperNetModel"),
+    *("PoolFormerModel", "SegformerModel", "TextNetModel", "DFineForObjectDetection"),
+    *("RTDetrResNetBackbone", "HGNetV2Backbone", "SuperPointForKeypointDetection", "PPLCNetBackbone"),
 )
 
 

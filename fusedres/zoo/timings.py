@@ -33,8 +33,21 @@ TIMED = (
     *("torchvision:regnet_x_400mf", "torchvision:regnet_y_3_2gf", "timm:regnety_032", "torchvision:densenet121"),
     *("torchvision:densenet169", "timm:densenetblur121d", "torchvision:mobilenet_v2", "torchvision:mobilenet_v3_large"),
     *("timm:mobilenetv1_100", "timm:lcnet_100", "torchvision:mnasnet1_0", "torchvision:efficientnet_b0"),
-    *("timm:efficientnet_b4", "timm:tf_efficientnetv2_s", "timm:res2net50_26w_4s", "timm:skresnet18", "timm:resnest14d"),
-    *("timm:ecaresnet50t", "timm:cspresnet50", "timm:darknet53", "timm:dla34", "timm:hrnet_w18_small", "timm:xception41"),
+    *(
+        "timm:efficientnet_b4",
+        "timm:tf_efficientnetv2_s",
+        "timm:res2net50_26w_4s",
+        "timm:skresnet18",
+        "timm:resnest14d",
+    ),
+    *(
+        "timm:ecaresnet50t",
+        "timm:cspresnet50",
+        "timm:darknet53",
+        "timm:dla34",
+        "timm:hrnet_w18_small",
+        "timm:xception41",
+    ),
     *("timm:ghostnet_100", "timm:repvgg_a0", "torchvision:vgg16_bn", "torchvision:googlenet", "timm:vovnet39a"),
     *("smp:Unet/resnet18", "transformers:ResNetForImageClassification"),
 )
@@ -92,38 +105,38 @@ class Timings:
             raise ValueError(f"{path} holds no timings of the zoo") from error
 
 
-def measure(names: Iterable[str] = TIMED, turns: int = TURNS) -> Iterator[Timings]:
+def measure(names: Iterable[str] = TIMED) -> Iterator[Timings]:
     """Times the networks one after the other; yields all that is known after each, so that nothing is lost.
 
     Raises:
         ValueError: for a name that has not the form ``library:name``.
     """
-    settings = {"batch": BATCH, "resolution": RESOLUTION, "turns": turns}
+    settings = {"batch": BATCH, "resolution": RESOLUTION, "turns": TURNS}
     networks: dict[str, dict[str, Measured] | str] = {}
     for name in names:
         try:
-            networks[name] = _measured(build(name), turns)
+            networks[name] = _measured(build(name))
         except ValueError as error:
             networks[name] = str(error)
         gc.collect()
         yield Timings(this_machine(), settings, dict(networks))
 
 
-def _measured(model: nn.Module, turns: int) -> dict[str, Measured]:
+def _measured(model: nn.Module) -> dict[str, Measured]:
     model = _without_chance(model).to(memory_format=torch.channels_last)
     batch = Batch.random(BATCH, RESOLUTION)
     with torch.random.fork_rng(devices=()):
         settle(model, batch.images)
     model = _WithLogits(model)
-    return {w.name: _contest(w, model, batch, turns) for w in (TRAIN_BF16, INFERENCE_BF16)}
+    return {w.name: _contest(w, model, batch) for w in (TRAIN_BF16, INFERENCE_BF16)}
 
 
-def _contest(workload: Workload, model: nn.Module, batch: Batch, turns: int) -> Measured:
+def _contest(workload: Workload, model: nn.Module, batch: Batch) -> Measured:
     check = verdict(workload.check(model, _images))
     make_step = workload.stepper(batch)
     stock, ours = workload.prepared(model), workload.prepared(model)
     patch(ours)
-    timed = interleave({"eager": make_step(stock), "fused": make_step(ours)}, turns=turns)
+    timed = interleave({"eager": make_step(stock), "fused": make_step(ours)}, turns=TURNS)
     ratio = speedup(timed["eager"], timed["fused"]) if check == "ok" else None
     return Measured(1e3 * timed["eager"].median, 1e3 * timed["fused"].median, ratio, check)
 

@@ -104,7 +104,7 @@ class Wide(nn.Module):
         self.bn1, self.relu1, self.conv1 = nn.BatchNorm2d(c_in), nn.ReLU(inplace=True), conv3x3(c_in, c_out, stride)
         self.bn2, self.relu2, self.conv2 = nn.BatchNorm2d(c_out), nn.ReLU(inplace=True), conv3x3(c_out, c_out)
         self.drop_rate, self.equal = drop_rate, c_in == c_out
-        self.conv_shortcut = (not self.equal) and nn.Conv2d(c_in, c_out, 1, stride, bias=False) or None
+        self.conv_shortcut = ((not self.equal) and nn.Conv2d(c_in, c_out, 1, stride, bias=False)) or None
 
     def forward(self, x):
         if not self.equal:

@@ -113,7 +113,7 @@ def test_what_a_layer_makes_is_a_tensor():
     assert "isinstance" not in report.source("")
 
 
-# -- layers that are made on the way ------------------------------------------------------------------------------------
+# -- layers that are made on the way -----------------------------------------------------------------------------------
 
 
 def test_a_layer_that_is_made_on_the_way_is_what_it_does():
