@@ -11,6 +11,7 @@ from survey_blocks import ResidualBlock, SEBottleneckBlock
 from torch import nn
 from torchvision_shim import torchvision_models
 
+from fusedres import select, use_backend
 from fusedres.patch import patch
 
 from .blocks import Layers, images, settled
@@ -143,4 +144,31 @@ def test_what_nothing_depends_on_may_change():
         model(torch.zeros(1, 4, 3, 3))
     finally:
         ResidualBlock.forward = forward
+    assert called == []
+
+
+def test_small_inputs_go_to_the_stock_forward_at_once(monkeypatch):
+    model, called = settled(Busy()), []
+    patch(model)
+    monkeypatch.setattr(Busy, "forward", lambda self, x, stock=Busy.forward: called.append(1) or stock(self, x))
+    x = images()
+    for least, training, is_stock in ((0, True, False), (x.numel() + 1, True, True), (x.numel() + 1, False, False)):
+        monkeypatch.setitem(select.FEWEST_ELEMENTS, "training", least)
+        with torch.set_grad_enabled(training):
+            model(x)
+        assert bool(called) == is_stock
+        called.clear()
+    with use_backend("reference"):
+        model(x)
+    assert called == []
+
+
+def test_small_inputs_of_a_site_with_a_backend_or_low_memory(monkeypatch):
+    models, called = [settled(Busy()), settled(Busy())], []
+    for model, options in zip(models, ({"backend": "reference"}, {"memory": "low"})):
+        patch(model, **options)
+    monkeypatch.setitem(select.FEWEST_ELEMENTS, "training", 10**9)
+    monkeypatch.setattr(Busy, "forward", lambda self, x, stock=Busy.forward: called.append(1) or stock(self, x))
+    for model in models:
+        model(images())
     assert called == []
