@@ -15,7 +15,7 @@ from torch import nn
 from .. import select
 from ..block import Block, Dense, Step
 from .gated_join import GatedJoin
-from .modules import shared_parameters
+from .modules import has_own_conv_forward, shared_parameters
 from .plan import Plan, make_plan
 from .prediction import Predictor
 from .report import Declined, Fused, PatchReport
@@ -125,13 +125,17 @@ def _report(model: nn.Module, plan: Plan, dry_run: bool, predictor: Predictor) -
     ]
     convolutions = {path: m for m, path in paths.items() if isinstance(m, nn.Conv2d)}
     left = (plan.reasons.keys() | convolutions.keys()) - {conv for site in sites for conv in site.convolutions}
-    reasons = [Declined(p, plan.reasons.get(p, _NEVER_CALLED)) for p in paths.values() if p in left]
+    reasons = [Declined(p, plan.reasons.get(p) or _unseen(p, convolutions[p])) for p in paths.values() if p in left]
     sources = {path: template.source for path, (template, _) in templates.items()}
     notes = _notes(convolutions)
     return PatchReport(tuple(sites), tuple(reasons), len(convolutions), notes, dry_run, sources, predictor)
 
 
-_NEVER_CALLED = "the forward of the module that holds it does not call it"
+def _unseen(path: str, conv: nn.Conv2d) -> str:
+    """Why a convolution is in no graph."""
+    if has_own_conv_forward(conv):
+        return f"{path} is a {type(conv).__name__}, which has a forward of its own"
+    return "the forward of the module that holds it does not call it"
 
 
 def _entries(module: nn.Module, paths: dict[nn.Module, str], template: Template, already: bool) -> list[Fused]:

@@ -13,7 +13,7 @@ from fusedres.zoo.document import document, row
 from fusedres.zoo.timings import Measured, Timings
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "zoo.md"
-ROW = r"^\| (torchvision|timm|smp|transformers) (\S+) \| \d+ \| \d+ \| (\d+)% \| \d+ \| (\d\.\d\d)? \|"
+ROW = r"^\| (torchvision|timm|smp|transformers) (\S+) \| \d+ \| \d+ \| (\d+)% \| \d+ \| (?:(\d\.\d\d) )? ?\|"
 MACHINE = Machine("A CPU", 2, "avx2", "2.13.0", "3.11.7", "0.1.0", "abc", "2026-01-01")
 
 
@@ -68,4 +68,5 @@ def test_the_document_shows_the_coverage_that_is_aimed_at():
         family = section.split("\n", 1)[0]
         for _, network, coverage, moved in re.findall(ROW, section, re.MULTILINE):
             assert int(coverage) >= aims.get(family, 0), f"{family}: {network}"
-            assert moved == "" or float(moved) <= 1.0, f"{family}: {network} moves more than stock"
+            if family in aims:
+                assert float(moved) < 1.0, f"{family}: {network} moves more than stock"
