@@ -1,6 +1,8 @@
 # make install   a virtual environment in .venv, with the library built in place; does nothing when nothing changed
 # make test      install, linters, tests
+# make tsan      the CPU kernels from several threads under ThreadSanitizer
 # make wheel     dist/*.whl: one wheel for every Python 3 and torch from 2.10 on, CPU and CUDA builds
+# make fuzz      20,000 random blocks with random lives against stock PyTorch; an hour or more
 # make demo bench bench-quick format clean
 
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.10
@@ -23,7 +25,7 @@ FORMATTED = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '
 # Developers build strictly; a user's compiler may warn.
 export FUSEDRES_WERROR := 1
 
-.PHONY: install demo test bench bench-quick wheel format clean
+.PHONY: install demo test tsan fuzz bench bench-quick wheel format clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.library
@@ -52,6 +54,12 @@ test: install
 	$(CLANG_FORMAT) --dry-run -Werror $(FORMATTED)
 	$(PY) -m pytest -q
 	$(PY) -m pytest -q bench --benchmark-disable
+
+tsan: install
+	$(PY) tests/csrc/tsan/run.py
+
+fuzz: install
+	$(PY) -m pytest -q tests/engine/test_fuzz.py --hypothesis-profile=fuzz
 
 bench: install
 	$(PY) -m fusedres bench

@@ -6,15 +6,16 @@ code; :func:`run` binds it to a module's parameters as they are at that moment a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .engine import (
     GATES,
@@ -28,11 +29,14 @@ from .engine import (
     Program,
     execute,
     execute_dense,
+    group_of,
     is_constant,
 )
+from .engine.verdict import judged
 from .ops.activations import IDENTITY, RELU, Activation
 from .ops.conv import geometry
-from .select import too_small
+from .select import by_measurement, too_small
+from .walk import Op, activated, walk
 
 __all__ = [
     "Act",
@@ -45,8 +49,8 @@ __all__ = [
     "SqueezeExcite",
     "Step",
     "dense_plans",
-    "is_small",
     "link_plans",
+    "measured_backends",
     "run",
     "run_dense",
     "runs_modules",
@@ -74,7 +78,7 @@ class Conv:
 
 @dataclass(frozen=True)
 class Norm:
-    """The batch norm held by the ``nn.BatchNorm2d`` at ``path``.
+    """The batch norm held by the ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm`` at ``path``.
 
     Args:
         act: what the module itself applies behind it, as timm's ``BatchNormAct2d`` does; identity for plain norms.
@@ -155,11 +159,17 @@ class Block:
 
     def __post_init__(self) -> None:
         # Blocks are looked up in every call.
-        parts = (self.branch, self.shortcut, self.act, self.residual, self.in_place)
-        object.__setattr__(self, "_hash", hash(parts))
+        object.__setattr__(self, "_hash", hash(self._fields()))
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        """Without the hash, which another process makes another one, and without what :func:`_once` keeps."""
+        return Block, self._fields()
+
+    def _fields(self) -> tuple:
+        return self.branch, self.shortcut, self.act, self.residual, self.in_place
 
 
 @dataclass(frozen=True)
@@ -177,6 +187,28 @@ class Dense:
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        """As for :class:`Block`."""
+        return Dense, (self.layers,)
+
+
+def _once(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Keeps the result on the block: looked up in a cache, it would be compared with the block that came there first.
+
+    Raises again what ``make`` raises.
+    """
+    name = f"_{make.__name__}"
+
+    @wraps(make)
+    def once(block: Block | Dense) -> Any:
+        found = block.__dict__.get(name)
+        if found is None:
+            found = make(block)
+            object.__setattr__(block, name, found)
+        return found
+
+    return once
 
 
 class _LinkPlan(NamedTuple):
@@ -211,7 +243,7 @@ def unsupported(block: Block | Dense) -> str | None:
     return None
 
 
-@cache
+@_once
 def link_plans(block: Block) -> _Plan:
     """The steps grouped into links; raises :class:`UnsupportedBlock` where the engine cannot express them."""
     if block.shortcut is None:
@@ -231,10 +263,12 @@ def link_plans(block: Block) -> _Plan:
     shares = block.residual == "pending" and branch[0]._replace(conv=None, bare=False) != _LinkPlan()
     if shares and branch[0].conv is None:
         raise UnsupportedBlock("a shortcut from the branch's first value needs a convolution in the branch")
+    if shares and shortcut[0]._replace(conv=None, bare=False) != _LinkPlan():
+        raise UnsupportedBlock("a shortcut from the branch's first value begins with a norm or an activation")
     return _Plan(branch, shortcut, shares)
 
 
-@cache
+@_once
 def dense_plans(dense: Dense) -> tuple[tuple[_LinkPlan, ...], ...]:
     """Every layer's steps grouped into links; raises as :func:`link_plans` does."""
     layers = tuple(_links(layer) for layer in dense.layers)
@@ -320,17 +354,15 @@ def run(
     """
     if not (_engine_takes(x) and (residual is None or _engine_takes(residual))):
         return _call_modules(block, root, x, residual)
-    plan = link_plans(block)
     mode = "training" if torch.is_grad_enabled() else "inference"
-    if memory != "low" and too_small(x.numel(), mode, backend):  # asked here too, before the work of binding
-        return _call_modules(block, root, x, residual)
+    # Asked here too, before the work of binding.
+    measured = by_measurement(x.device.type)
+    if memory != "low" and not measured and too_small(x.numel(), mode, backend) and not _synchronised(block, root):
+        return _walk(block, root, x, residual)
+    plan = link_plans(block)
     binder = _Binder(root)
     try:
-        branch = binder.chain(plan.branch)
-        if plan.shortcut is None:
-            shortcut = None
-        else:
-            shortcut = IDENTITY_SHORTCUT if len(plan.shortcut) == 1 else binder.chain(plan.shortcut)
+        branch, shortcut = binder.chains(plan)
     except _NotOurs:
         return _call_modules(block, root, x, residual)
     if not binder.suits(x):
@@ -356,6 +388,25 @@ def run_dense(dense: Dense, root: nn.Module, x: Tensor, *, backend: str = "auto"
     return execute_dense(program, x, binder.tensors, _folded(root, dense, is_constant(program.links)))
 
 
+def measured_backends(block: Block | Dense, root: nn.Module, device: torch.device) -> str:
+    """What runs a block on a device where measurements decide: the backends that won, by shape, or stock."""
+    binder = _Binder(root)
+    try:
+        program = _bound(block, binder)
+    except _NotOurs:
+        return "stock"
+    found = judged(program, binder.tensors, device)
+    return " or ".join(sorted(found, key=lambda name: name == "stock")) or "stock, until fusedres.tune has measured it"
+
+
+def _bound(block: Block | Dense, binder: _Binder) -> Program | DenseProgram:
+    if isinstance(block, Dense):
+        return DenseProgram(tuple(map(binder.chain, dense_plans(block))))
+    plan = link_plans(block)
+    branch, shortcut = binder.chains(plan)
+    return Program(branch, shortcut, block.act, block.in_place, shares=plan.shares)
+
+
 def _folded(root: nn.Module, block: Block | Dense, constant: bool) -> dict[int, Any] | None:
     """Where the block's folded weights are kept."""
     if constant:
@@ -364,16 +415,9 @@ def _folded(root: nn.Module, block: Block | Dense, constant: bool) -> dict[int, 
     return None
 
 
-def is_small(x: Any, backend: str = "auto", memory: str = "auto") -> bool:
-    """Whether a block would run ``x`` as stock, for being so small; its module's own forward does so at less cost."""
-    if type(x) is not Tensor or memory == "low" or torch.compiler.is_compiling():
-        return False
-    return too_small(x.numel(), "training" if torch.is_grad_enabled() else "inference", backend)
-
-
 def runs_modules() -> bool:
-    """Whether something watches that wants to see modules and stock ops: a compiler, an exporter, a tracer."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Whether something wants to see modules: a compiler, an exporter, a tracer, a hook on all of them."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _has_any_global_hook()
 
 
 def _engine_takes(x: Tensor) -> bool:
@@ -383,19 +427,61 @@ def _engine_takes(x: Tensor) -> bool:
     return plain and not torch._C._are_functorch_transforms_active()
 
 
+def _synchronised(block: Block, root: nn.Module) -> bool:
+    """Whether a norm may share its statistics with other processes, which then all have to do the same."""
+    if group_of(None) is None:
+        return False
+    norms = (step for step in (*block.branch, *(block.shortcut or ())) if isinstance(step, Norm))
+    return any(isinstance(_module(root, _names(norm.path)), nn.SyncBatchNorm) for norm in norms)
+
+
 class _NotOurs(Exception):
     """A module that does more, or other, than the convolution or batch norm that the block was described with."""
 
 
 def _call_modules(block: Block, root: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
     """The block by calling its modules one after the other."""
-    head = next(i for i, s in enumerate(block.branch) if isinstance(s, Conv)) if block.residual == "pending" else 0
+    head = _head(block)
     start = _call_steps(block.branch[:head], root, x)
     out = _call_steps(block.branch[head:], root, start)
     if block.shortcut is None:
         return out
     side = _call_steps(block.shortcut, root, start if residual is None else residual)
     return block.act(out.add_(side) if block.in_place else out + side)
+
+
+def _walk(block: Block, root: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
+    """The block by the functions of its modules; the same ops as :func:`_call_modules`."""
+    head, branch, shortcut = _ops(block)
+    start = walk(head, root, x)[0] if head else x
+    out, ours = walk(branch, root, start)
+    if shortcut is None:
+        return out
+    side = walk(shortcut, root, start if residual is None else residual)[0]
+    if block.in_place:
+        return activated(block.act, out.add_(side), ours)[0]
+    return activated(block.act, out + side, True)[0]
+
+
+@_once
+def _ops(block: Block) -> tuple[tuple[Op, ...], tuple[Op, ...], tuple[Op, ...] | None]:
+    """What comes before the branch and the shortcut part, the branch, the shortcut."""
+    steps = tuple(map(_op, block.branch))
+    shortcut = None if block.shortcut is None else tuple(map(_op, block.shortcut))
+    return steps[: _head(block)], steps[_head(block) :], shortcut
+
+
+def _op(step: Step) -> Op:
+    if isinstance(step, Act):
+        return Op(act=step.activation)
+    if isinstance(step, Norm) or (isinstance(step, Conv) and not step.bare):
+        return Op(nn.Conv2d if isinstance(step, Conv) else nn.BatchNorm2d, _names(step.path))
+    return Op(other=partial(_call_step, step))
+
+
+def _head(block: Block) -> int:
+    """How many steps of the branch come before what the shortcut reads."""
+    return next(i for i, s in enumerate(block.branch) if isinstance(s, Conv)) if block.residual == "pending" else 0
 
 
 def _call_layers(dense: Dense, root: nn.Module, x: Tensor) -> Tensor:
@@ -457,9 +543,13 @@ def _check_ours(module: nn.Module, kind: type[nn.Module]) -> None:
 
 @cache
 def is_norm_act(cls: type[nn.Module]) -> bool:
-    """Whether instances are a batch norm and its activation in one module, timm's ``BatchNormAct2d``."""
+    """Whether instances are a batch norm and its activation in one module, timm's ``BatchNormAct2d`` or its twin."""
     forward = cls.forward
-    return (forward.__module__, forward.__qualname__) == ("timm.layers.norm_act", "BatchNormAct2d.forward")
+    names = ("BatchNormAct2d.forward", "SyncBatchNormAct.forward")
+    return forward.__module__ == "timm.layers.norm_act" and forward.__qualname__ in names
+
+
+_ORDINARY = (Tensor, nn.Parameter)
 
 
 class _Binder:
@@ -472,15 +562,27 @@ class _Binder:
         self.counters: list[Tensor] = []
 
     def suits(self, x: Tensor) -> bool:
-        """Whether the operands' devices and dtypes are such that stock PyTorch would run them with ``x``."""
-        if not all(t is None or t.device == x.device for t in self.tensors):
-            return False
-        return all(w.dtype == x.dtype for w in self.weights) or torch.is_autocast_enabled(x.device.type)
+        """Whether the operands are ordinary tensors that stock PyTorch would run with ``x``."""
+        device, dtype = x.device, x.dtype
+        for t in self.tensors:
+            if t is not None and (type(t) not in _ORDINARY or t.device != device):
+                return False
+        for w in self.weights:
+            if w.dtype != dtype:
+                return torch.is_autocast_enabled(device.type)
+        return True
 
     def count_batch(self) -> None:
         """Counts this batch in the norms that count batches; the last thing before it runs."""
         for counter in self.counters:
             counter.add_(1)
+
+    def chains(self, plan: _Plan) -> tuple[tuple[Link, ...], tuple[Link, ...] | None]:
+        """The branch, and the shortcut if there is a join."""
+        branch = self.chain(plan.branch)
+        if plan.shortcut is None:
+            return branch, None
+        return branch, IDENTITY_SHORTCUT if len(plan.shortcut) == 1 else self.chain(plan.shortcut)
 
     def chain(self, plans: tuple[_LinkPlan, ...]) -> tuple[Link, ...]:
         return tuple(
@@ -488,7 +590,7 @@ class _Binder:
                 None if plan.norm is None else self._norm(_module(self.root, plan.norm)),
                 plan.act,
                 None if plan.conv is None else self._conv(_module(self.root, plan.conv), plan.bare),
-                self._gain(plan),
+                None if plan.excite is None and plan.drop_path is None else self._gain(plan),
                 0.0 if plan.dropout is None else self._dropout(_module(self.root, plan.dropout), plan.dropout_p),
             )
             for plan in plans
@@ -497,13 +599,23 @@ class _Binder:
     def _conv(self, conv: nn.Module, bare: bool) -> ConvSlot:
         _check_ours(conv, type(conv) if bare else nn.Conv2d)
         first = len(self.tensors)
-        parameters = conv._parameters
-        self.tensors += (parameters["weight"], parameters["bias"])
-        self.weights.append(parameters["weight"])
-        return ConvSlot(first, geometry(conv.stride, conv.padding, conv.dilation, conv.groups, conv.kernel_size))
+        state = conv.__dict__
+        if state["padding_mode"] != "zeros":
+            raise _NotOurs
+        parameters = state["_parameters"]
+        weight = parameters["weight"]
+        self.tensors += (weight, parameters["bias"])
+        self.weights.append(weight)
+        try:
+            of_conv = geometry(state["stride"], state["padding"], state["dilation"], state["groups"], weight.shape[2:])
+        except (TypeError, ValueError):  # uneven padding="same", or settings of other types than a constructor leaves
+            raise _NotOurs from None
+        return ConvSlot(first, of_conv)
 
     def _norm(self, norm: nn.Module) -> NormSlot:
-        _check_ours(norm, type(norm) if is_norm_act(type(norm)) else nn.BatchNorm2d)
+        synchronised = isinstance(norm, nn.SyncBatchNorm)
+        plain = nn.SyncBatchNorm if synchronised else nn.BatchNorm2d
+        _check_ours(norm, type(norm) if is_norm_act(type(norm)) else plain)
         first = len(self.tensors)
         parameters, buffers = norm._parameters, norm._buffers
         mean, var = buffers["running_mean"], buffers["running_var"]
@@ -517,7 +629,8 @@ class _Binder:
         if batch_statistics and not updates:
             mean, var = None, None
         self.tensors += (parameters["weight"], parameters["bias"], mean, var)
-        return NormSlot(first, batch_statistics, momentum, norm.eps)
+        group = group_of(norm.process_group) if synchronised and norm.training else None
+        return NormSlot(first, batch_statistics, momentum, norm.eps, group)
 
     def _gain(self, plan: _LinkPlan) -> GainSlot | None:
         drop_path = 0.0 if plan.drop_path is None else self._drop_path(_module(self.root, plan.drop_path))

@@ -34,6 +34,7 @@ COMMANDS: dict[str, Command] = {
     "memory": Command("fusedres.analysis.memory", "what a training step keeps and peaks at, by how the model is run"),
     "params-flops": Command("fusedres.analysis.params_flops", "parameters and multiply-adds per block"),
     "residual-as-ode": Command("fusedres.analysis.residual_as_ode", "a residual stack against its ODE's solution"),
+    "soak": Command("fusedres.benchmarking.soak", "whether memory grows over thousands of steps"),
     "traffic": Command("fusedres.analysis.traffic", "bytes that a training step moves, and the time they must take"),
     "tune": Command("fusedres.tune_cli", "measure the tiles of a model's convolutions on this GPU, and keep them"),
     "zoo": Command("fusedres.zoo.cli", "networks of other libraries: what is fused, whether the numbers stay, times"),

@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
 from . import env, triton
+from .ops.conv import ConvGeometry
+from .ops.conv_fused import conv_fused_refuses
 from .ops.registry import OPS
 
 __all__ = [
     "BACKENDS",
     "FEWEST_ELEMENTS",
+    "MEASURED",
     "backend_for",
+    "by_measurement",
     "forced_backend",
+    "fused_references",
     "kernels",
     "too_small",
     "use_backend",
@@ -77,10 +83,12 @@ BACKENDS = {
     "reference": _reference_refuses,
 }
 
-# What "auto" goes through, fastest first. The CUDA backend's speed has not been measured yet: it runs when it is asked
-# for.
+# What "auto" goes through, fastest first. Elsewhere a block is stock until :func:`fusedres.tune` has measured it there:
+# what is faster depends on device and shape.
 _AUTOMATIC = {"cpu": ("cpu", "reference")}
 _AUTOMATIC_ELSEWHERE = ("stock",)
+MEASURED = ("triton", "cuda")
+"""The backends that a measurement may choose."""
 
 
 # Elements of the input below which a block runs as stock: what its passes save there is less than what one more call
@@ -94,6 +102,11 @@ def too_small(elements: int, mode: str, forced: str = "auto") -> bool:
     A forced backend is never second-guessed.
     """
     return elements < FEWEST_ELEMENTS[mode] and forced == "auto" and forced_backend() == "auto"
+
+
+def by_measurement(device_type: str, forced: str = "auto") -> bool:
+    """Whether what a device's measurements say decides which backend runs a block."""
+    return device_type not in _AUTOMATIC and forced == "auto" and forced_backend() == "auto"
 
 
 def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -153,12 +166,32 @@ def _resolve(device_type: str, dtype: torch.dtype, forced: str) -> str:
 def kernels(device_type: str, dtype: torch.dtype, forced: str = "auto") -> SimpleNamespace:
     """Every op of :data:`fusedres.ops.registry.OPS` by its stem, from the backend chosen for this device and dtype.
 
-    The namespace also names its ``backend``. An op that the backend lacks comes from the reference.
+    The namespace also names its ``backend``. An op that the backend lacks comes from the reference. ``fuses`` is
+    ``None`` where the backend has no fused convolutions; else ``fuses(kind, x, weight, geometry, prologue)`` says
+    whether to call one, see :func:`fusedres.ops.conv_fused.conv_fused_refuses`. ``folds`` is whether inference folds
+    norms into weights: only on a CPU, since to see that folded weights are still true takes a look at them.
 
     Raises:
         RuntimeError: where a forced backend cannot run, with the reason.
     """
-    return _kernels(device_type, dtype, forced if forced != "auto" else forced_backend())
+    found = _kernels(device_type, dtype, forced if forced != "auto" else forced_backend())
+    fuses = getattr(_forced, "fuses", None)
+    return found if fuses is None else SimpleNamespace(**(vars(found) | {"fuses": fuses, "folds": False}))
+
+
+@contextmanager
+def fused_references(fuses: Callable[[str, Tensor, Tensor, ConvGeometry, bool], bool]) -> Iterator[None]:
+    """Forces the reference backend, with the fused convolutions for which ``fuses`` says so; see :func:`kernels`.
+
+    What a GPU's backend would run, pass by pass, without its GPU: to count it, and to test the engine.
+    """
+    before = getattr(_forced, "fuses", None)
+    with use_backend("reference"):
+        _forced.fuses = fuses
+        try:
+            yield
+        finally:
+            _forced.fuses = before
 
 
 @cache
@@ -167,4 +200,10 @@ def _kernels(device_type: str, dtype: torch.dtype, forced: str) -> SimpleNamespa
     if backend == "triton":
         triton.load()
     chosen = {name: op.overload(backend if backend in op.kernels else "reference") for name, op in OPS.items()}
-    return SimpleNamespace(backend=backend, **chosen)
+    fuses = partial(_fuses, backend) if backend in OPS["conv_fused_fprop"].kernels else None
+    folds = fuses is None and device_type == "cpu"
+    return SimpleNamespace(backend=backend, fuses=fuses, folds=folds, **chosen)
+
+
+def _fuses(backend: str, kind: str, x: Tensor, weight: Tensor, g: ConvGeometry, prologue: bool) -> bool:
+    return conv_fused_refuses(kind, backend, x, weight, g, prologue=prologue) is None

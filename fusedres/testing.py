@@ -43,6 +43,7 @@ __all__ = [
     "budget",
     "channels_last",
     "compare",
+    "compare_results",
     "contiguous",
     "expanded",
     "rms",
@@ -171,6 +172,8 @@ class Comparison:
         return "\n".join(str(entry) for entry in self.entries)
 
 
+Results = dict[str, Tensor | None]
+
 DRAWS = 3
 """How many draws decide, where the first is over a budget."""
 
@@ -204,14 +207,34 @@ def compare(
         input_gradients: whether the inputs ask for their gradients.
     """
 
-    def draw(seed: int) -> Comparison:
+    def draw(seed: int) -> tuple[Results, Results, Results]:
         rounded = [x.detach().to(dtype) if x.is_floating_point() else x for x in inputs(seed)]
         for x in rounded:
             x.requires_grad_(input_gradients and backward and x.is_floating_point())
         return _draw(copy.deepcopy(stock).to(dtype), fuse, rounded, autocast, cotangent, backward)
 
-    first = draw(0)
-    return first if first.ok else _median([first, *(draw(seed) for seed in range(1, DRAWS))])
+    return compare_results(draw)
+
+
+def compare_results(draw: Callable[[int], tuple[Results, Results, Results]], draws: int = DRAWS) -> Comparison:
+    """Judges tensors by name against their budgets, for runs that :func:`compare` does not cover.
+
+    Args:
+        draw: from a seed, what ours, stock PyTorch and stock PyTorch in float64 have made of the same numbers.
+        draws: how many decide, where the first is over a budget; an odd number. The fewer values there are, the more
+            draws it takes until luck evens out.
+
+    Raises:
+        AssertionError: where ours and stock PyTorch's names differ.
+    """
+
+    def judge(seed: int) -> Comparison:
+        ours, stock, exact = draw(seed)
+        assert ours.keys() == stock.keys(), f"{sorted(ours)} against stock's {sorted(stock)}"
+        return Comparison(tuple(_entry(name, ours[name], stock[name], exact[name]) for name in stock))
+
+    first = judge(0)
+    return first if first.ok else _median([first, *(judge(seed) for seed in range(1, draws))])
 
 
 def _draw(
@@ -221,7 +244,7 @@ def _draw(
     autocast: torch.dtype | None,
     cotangent: Callable[[Tensor], Tensor] | None,
     backward: bool,
-) -> Comparison:
+) -> tuple[Results, Results, Results]:
     exact_module = copy.deepcopy(plain).double()
     fused = copy.deepcopy(plain)
     made = fuse(fused)
@@ -231,8 +254,7 @@ def _draw(
         ours = run_and_collect(fused, inputs, cotangent, backward)
     exact_inputs = [_widened(x).detach().requires_grad_(x.requires_grad) for x in inputs]
     exact = run_and_collect(exact_module, exact_inputs, cotangent, backward, like=expected["output"])
-    assert ours.keys() == expected.keys(), f"{sorted(ours)} against stock's {sorted(expected)}"
-    return Comparison(tuple(_entry(name, ours[name], expected[name], exact[name]) for name in expected))
+    return ours, expected, exact
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -251,7 +273,7 @@ def run_and_collect(
     cotangent: Callable[[Tensor], Tensor] | None = None,
     backward: bool = True,
     like: Tensor | None = None,
-) -> dict[str, Tensor | None]:
+) -> Results:
     """One forward and backward: the output, all gradients and buffers, by name.
 
     Args:
@@ -261,7 +283,7 @@ def run_and_collect(
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
     with nullcontext() if backward else torch.no_grad():
         out = module(*leaves)
-    found: dict[str, Tensor | None] = {"output": out.detach()}
+    found: Results = {"output": out.detach()}
     if backward:
         with torch.autocast(out.device.type, enabled=False):
             out.backward(_cotangent(out, out if like is None else like, cotangent))

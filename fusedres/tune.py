@@ -1,71 +1,107 @@
-"""Measured tiles: :func:`tune` times the Triton convolutions of a model on its device and keeps the best on disk.
+"""Measured choices: :func:`tune` times a model's convolutions and blocks on its device and keeps what is best on disk.
 
-Candidates are the tiles that a model of registers, shared memory and waves lets through, and the vendor's convolution
-with the passes that surround it; a candidate whose result is not the vendor's up to rounding is discarded, whatever its
-time. See :mod:`fusedres.triton.tuning` for the tables.
+First the Triton convolutions: candidates are the tiles that a model of registers, shared memory and waves lets through,
+and the vendor's convolution with the passes that surround it. Then, with the best of those, every distinct block, by
+stock PyTorch and by each backend that runs here. Whatever its time, a candidate whose result is not stock's within its
+error budget is discarded. :mod:`fusedres.triton.tuning` has the tables, :mod:`fusedres.engine.verdict` is who asks.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import env, triton
+from . import select, triton
 from .console import stages
+from .engine import DenseProgram, Program, execute, execute_dense, execute_stock
+from .engine.stock import stock_dense
+from .engine.verdict import Posed, forget, posed
 from .ops.conv import ConvGeometry
-from .testing import rms
+from .select import why_not
+from .testing import budget, rms
+from .triton.tuning import Verdict, device_name, record, record_verdicts
 
-__all__ = ["TuneReport", "convolutions", "measure", "tune"]
+__all__ = ["TuneReport", "blocks", "convolutions", "measure", "measure_block", "tune", "untunable"]
 
 _CANDIDATES = 10  # tiles that are timed per problem: each is a compilation
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MARGIN = 0.98  # of stock's time, above which a backend is not worth leaving stock for
+_DRAWS = 3
+
+Timer = Callable[[Callable[[], Any]], float]
+"""From a call to its milliseconds."""
 
 
 class TuneReport(NamedTuple):
-    """What was measured: an entry per problem, by key, and the file that has them now."""
+    """What was measured: an entry per problem and a verdict per block, by key, and the file that has them now."""
 
     entries: dict[str, Any]
     path: str
+    verdicts: dict[str, Verdict]
 
     def __str__(self) -> str:
         lines = [
             f"{key}: {entry.milliseconds:.4f} ms with {tuple(entry.tiles)}, vendor {entry.vendor_milliseconds:.4f} ms"
             for key, entry in self.entries.items()
         ]
-        return "\n".join([*lines, f"kept in {self.path}"])
+        for key, v in self.verdicts.items():
+            wrong = f"; wrong on {', '.join(v.wrong)}" if v.wrong else ""
+            times = f"{v.milliseconds:.4f} ms, stock {v.stock_milliseconds:.4f} ms"
+            lines.append(f"{key}: {v.backend}, {times}{wrong}")
+        won = sum(v.backend != "stock" for v in self.verdicts.values())
+        return "\n".join([*lines, f"{won} of {len(self.verdicts)} blocks are faster fused", f"kept in {self.path}"])
 
 
-def tune(model: nn.Module, example: Any, *, backward: bool = True) -> TuneReport:
-    """Measures the convolutions of ``model`` on ``example`` and keeps what is best, for this and later processes.
+def tune(model: nn.Module, example: Any, *, backward: bool = True, timer: Timer | None = None) -> TuneReport:
+    """Measures the convolutions and blocks of ``model`` and keeps what is best, for this and later processes.
 
-    The model's parameters, buffers and gradients are left as they were. Takes minutes: every candidate is compiled.
+    From then on the backend ``"auto"`` runs on this device, in the shapes of ``example`` and near ones, every block on
+    whatever was fastest with it. The model's parameters, buffers and gradients are left as they were. Takes minutes:
+    every candidate is compiled.
 
     Args:
         model: on a GPU, patched or not, under autocast where it will be.
         example: what it is called with: a tensor, or a tuple of arguments.
-        backward: whether to measure the gradients' passes too.
+        backward: whether to measure training too.
+        timer: by default the median of several runs between events on the device.
 
     Raises:
-        RuntimeError: where the Triton kernels do not run here, with the reason.
+        RuntimeError: where neither the Triton nor the CUDA kernels run here, with the reasons.
     """
-    if reason := env.triton_missing():
-        raise RuntimeError(f"tune: {reason}")
-    triton.load()
-    from .triton.tuning import device_name, record
-
-    found = convolutions(model, example, backward)
     device = next((x.device for x in _arguments(example) if isinstance(x, Tensor)), torch.device("cpu"))
-    entries = {}
-    with stages(len(found), "tuning") as begin:
+    if reason := untunable(device.type):
+        raise RuntimeError(f"tune: {reason}")
+    backends = [name for name in select.MEASURED if why_not(name, device.type, torch.float32) is None]
+    found = []
+    if "triton" in backends:
+        triton.load()
+        found = convolutions(model, example, backward)
+    name, path, entries, judged = device_name(device), "", {}, {}
+    with stages(len(found), "tuning convolutions") as begin:
         for problem in found:
             begin(problem.key)
-            entries[problem.key] = measure(problem, device)
-    return TuneReport(entries, str(record(device_name(device), entries)))
+            entries[problem.key] = measure(problem, device, timer)
+    if entries:
+        path = str(record(name, entries))
+    cases = blocks(model, example, backward)
+    with stages(len(cases), "tuning blocks") as begin:
+        for key, case in cases.items():
+            begin(key)
+            judged[key] = measure_block(case, backends, timer)
+    path = str(record_verdicts(name, judged))
+    forget()
+    return TuneReport(entries, path, judged)
+
+
+def untunable(device_type: str) -> str | None:
+    """``None`` where a backend that can be measured runs, else why none does."""
+    reasons = {name: why_not(name, device_type, torch.float32) for name in select.MEASURED}
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) if all(reasons.values()) else None
 
 
 def _arguments(example: Any) -> tuple[Any, ...]:
@@ -112,11 +148,11 @@ class _Watch(TorchDispatchMode):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def measure(problem: Any, device: torch.device, timer: Callable[[Callable[[], Any]], float] | None = None) -> Any:
+def measure(problem: Any, device: torch.device, timer: Timer | None = None) -> Any:
     """Times the candidates of a problem and the vendor's way; the :class:`~fusedres.triton.tuning.Entry` of the best.
 
     Args:
-        timer: from a call to its milliseconds; by default the median of several runs between events on the device.
+        timer: as of :func:`tune`.
     """
     from .triton.tuning import Entry, heuristic, space
 
@@ -216,3 +252,162 @@ def _contestants(problem: Any, device: torch.device) -> tuple[Callable[[Any], Te
         return out
 
     return ours_wgrad, wgrad
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One block
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def blocks(model: nn.Module, example: Any, backward: bool = True) -> dict[str, Posed]:
+    """The distinct blocks that calls of the model pose, by key: in inference, and with ``backward`` in training."""
+    from .patch import patch
+
+    patched = copy.deepcopy(model)
+    patch(patched)
+    with posed() as seen:
+        with torch.no_grad():
+            patched.eval()(*_arguments(example))
+        if backward:
+            with torch.enable_grad():
+                patched.train()(*_arguments(example))
+    return seen
+
+
+def measure_block(case: Posed, backends: Sequence[str], timer: Timer | None = None) -> Verdict:
+    """Judges a block's numbers on each backend, times those that are right, and stock; the verdict.
+
+    Args:
+        case: whose tensors are copied; inputs are drawn in their shapes, dtypes and layouts.
+        timer: as of :func:`tune`.
+    """
+    timer = timer or _milliseconds
+    fits = [name for name in backends if why_not(name, case.x.device.type, case.x.dtype) is None]
+    wrong = tuple(name for name in fits if not _is_right(case, name))
+    stock = timer(_call_of(case, "stock"))
+    times = {name: timer(_call_of(case, name)) for name in fits if name not in wrong}
+    best = min(times, key=times.__getitem__, default=None)
+    if best is None:
+        return Verdict("stock", stock, stock, wrong)
+    return Verdict(best if times[best] <= _MARGIN * stock else "stock", times[best], stock, wrong)
+
+
+def _call_of(case: Posed, backend: str) -> Callable[[], Any]:
+    """One call, with its backward in training."""
+    x, residual = _drawn(case, 0)
+    tensors = [None if t is None else t.detach().clone() for t in case.tensors]
+    folded: dict[int, Any] = {}
+    if not case.training:
+
+        def infer() -> Tensor:
+            with torch.no_grad():
+                return _execute(case.program, backend, x, residual, tensors, folded)
+
+        return infer
+    leaves = _leaves(case, x, residual, tensors)
+    cotangent: list[Tensor] = []
+
+    def step() -> Any:
+        with torch.enable_grad():
+            out = _execute(case.program, backend, x, residual, tensors, None)
+        if not cotangent:
+            cotangent.append(torch.randn_like(out))
+        return torch.autograd.grad(out, leaves, cotangent[0])
+
+    return step
+
+
+def _drawn(case: Posed, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Inputs like those that the block was called with."""
+    generator = torch.Generator(case.x.device).manual_seed(seed)
+    return case.x.drawn(generator), None if case.residual is None else case.residual.drawn(generator)
+
+
+def _leaves(case: Posed, x: Tensor, residual: Tensor | None, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """What asks for a gradient, which it is made to: the inputs, and the operands that do in the model."""
+    wanted = [t for t, original in zip(tensors, case.tensors) if original is not None and original.requires_grad]
+    leaves = [x, *([] if residual is None else [residual]), *wanted]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    return leaves
+
+
+def _execute(
+    program: Program | DenseProgram,
+    backend: str,
+    x: Tensor,
+    residual: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    folded: dict[int, Any] | None,
+) -> Tensor:
+    if isinstance(program, DenseProgram):
+        if backend == "stock":
+            return stock_dense(program.layers, x, tensors)
+        return execute_dense(program._replace(backend=backend), x, tensors, folded)
+    if backend == "stock":
+        return execute_stock(program, x, residual, tensors)
+    return execute(program._replace(backend=backend), x, residual, tensors, folded)
+
+
+def _is_right(case: Posed, backend: str) -> bool:
+    """Whether a backend's outputs, gradients and running statistics are within stock's error budget.
+
+    Where a result is over its budget, two more draws decide: see :mod:`fusedres.testing`.
+    """
+    case = case._replace(program=_without_chance(case.program))
+    try:
+        over = [_over_budget(case, backend, 0)]
+        if over[0]:
+            over += [_over_budget(case, backend, seed) for seed in range(1, _DRAWS)]
+    except torch.OutOfMemoryError:  # what cannot be checked is not chosen
+        return False
+    return not any(sum(i in draw for draw in over) > len(over) // 2 for i in over[0])
+
+
+def _over_budget(case: Posed, backend: str, seed: int) -> set[int]:
+    """The results that are over their budget, by number."""
+    ours, stock = _results(case, backend, seed), _results(case, "stock", seed)
+    with torch.autocast(case.x.device.type, enabled=False):
+        exact = _results(case, "stock", seed, torch.float64)
+    found = enumerate(zip(ours, stock, exact))
+    return {i for i, (o, s, e) in found if not rms(o.double() - e) <= budget(s, e)}
+
+
+def _results(case: Posed, backend: str, seed: int, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The output, in training every gradient, and the running statistics behind it."""
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.detach().clone().to(dtype or t.dtype)
+
+    x, residual = map(cast, _drawn(case, seed))
+    tensors = [cast(t) for t in case.tensors]
+    if not case.training:
+        with torch.no_grad():
+            return [_execute(case.program, backend, x, residual, tensors, {})]
+    leaves = _leaves(case, x, residual, tensors)
+    with torch.enable_grad():
+        out = _execute(case.program, backend, x, residual, tensors, None)
+    generator = torch.Generator(out.device).manual_seed(seed + 1)
+    cotangent = torch.randn(out.shape, device=out.device, generator=generator).to(case.x.dtype).to(out)
+    with torch.autocast(out.device.type, enabled=False):
+        grads = torch.autograd.grad(out, leaves, cotangent)
+    running = [t for t, original in zip(tensors, case.tensors) if original is not None and not original.requires_grad]
+    return [out.detach(), *grads, *running]
+
+
+def _without_chance(program: Program | DenseProgram) -> Program | DenseProgram:
+    """The block without dropout and stochastic depth, whose masks no two implementations draw alike."""
+
+    def sure(chain: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        if chain is None:
+            return None
+        links = [link._replace(dropout=0.0) for link in chain]
+        for i, link in enumerate(links):
+            if link.gain is not None:
+                gain = link.gain._replace(drop_path=0.0) if link.gain.excite is not None else None
+                links[i] = link._replace(gain=gain)
+        return tuple(links)
+
+    if isinstance(program, DenseProgram):
+        return program._replace(layers=tuple(map(sure, program.layers)))
+    return program._replace(branch=sure(program.branch), shortcut=sure(program.shortcut))

@@ -1,4 +1,4 @@
-"""``python -m fusedres tune MODEL``: measures a model's convolutions on this GPU; see :func:`fusedres.tune`."""
+"""``python -m fusedres tune MODEL``: measures a model's blocks on this GPU; see :func:`fusedres.tune`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from argparse import ArgumentParser, Namespace
 
 import torch
 
-from . import env
 from .explain_cli import load_model
-from .tune import tune
+from .tune import tune, untunable
 
 __all__ = ["add_arguments", "run"]
 
@@ -25,7 +24,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    if reason := env.triton_missing():
+    if reason := untunable("cuda"):
         print(f"fusedres tune: {reason}", file=sys.stderr)
         return 2
     try:

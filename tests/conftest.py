@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from gang import Gang
+from hypothesis import settings
 from torch.utils import deterministic
 
 from fusedres import env, select
+
+settings.register_profile("fuzz", max_examples=10_000, print_blob=True)  # of each fuzz test; see ``make fuzz``
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +67,11 @@ def threads() -> Iterator[Callable[..., Any]]:
 
     yield call
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def gang() -> Iterator[Gang]:
+    """Processes for jobs that several run together; started where a test first runs one."""
+    gang = Gang()
+    yield gang
+    gang.close()

@@ -7,14 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fusedres.block import Act, Block, Conv, Dropout, DropPath, Norm, SqueezeExcite, run
+from fusedres.block import Act, Block, Conv, Dense, Dropout, DropPath, Norm, SqueezeExcite, run, run_dense
 from fusedres.block import Step as DescribedStep
 from fusedres.ops.activations import IDENTITY, RELU, Activation, activation
 from fusedres.ops.dropout import draw_seed, keep_scale
 
-__all__ = ["BLOCKS", "Depth", "Described", "Gate", "basic", "bottleneck", "conv", "fuse", "norm", "norms", "replay"]
+__all__ = ["BLOCKS", "DenseBlock", "Depth", "Described", "Gate", "basic", "bottleneck", "conv", "fuse", "norm", "norms"]
+__all__ += ["replay"]
 
-Step = nn.Module | str
+Step = nn.Module | str | Activation
 
 
 class Gate(nn.Module):
@@ -40,7 +41,7 @@ class Depth(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        if not (self.training and self.p):
             return x
         kept = torch.empty((len(x), 1, 1, 1), dtype=x.dtype).bernoulli_(1 - self.p)
         return x * (kept / (1 - self.p) if self.p < 1 else kept)
@@ -48,7 +49,7 @@ class Depth(nn.Module):
 
 class Described(nn.Module):
     """``act(branch(x) + shortcut(x))``; a step is a convolution, a batch norm, a dropout, a gate, stochastic depth, or
-    an activation's name. Either way it draws the same masks.
+    an activation or its name. Either way it draws the same masks.
 
     Args:
         branch, shortcut: as in :class:`fusedres.block.Block`.
@@ -101,7 +102,48 @@ class Described(nn.Module):
         return self.act(out)
 
 
-def fuse(module: Described) -> None:
+class DenseBlock(nn.Module):
+    """A dense block, by concatenation or from one buffer; drawn masks are the same."""
+
+    def __init__(
+        self,
+        count: int = 3,
+        channels: int = 10,
+        growth: int = 6,
+        *,
+        inner: bool = True,
+        dropout: float = 0.0,
+        **options,
+    ) -> None:
+        super().__init__()
+        self.layers, self.options, self.fuses = nn.ModuleList(), options, False
+        self.dropout = nn.Dropout(dropout)
+        steps = []
+        for i in range(count):
+            c = channels + i * growth
+            path = f"layers.{i}"
+            head = (Norm(f"{path}.0"), Act(RELU), Conv(f"{path}.2"))
+            if inner:
+                last = [norm(4 * growth), nn.ReLU(), conv(4 * growth, growth, 3)]
+                self.layers.append(nn.Sequential(norm(c), nn.ReLU(), conv(c, 4 * growth, 1), *last))
+                steps.append((*head, Norm(f"{path}.3"), Act(RELU), Conv(f"{path}.5"), Dropout("dropout")))
+            else:
+                self.layers.append(nn.Sequential(norm(c), nn.ReLU(), conv(c, growth, 3, bias=True)))
+                steps.append(head)
+        self.dense = Dense(tuple(steps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        if self.fuses:
+            return run_dense(self.dense, self, x, **self.options)
+        # The buffer is channels_last, and oneDNN rounds differently in each layout: like is compared with like.
+        features = [x.contiguous(memory_format=torch.channels_last)]
+        for layer in self.layers:
+            features.append(replay(self.dropout, layer(torch.cat(features, 1))))
+        return torch.cat(features, 1)
+
+
+def fuse(module: Described | DenseBlock) -> None:
     module.fuses = True
 
 
@@ -109,7 +151,7 @@ def _split(steps: list[Step]) -> tuple[nn.ModuleList, list[int | Activation]]:
     """The modules, and for every step its module's number or its activation."""
     modules, order = nn.ModuleList(), []
     for step in steps:
-        if isinstance(step, str):
+        if isinstance(step, (str, Activation)):
             order.append(activation(step))
         else:
             order.append(len(modules))

@@ -103,3 +103,22 @@ def test_kernels_of_a_backend(backend):
     assert chosen.backend == backend
     for name, op in OPS.items():
         assert getattr(chosen, name) is op.overload(backend if backend in op.kernels else "reference")
+
+
+def test_fused_references_are_forced_and_lifted():
+    answer = object()
+    with select.fused_references(lambda *args: answer):
+        found = select.kernels("cpu", torch.float32)
+        assert found.backend == "reference" and found.fuses() is answer and not found.folds
+        with select.use_backend("stock"):
+            assert select.forced_backend() == "stock"
+    found = select.kernels("cpu", torch.float32, "reference")
+    assert found.fuses is None and found.folds and select.forced_backend() == "auto"
+
+
+@pytest.mark.parametrize(("device_type", "expected"), [("cpu", False), ("cuda", True)])
+def test_measurements_decide_where_nothing_is_known_beforehand(device_type, expected):
+    assert select.by_measurement(device_type) is expected
+    assert not select.by_measurement(device_type, "reference")
+    with select.use_backend("reference"):
+        assert not select.by_measurement(device_type)

@@ -21,13 +21,13 @@ def thresholds(monkeypatch, nothing_too_small) -> None:
 def stock_runs(monkeypatch) -> list[torch.Size]:
     """The shapes of the inputs that ran as stock."""
     shapes: list[torch.Size] = []
-    stock = block_module._call_modules
+    stock = block_module._walk
 
     def spy(block, root, x, residual):
         shapes.append(x.shape)
         return stock(block, root, x, residual)
 
-    monkeypatch.setattr(block_module, "_call_modules", spy)
+    monkeypatch.setattr(block_module, "_walk", spy)
     return shapes
 
 

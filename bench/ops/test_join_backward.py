@@ -12,7 +12,7 @@ from fusedres.ops.activations import RELU
 from fusedres.ops.registry import OPS
 from fusedres.testing import channels_last, sliced
 
-REDUCE, APPLY = OPS["join_backward_reduce"], OPS["join_backward_apply"]
+REDUCE, MASK, APPLY = OPS["join_backward_reduce"], OPS["join_backward_mask"], OPS["join_backward_apply"]
 DROPOUT = 0.3
 
 
@@ -51,6 +51,21 @@ def eager(grad, y, residual):
     y, residual = y.detach().requires_grad_(), residual.detach().requires_grad_()
     out = torch.relu(F.batch_norm(y, None, None, training=True) + residual)
     return lambda: torch.autograd.grad(out, (y, residual), grad, retain_graph=True)
+
+
+@pytest.mark.parametrize("contestant", ["eager", "reference"])
+@pytest.mark.parametrize("shape", ACTIVATIONS, ids=name_of, indirect=True)
+def test_join_backward_mask(race, shape, dtype, contestant):
+    """The pass that leaves the norm's formula to what reads its gradient; eager applies that too, for want of one."""
+    grad, y, residual = (channels_last(shape, dtype, seed) for seed in range(3))
+    if contestant == "eager":
+        call = eager(grad, y, residual)
+    else:
+        rows = torch.ops.fusedres.bn_norm(torch.ops.fusedres.bn_stats(y), 4.0, None, None, None, None, 0.0, 1e-5)
+        operands = [grad, y, rows, residual, None, RELU.code, RELU.param, False]
+        check(MASK, "reference", operands)
+        call = lambda: MASK.overload("reference")(*operands)  # noqa: E731
+    race(f"join backward mask {name_of(shape)} {dtype}", call, dtype=dtype, touched=nbytes(grad, y, residual, y))
 
 
 @pytest.mark.parametrize("contestant", ["eager", *BACKENDS])

@@ -16,6 +16,7 @@ class Scratch {
  public:
   void* reserve(size_t bytes) {
     if (bytes > size_) {
+      size_ = 0;  // should the memory not be there, the next call must not count on what was
       memory_.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
       STD_TORCH_CHECK(memory_ != nullptr, "conv_wgrad_cpu: out of memory");
       size_ = bytes;

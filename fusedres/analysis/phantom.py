@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from ..ops.activations import IDENTITY
+
 __all__ = ["Call", "Recorder", "Touch", "phantom_input", "phantom_model"]
 
 
@@ -241,10 +243,12 @@ _OVERWRITES = {_aten.copy_.default, _aten.zero_.default, _aten.fill_.Scalar}
 
 
 def _only_its_shape(func: Any, args: tuple, index: int) -> bool:
-    """Whether this argument is there for its shape: dgrad reads no input, wgrad no weight."""
+    """Whether this argument is there for its shape: dgrad reads no input but a pending one, wgrad no weight."""
     if func is _aten.convolution_backward.default:
         needs_input, needs_weight, _ = args[10]
         return (index == 1 and not needs_weight) or (index == 2 and not needs_input)
+    if _name(func).startswith("fusedres.conv_fused_dgrad"):
+        return index == 4 and args[5] is None and args[6] == IDENTITY.code
     return func in _OVERWRITES and index == 0
 
 
@@ -271,12 +275,17 @@ def _each_pixel(y: Tensor, weight: Tensor) -> int:
     return 2 * (y.numel() // max(y.shape[1], 1)) * weight.numel()
 
 
+def _written(out: Tensor, args: tuple, index: int) -> Tensor:
+    """A result, or the argument that it was written into."""
+    return out if len(args) <= index or args[index] is None else args[index]
+
+
 FLOPS = {
     "fusedres.conv_wgrad": lambda args, out: _each_pixel(args[0], args[-1]),
     "fusedres.conv_fused_wgrad": lambda args, out: _each_pixel(args[0], args[-1]),
     "fusedres.conv_fused_dgrad": lambda args, out: _each_pixel(args[0], args[3]),
-    "fusedres.conv_fused_fprop": lambda args, out: _each_pixel(out[0], args[4]),
-    "fusedres.conv_fused_join": lambda args, out: _each_pixel(out, args[4]),
+    "fusedres.conv_fused_fprop": lambda args, out: _each_pixel(_written(out[0], args, 10), args[4]),
+    "fusedres.conv_fused_join": lambda args, out: _each_pixel(_written(out, args, 14), args[4]),
     "mkldnn._convolution_pointwise_": lambda args, out: _each_pixel(args[0], args[2]),
 }
 """Of convolutions that PyTorch does not know; ours by the op's stem, which the kernels of every backend share."""

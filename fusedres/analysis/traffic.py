@@ -3,7 +3,8 @@
 A batch-normalised network is bound by memory: per block, this counts the bytes that three schedules move, from the
 shapes alone. *Stock* is PyTorch's eager mode, op by op. *Inductor-like* is what a fusing compiler makes of the same ops
 (:mod:`fusedres.analysis.schedules`). *Fused* is this library: the passes that its engine runs, as ``docs/design.md``
-lists them, recorded from the engine itself.
+lists them, recorded from the engine itself. On a GPU these have fused convolutions where the Triton backend runs them
+without a measurement: for 1x1 kernels.
 
 Counted is memory as if there were no cache: every kernel reads each of its operands and writes each of its results
 once per pass that it makes. Batch norm in training makes two (sums, then values), a convolution's backward two (dgrad
@@ -25,15 +26,17 @@ from torch.utils._pytree import tree_leaves
 
 from ..console import console, lacks, make_table, stages
 from ..explain_cli import load_model
+from ..ops.conv import ConvGeometry
+from ..ops.conv_fused import conv_fused_unsuited
 from ..patch import patch, unpatch
-from ..select import use_backend, why_not
+from ..select import fused_references, use_backend, why_not
 from .blocks import blocks_of
 from .devices import DEVICES, Device, device_named
 from .output import COLOURS, add_output_arguments, new_figure, save_figure, shape_argument, write
 from .phantom import Call, Recorder, phantom_input, phantom_model
 from .schedules import Kernel, eager, inductor_like
 
-__all__ = ["Cost", "Traffic", "add_arguments", "record_step", "run", "save_plot", "traffic"]
+__all__ = ["Cost", "Traffic", "add_arguments", "fused_backend", "record_step", "run", "save_plot", "traffic"]
 
 SCHEDULES = ("stock", "inductor", "fused")
 
@@ -133,12 +136,11 @@ def traffic(
     unpatch(stock)
     fused = phantom_model(stock)
     patch(fused, memory=memory)
-    backend = _fused_backend(dtype) if device.name.startswith("this CPU") else "reference"
     calls = record_step(stock, phantom_input(shape, dtype), use_backend("stock"))
     kernels = {
         "stock": eager(calls),
         "inductor": inductor_like(calls),
-        "fused": eager(record_step(fused, phantom_input(shape, dtype), use_backend(backend))),
+        "fused": eager(record_step(fused, phantom_input(shape, dtype), fused_backend(device, dtype))),
     }
     paths = [*blocks_of(stock), None]
     blocks = {
@@ -150,8 +152,15 @@ def traffic(
     return Traffic(shape, dtype, device, blocks)
 
 
-def _fused_backend(dtype: torch.dtype) -> str:
-    return "cpu" if why_not("cpu", "cpu", dtype) is None else "reference"
+def fused_backend(device: Device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """What the engine runs on for a device: its passes, not its kernels."""
+    if device.name.startswith("this CPU"):
+        return use_backend("cpu" if why_not("cpu", "cpu", dtype) is None else "reference")
+    return fused_references(_fuses_pointwise)
+
+
+def _fuses_pointwise(kind: str, x: Tensor, weight: Tensor, g: ConvGeometry, prologue: bool) -> bool:
+    return tuple(weight.shape[2:]) == (1, 1) and conv_fused_unsuited(kind, x, weight, g) is None
 
 
 def record_step(
@@ -160,7 +169,7 @@ def record_step(
     """The ops of one forward and backward of ``model``, each attributed to its block.
 
     Args:
-        backend: what the engine runs on: :func:`fusedres.use_backend`.
+        backend: what the engine runs on: :func:`fusedres.use_backend` or :func:`fused_backend`.
         phantom: whether ``model`` and ``x`` are phantoms, on which no op runs.
 
     Raises:

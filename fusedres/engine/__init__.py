@@ -12,10 +12,12 @@ squeeze-excitation's gate or stochastic depth's mask, between the norm and the a
 activation. Every op here comes from :func:`fusedres.select.kernels`.
 """
 
+from ..ops.excite import GATES
 from .dense import DenseProgram
 from .execution import execute, execute_dense
-from .program import GATES, IDENTITY_SHORTCUT, ConvSlot, ExciteSlot, GainSlot, Link, NormSlot, Program, is_constant
+from .program import IDENTITY_SHORTCUT, ConvSlot, ExciteSlot, GainSlot, Link, NormSlot, Program, is_constant
 from .stock import execute_stock
+from .synchronised import group_of
 
 __all__ = [
     "GATES",
@@ -30,5 +32,6 @@ __all__ = [
     "execute",
     "execute_dense",
     "execute_stock",
+    "group_of",
     "is_constant",
 ]

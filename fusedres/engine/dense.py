@@ -16,12 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.bn_stats import statistics_dtype
 from ..ops.layout import dense
 from ..select import kernels
-from .gradients import Chain, Gradients
+from .convolution import Chain, convolved, run_chain
+from .gradients import Gradients, RawGradient
 from .inference import infer_chain, swallows
-from .pending import Raw, applied, cast_weights, compute_dtype, norm_rows, pend, run_chain
+from .pending import Raw, Statistics, applied, cast_weights, compute_dtype, pend
 from .program import Operands, weight_indices
+from .synchronised import GroupStatistics, merge
 from .training import refuse_second_derivatives
 
 __all__ = ["DenseFunction", "DenseProgram", "infer_dense"]
@@ -56,29 +59,62 @@ class DenseProgram(NamedTuple):
 
 
 class _Buffer:
-    """Channels appended so far, and their statistics where a norm wants the batch's."""
+    """Channels appended so far, and their statistics where a norm wants the batch's.
 
-    def __init__(self, x: Tensor, channels: int, dtype: torch.dtype, k: SimpleNamespace, measures: bool) -> None:
+    Where one group of processes shares all of these, every channel's are merged once, as it is appended.
+    """
+
+    def __init__(self, program: DenseProgram, x: Tensor, channels: int, dtype: torch.dtype, k: SimpleNamespace) -> None:
         n, _, h, w = x.shape
         self.tensor = torch.empty((n, channels, h, w), dtype=dtype, device=x.device, memory_format=torch.channels_last)
-        self.stats: Tensor | None = None
-        self.filled, self.k, self.measures = 0, k, measures
+        norms = [layer[0].norm for layer in program.layers if layer[0].norm.batch_statistics]
+        self.measures, groups = bool(norms), {norm.group for norm in norms}
+        self.group = groups.pop() if len(groups) == 1 else None
+        self.own: Tensor | None = None
+        self.merged: GroupStatistics | None = None
+        self.filled, self.k = 0, k
 
-    def append(self, y: Tensor) -> None:
+    def room(self, channels: int) -> Tensor:
+        """Where the next channels go."""
+        return self.tensor[:, self.filled : self.filled + channels]
+
+    def append(self, y: Tensor, into: Tensor, stats: Tensor | None = None) -> None:
+        """Appends ``y``, which may be the room ``into`` itself, written by what made it and measured if need be."""
         start, self.filled = self.filled, self.filled + y.shape[1]
-        into = self.tensor[:, start : self.filled]
         if not self.measures:
-            into.copy_(y)
+            if y is not into:
+                into.copy_(y)
             return
-        y = y.to(self.tensor.dtype).contiguous(memory_format=torch.channels_last)
-        stats = self.k.bn_stats(y, False, into)
-        if self.stats is None:
-            self.stats = stats.new_empty((2, self.tensor.shape[1]))
-        self.stats[:, start : self.filled] = stats
+        if y is not into:
+            y = y.to(self.tensor.dtype).contiguous(memory_format=torch.channels_last)
+            if y.numel():
+                stats = self.k.bn_stats(y, False, into)
+            else:
+                stats = y.new_zeros((2, y.shape[1]), dtype=statistics_dtype(y.dtype))
+        self.own = self._with(self.own, stats, start)
+        if self.group is not None:
+            part = merge(self.group, [(stats, y.numel() // y.shape[1])])[0]
+            known = None if self.merged is None else self.merged.values
+            self.merged = GroupStatistics(self._with(known, part.values, start), part.count)
 
-    def read(self) -> tuple[Tensor, Tensor | None]:
-        stats = None if self.stats is None else self.stats[:, : self.filled].contiguous()
-        return self.tensor[:, : self.filled], stats
+    def _with(self, stats: Tensor | None, of_new: Tensor, start: int) -> Tensor:
+        stats = of_new.new_empty((2, self.tensor.shape[1])) if stats is None else stats
+        stats[:, start : self.filled] = of_new
+        return stats
+
+    def read(self) -> tuple[Tensor, Statistics | None]:
+        channels = self.tensor[:, : self.filled]
+        if self.own is None:
+            return channels, None
+        own, merged = self.own[:, : self.filled].contiguous(), self.merged
+        if merged is not None:
+            merged = merged._replace(values=merged.values[:, : self.filled])
+        return channels, Statistics(own, merged)
+
+
+# From a layer, the channels before it, their statistics and the room for its own to its channels, which may be that
+# room, and their statistics where they are known.
+_Run = Callable[[Chain, Tensor, Statistics | None, Tensor], tuple[Tensor, Tensor | None]]
 
 
 def _grow(
@@ -87,15 +123,17 @@ def _grow(
     tensors: Operands,
     dtype: torch.dtype,
     k: SimpleNamespace,
-    run: Callable[[Chain, Tensor, Tensor | None], Tensor],
+    run: _Run,
 ) -> Tensor:
-    """The buffer after all layers; ``run`` makes a layer's channels from those before it and their statistics."""
+    """The buffer after all layers; ``run`` runs one."""
     dtype = torch.promote_types(x.dtype, dtype)
-    measures = any(layer[0].norm.batch_statistics for layer in program.layers)
-    buffer = _Buffer(x, program.bounds(x.shape[1], tensors)[-1], dtype, k, measures)
-    buffer.append(x)
-    for layer in program.layers:
-        buffer.append(run(layer, *buffer.read()))
+    bounds = program.bounds(x.shape[1], tensors)
+    buffer = _Buffer(program, x, bounds[-1], dtype, k)
+    buffer.append(x, buffer.room(x.shape[1]))
+    for layer, start, stop in zip(program.layers, bounds, bounds[1:]):
+        into = buffer.room(stop - start)
+        made, made_stats = run(layer, *buffer.read(), into)
+        buffer.append(made, into, made_stats)
     return buffer.tensor
 
 
@@ -118,8 +156,8 @@ def infer_dense(program: DenseProgram, x: Tensor, tensors: Operands, folded: dic
         operands = cast_weights(program.links, tensors, dtype)
         return _in_layout_of(x, _forward(program, x, operands, dtype, k)[0])
 
-    def run(layer: Chain, channels: Tensor, stats: Tensor | None) -> Tensor:
-        return infer_chain(layer, channels, None, layer[-1].act, dtype, tensors, folded, k)
+    def run(layer: Chain, channels: Tensor, stats: Statistics | None, into: Tensor) -> tuple[Tensor, Tensor | None]:
+        return infer_chain(layer, channels, None, layer[-1].act, dtype, tensors, folded, k, into), None
 
     return _in_layout_of(x, _grow(program, x, tensors, dtype, k, run))
 
@@ -130,12 +168,15 @@ def _forward(
     """The buffer, and every layer's raw tensors."""
     kept = []
 
-    def run(layer: Chain, channels: Tensor, stats: Tensor | None) -> Tensor:
-        first, norm = layer[0], layer[0].norm
-        rows = norm_rows(norm, channels, tensors, k, stats if norm.batch_statistics else None)
-        raws = run_chain(layer, pend(first, channels, tensors, k, rows), None, tensors, k)
+    def run(layer: Chain, channels: Tensor, stats: Statistics | None, into: Tensor) -> tuple[Tensor, Tensor | None]:
+        first, last = layer[0], layer[-1]
+        known = stats if first.norm.batch_statistics and not first.excites else None
+        raws = run_chain(layer[:-1], pend(first, channels, tensors, k, known), None, tensors, k)
+        fits = last.plain and into.dtype == dtype
+        made = convolved(layer[-2], raws[-1], None, tensors, k, fits and stats is not None, into=into if fits else None)
+        raws.append(pend(last, made[0], tensors, k))
         kept.append(raws)
-        return applied(layer[-1], raws[-1], k)
+        return (applied(last, raws[-1], k), None) if last.dropout else made
 
     return _grow(program, x, tensors, dtype, k, run), kept
 
@@ -221,12 +262,12 @@ class _DenseBackward(Gradients):
 
     def _layer(self, layer: Chain, raws: list[Raw], total: Tensor, start: int, stop: int, needed: bool) -> None:
         """Adds the gradient of the channels before the layer to ``total``, from that of the channels it made."""
-        self._complete(layer, raws, len(raws))
+        path = self._path(layer, self._complete(layer, raws, len(raws)), needed)
         grad, last = total[:, start:stop].contiguous(memory_format=torch.channels_last), len(layer) - 1
         if layer[last].plain:
             self._bias(layer, last, None, None, grad)
+            behind = RawGradient(grad)
         else:
-            grad = self._pending(layer, last, raws[last], grad, layer[last].act)[0]
-        grad = self._chain(layer, raws, grad, needs_input=True, stop=1)
+            behind = self._pending(layer, last, raws[last], grad, layer[last].act)[0]
         before = total[:, :start]
-        self._link(layer, 0, raws[0], grad, needed or self._norm_needed(layer[0]), before, before)
+        self._link(path, 0, self._links(path, behind, 1), needed or self._makers_needed(layer[0]), before, before)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ..ops.conv import output_size
-from ..select import backend_for, too_small
+from ..select import backend_for, by_measurement, too_small
 from .dense import DenseFunction, DenseProgram, infer_dense
 from .inference import infer
 from .pending import compute_dtype
-from .program import Link, Operands, Program, is_constant, needs_gradient
+from .program import Link, Operands, Program, is_constant, is_synchronised, needs_gradient
 from .stock import execute_stock, stock_dense
 from .training import BlockFunction
+from .verdict import winner
 
 
 def execute(
@@ -29,8 +30,12 @@ def execute(
         folded: where folded and packed weights are kept between inference calls.
     """
     inference = program.constant and not needs_gradient((x, residual, *tensors))
-    if is_for_stock(program, x, x.numel(), inference) or _broadcasts(program, x, residual, tensors):
+    chosen: Program | None = program
+    if is_for_stock(program, x, x.numel(), inference):
+        chosen = _measured(program, x, residual, tensors, inference)
+    if chosen is None or _broadcasts(program, x, residual, tensors):
         return execute_stock(program, x, residual, tensors)
+    program = chosen
     if inference:
         return infer(program, x, residual, tensors, {} if folded is None else folded)
     return BlockFunction.apply(program, x, residual, *tensors)
@@ -44,7 +49,10 @@ def execute_dense(program: DenseProgram, x: Tensor, tensors: Operands, folded: d
     if len(program.layers) <= 2 and not inference:
         elements = 0  # copies into and out of the buffer cost what the concatenations of two layers do
     if is_for_stock(program, x, elements, inference):
-        return stock_dense(program.layers, x, tensors)
+        measured = _measured(program, x, None, tensors, inference)
+        if measured is None:
+            return stock_dense(program.layers, x, tensors)
+        program = measured
     if inference:
         return infer_dense(program, x, tensors, {} if folded is None else folded)
     return DenseFunction.apply(program, x, *tensors)
@@ -52,12 +60,22 @@ def execute_dense(program: DenseProgram, x: Tensor, tensors: Operands, folded: d
 
 def is_for_stock(program: Program | DenseProgram, x: Tensor, elements: int, inference: bool) -> bool:
     """Whether PyTorch's own ops run this; ``elements`` says how much there is to gain."""
-    if torch.compiler.is_compiling() or x.numel() == 0:
-        return True
-    if backend_for(x.device, compute_dtype(x), program.backend) == "stock":
+    if torch.compiler.is_compiling() or backend_for(x.device, compute_dtype(x), program.backend) == "stock":
         return True
     mode = "inference" if inference else "training"
-    return program.memory != "low" and too_small(elements, mode, program.backend)
+    nothing_to_gain = x.numel() == 0 or (program.memory != "low" and too_small(elements, mode, program.backend))
+    # Processes that share statistics must all do the same, whatever their parts of the batch.
+    return nothing_to_gain and not is_synchronised(program.links)
+
+
+def _measured(
+    program: Program | DenseProgram, x: Tensor, residual: Tensor | None, tensors: Operands, inference: bool
+) -> Program | DenseProgram | None:
+    """The block on the backend that was measured fastest for this call, where measurements decide; else ``None``."""
+    if torch.compiler.is_compiling() or x.numel() == 0 or not by_measurement(x.device.type, program.backend):
+        return None
+    backend = winner(program, x, residual, tensors, not inference)
+    return None if backend == "stock" else program._replace(backend=backend)
 
 
 def _broadcasts(program: Program, x: Tensor, residual: Tensor | None, tensors: Operands) -> bool:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..ops.activations import Activation
 from ..ops.bn_stats import statistics_dtype
-from ..ops.conv import conv_fprop
 from ..ops.dropout import draw_seed
+from ..ops.excite import EXCITE, GATES, squeezed
 from ..ops.layout import like
-from .program import GATES, ExciteSlot, Link, NormSlot, Operands, weight_indices
+from .program import ExciteSlot, Link, NormSlot, Operands, Program, weight_indices
+from .synchronised import GroupStatistics, merge, merge_samples
 
 
 class Raw(NamedTuple):
@@ -26,6 +27,7 @@ class Raw(NamedTuple):
         mask: stochastic depth's part of the gain, ``[N, 1]``.
         means: of every sample's channels, ``[N, C]``, where the gain is made from them.
         seed: of the dropout.
+        total: how many values per channel all processes have that the norm is synchronised with; a number in float64.
     """
 
     tensor: Tensor
@@ -34,6 +36,19 @@ class Raw(NamedTuple):
     mask: Tensor | None = None
     means: Tensor | None = None
     seed: Tensor | None = None
+    total: Tensor | None = None
+
+
+class Statistics(NamedTuple):
+    """Statistics of a raw tensor.
+
+    Attributes:
+        own: mean and M2 of this process's values, ``[2, C]``, or ``[2, N, C]`` of every sample.
+        group: those of all processes, where they are merged already.
+    """
+
+    own: Tensor
+    group: GroupStatistics | None = None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -64,41 +79,81 @@ def aligned(y: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return y, like(residual, y)
 
 
-def pend(link: Link, tensor: Tensor, tensors: Operands, k: SimpleNamespace, rows: Tensor | None = None) -> Raw:
+def pend(link: Link, tensor: Tensor, tensors: Operands, k: SimpleNamespace, stats: Statistics | None = None) -> Raw:
     """A raw tensor with what ``link`` makes pending on it: statistics are taken, masks and seeds drawn.
 
-    ``rows`` are those of the norm where they are known.
+    ``stats`` are those that :func:`measure` would take, where they are known.
     """
+    stats = measure(link, tensor, k) if stats is None else stats
+    rows, total = norm_rows(link.norm, tensor, tensors, k, stats)
     if link.gain is None:
-        rows = norm_rows(link.norm, tensor, tensors, k) if rows is None else rows
-        return Raw(tensor, rows, seed=draw_seed() if link.dropout else None)
-    means = None
-    if link.gain.excite is None:
-        rows = norm_rows(link.norm, tensor, tensors, k) if rows is None else rows
-    else:  # one pass for the batch's statistics and the squeeze
-        stats = k.bn_stats(tensor, True)
-        means, rows = stats[0], norm_rows(link.norm, tensor, tensors, k, stats)
+        return Raw(tensor, rows, seed=draw_seed() if link.dropout else None, total=total)
+    means = stats.own[0] if link.excites else None
     mask = survivors(tensor, link.gain.drop_path)
-    gain = gain_of(link.gain.excite, rows, means, mask, tensors, tensor)
-    return Raw(tensor, rows, gain, mask, means, draw_seed() if link.dropout else None)
+    gain = gain_of(link.gain.excite, rows, means, mask, tensors, tensor, k)
+    return Raw(tensor, rows, gain, mask, means, draw_seed() if link.dropout else None, total)
+
+
+def pend_ends(program: Program, branch: list[Raw], shortcut: list[Raw], tensors: Operands, k: SimpleNamespace) -> None:
+    """:func:`pend` for the last raw tensors of both chains, whose norms share one exchange of statistics."""
+    ends = [(program.branch[-1], branch), (program.shortcut[-1], shortcut)]
+    stats = [measure(link, raws[-1].tensor, k) for link, raws in ends]
+    parts = [_part(raws[-1].tensor, each) for (_, raws), each in zip(ends, stats)]
+    for (link, raws), each, group in zip(ends, stats, merge(program.branch[-1].norm.group, parts)):
+        raws[-1] = pend(link, raws[-1].tensor, tensors, k, each._replace(group=group))
+
+
+def measure(link: Link, tensor: Tensor, k: SimpleNamespace) -> Statistics | None:
+    """What the norm and the squeeze of ``link`` need to know of a raw tensor, in one pass."""
+    if not (link.excites or (link.norm is not None and link.norm.batch_statistics)):
+        return None
+    if tensor.numel() == 0:  # of a process without a part in the batch: it has a part in the exchange
+        shape = (2, *tensor.shape[:2]) if link.excites else (2, tensor.shape[1])
+        return Statistics(tensor.new_zeros(shape, dtype=statistics_dtype(tensor.dtype)))
+    return Statistics(k.bn_stats(tensor, link.excites))
 
 
 def norm_rows(
-    norm: NormSlot | None, raw: Tensor, tensors: Operands, k: SimpleNamespace, stats: Tensor | None = None
-) -> Tensor | None:
+    norm: NormSlot | None, raw: Tensor, tensors: Operands, k: SimpleNamespace, stats: Statistics | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The rows of a norm, and the count of the group that it is synchronised with."""
     if norm is None:
-        return None
+        return None, None
     affine_and_buffers = tensors[norm.first : norm.first + 4]
     if not norm.batch_statistics:
-        return k.bn_norm(None, 1.0, *affine_and_buffers, 0.0, norm.eps)
-    count = raw.numel() // raw.shape[1]
+        return k.bn_norm(None, 1.0, *affine_and_buffers, 0.0, norm.eps), None
+    if norm.group is not None:
+        group = merge(norm.group, [_part(raw, stats)])[0] if stats.group is None else stats.group
+        return _group_rows(norm, raw, affine_and_buffers, k, group), group.count
+    count = _count(raw)
     if count <= 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {raw.shape}")
-    stats = k.bn_stats(raw) if stats is None else stats
-    rows = k.bn_norm(stats, float(count), *affine_and_buffers, norm.momentum, norm.eps)
+    rows = k.bn_norm(stats.own, float(count), *affine_and_buffers, norm.momentum, norm.eps)
     # A kernel's write goes by unnoticed; folded weights and autograd's checks rely on the count.
     torch.autograd.graph.increment_version([t for t in affine_and_buffers[2:] if t is not None])
-    return rows
+    return rows, None
+
+
+def _count(raw: Tensor) -> int:
+    return raw.numel() // raw.shape[1]
+
+
+def _part(raw: Tensor, stats: Statistics) -> tuple[Tensor, int]:
+    """This process's part in the statistics of a group."""
+    count = _count(raw)
+    return (stats.own if stats.own.dim() == 2 else merge_samples(stats.own, count)), count
+
+
+def _group_rows(
+    norm: NormSlot, raw: Tensor, affine_and_buffers: Operands, k: SimpleNamespace, group: GroupStatistics
+) -> Tensor:
+    """The rows from a group's statistics; running statistics are updated here, since the op's count is no tensor."""
+    (mean, m2), (gamma, beta, running_mean, running_var) = group.values, affine_and_buffers
+    for running, value in ((running_mean, mean), (running_var, m2 / (group.count - 1))):
+        if running is not None:
+            running.copy_((1 - norm.momentum) * running.double() + norm.momentum * value)
+    as_of_one = torch.stack((mean, m2 / group.count)).to(statistics_dtype(raw.dtype))
+    return k.bn_norm(as_of_one, 1.0, gamma, beta, None, None, 0.0, norm.eps)
 
 
 def survivors(x: Tensor, drop_path: float) -> Tensor | None:
@@ -116,16 +171,15 @@ def gain_of(
     mask: Tensor | None,
     tensors: Operands,
     raw: Tensor,
+    k: SimpleNamespace,
 ) -> Tensor:
     if excite is None:
         return mask.expand(raw.shape[:2]).contiguous()
+    if k.backend in EXCITE.kernels:
+        operands = tensors[excite.first : excite.first + 4]
+        return k.excite(means, rows, *operands, excite.act.code, excite.act.param, excite.gate, mask)
     gate = excitation(excite, squeezed(rows, means), tensors[excite.first : excite.first + 4]).to(means.dtype)
     return gate if mask is None else gate * mask
-
-
-def squeezed(rows: Tensor | None, means: Tensor) -> Tensor:
-    """The mean of a batch-normalised tensor is the affine of the raw tensor's mean."""
-    return means if rows is None else torch.addcmul(rows[3], rows[2], means)
 
 
 def excitation(slot: ExciteSlot, squeeze: Tensor, tensors: Operands) -> Tensor:
@@ -145,23 +199,3 @@ def apply_pending(link: Link, raw: Raw, act: Activation, k: SimpleNamespace, *si
 def applied(link: Link, raw: Raw, k: SimpleNamespace) -> Tensor:
     """The pending value, applied."""
     return raw.tensor if link.plain else apply_pending(link, raw, link.act, k)
-
-
-def next_raw(link: Link, value: Tensor, tensors: Operands) -> Tensor:
-    """What ``link`` makes of its value: the raw tensor of the next link."""
-    if link.conv is None:
-        return value
-    weight, bias = tensors[link.conv.first : link.conv.first + 2]
-    return conv_fprop(value.to(weight.dtype), weight, bias, link.conv.geometry)
-
-
-def run_chain(
-    chain: tuple[Link, ...], first: Raw, value: Tensor | None, tensors: Operands, k: SimpleNamespace
-) -> list[Raw]:
-    """The raw tensors of a chain, each with what is pending on it; ``value`` is the first one's, if it is there yet."""
-    raws = [first]
-    for link, reader in zip(chain, chain[1:]):
-        value = applied(link, raws[-1], k) if value is None else value
-        raws.append(pend(reader, next_raw(link, value, tensors), tensors, k))
-        value = None
-    return raws

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.activations import IDENTITY, Activation
 from ..ops.conv import ConvGeometry
-
-# What may end an excitation.
-GATES = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
 
 
 class ConvSlot(NamedTuple):
@@ -29,12 +25,14 @@ class NormSlot(NamedTuple):
     Attributes:
         batch_statistics: whether it normalises with the statistics of the batch, or with the running ones.
         momentum: the weight of the batch in the running statistics.
+        group: the processes whose batches are one batch to it, or ``None``; only with batch statistics.
     """
 
     first: int
     batch_statistics: bool
     momentum: float
     eps: float
+    group: Any = None
 
 
 class ExciteSlot(NamedTuple):
@@ -42,7 +40,7 @@ class ExciteSlot(NamedTuple):
 
     Attributes:
         act: between the layers.
-        gate: behind them, a key of :data:`GATES`.
+        gate: behind them, a key of :data:`fusedres.ops.excite.GATES`.
     """
 
     first: int
@@ -80,6 +78,11 @@ class Link(NamedTuple):
         """Whether the raw tensor is the value itself."""
         return self.norm is None and self.act == IDENTITY and self.gain is None and not self.dropout
 
+    @property
+    def excites(self) -> bool:
+        """Whether the gain is made from the raw tensor's means."""
+        return self.gain is not None and self.gain.excite is not None
+
 
 IDENTITY_SHORTCUT = (Link(None, IDENTITY, None),)
 
@@ -114,6 +117,14 @@ class Program(NamedTuple):
         """Whether the result depends on nothing but the input and the parameters: no batch statistics, no chance."""
         return is_constant(self.links)
 
+    @property
+    def exchanges_once(self) -> bool:
+        """Whether the norms at the ends of both chains are synchronised over the same processes."""
+        if self.shortcut is None or min(len(self.branch), len(self.shortcut)) < 2:
+            return False
+        ends = self.branch[-1].norm, self.shortcut[-1].norm
+        return None not in ends and ends[0].group is not None and ends[0].group == ends[1].group
+
 
 def is_constant(links: tuple[Link, ...]) -> bool:
     """Whether nothing but the input and the parameters counts: no batch statistics, no chance."""
@@ -136,3 +147,8 @@ def weight_indices(links: tuple[Link, ...]) -> list[int]:
         if link.gain is not None and link.gain.excite is not None:
             indices += range(link.gain.excite.first, link.gain.excite.first + 4)
     return indices
+
+
+def is_synchronised(links: tuple[Link, ...]) -> bool:
+    """Whether the statistics of a norm are those of several processes."""
+    return any(link.norm is not None and link.norm.group is not None for link in links)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules._functions import SyncBatchNorm
 
 from ..ops.activations import IDENTITY
 from ..ops.conv import conv_fprop
 from .pending import excitation, survivors
 from .program import GainSlot, Link, NormSlot, Operands, Program
+from .training import BlockFunction
 
 
 def execute_stock(program: Program, x: Tensor, residual: Tensor | None, tensors: Operands) -> Tensor:
@@ -61,4 +63,15 @@ def _stock_gain(slot: GainSlot, x: Tensor, tensors: Operands) -> Tensor:
 
 def _stock_norm(norm: NormSlot, x: Tensor, tensors: Operands) -> Tensor:
     gamma, beta, mean, var = tensors[norm.first : norm.first + 4]
+    if norm.group is not None:
+        return _stock_synchronised(norm, x, gamma, beta, mean, var)
     return F.batch_norm(x, mean, var, gamma, beta, norm.batch_statistics, norm.momentum, norm.eps)
+
+
+def _stock_synchronised(norm: NormSlot, x: Tensor, *operands: Tensor | None) -> Tensor:
+    """PyTorch's own, which is for accelerators alone; on the CPU the engine, for this one norm."""
+    if x.device.type == "cpu":
+        alone = Program((Link(norm._replace(first=0), IDENTITY, None),), None, IDENTITY, backend="reference")
+        return BlockFunction.apply(alone, x, None, *operands)
+    world_size = torch.distributed.get_world_size(norm.group)
+    return SyncBatchNorm.apply(x, *operands, norm.eps, norm.momentum, norm.group, world_size)

@@ -12,8 +12,9 @@ from ..ops.activations import IDENTITY
 from ..ops.conv import conv_backward
 from ..ops.layout import dense
 from ..select import kernels
-from .gradients import Gradients, Side, sum_
-from .pending import Raw, aligned, applied, apply_pending, cast_weights, compute_dtype, pend, run_chain
+from .convolution import run_chain
+from .gradients import Gradients, Path, RawGradient, Side, sum_
+from .pending import Raw, aligned, applied, apply_pending, cast_weights, compute_dtype, pend, pend_ends
 from .program import IDENTITY_SHORTCUT, Link, Operands, Program, weight_indices
 
 
@@ -54,12 +55,15 @@ def forward_block(
     """The block's output, and the raw tensors of its two chains."""
     first = pend(program.branch[0], x, tensors, k)
     value = applied(program.branch[0], first, k) if program.shares else None
-    branch = run_chain(program.branch, first, value, tensors, k)
-    last, raw = program.branch[-1], branch[-1]
+    apart, last = not program.exchanges_once, program.branch[-1]
+    branch = run_chain(program.branch, first, value, tensors, k, apart)
     if program.shortcut is None:
-        return applied(last, raw, k), branch, []
+        return applied(last, branch[-1], k), branch, []
     side_input = value if program.shares else x if residual is None else dense(residual)
-    shortcut = run_chain(program.shortcut, pend(program.shortcut[0], side_input, tensors, k), None, tensors, k)
+    shortcut = run_chain(program.shortcut, pend(program.shortcut[0], side_input, tensors, k), None, tensors, k, apart)
+    if not apart:
+        pend_ends(program, branch, shortcut, tensors, k)
+    raw = branch[-1]
     y, side = aligned(raw.tensor, shortcut[-1].tensor)
     out = apply_pending(last, raw._replace(tensor=y), program.act, k, side, shortcut[-1].rows)
     return out.to(raw.tensor.dtype) if program.in_place else out, branch, shortcut
@@ -129,24 +133,36 @@ class _Backward(Gradients):
 
     def run(self, grad: Tensor) -> tuple[Any, ...]:
         program, has_shortcut = self.program, self.program.shortcut is not None
-        branch = self._raws(program.branch, self.x)
-        side_input = self.x if self.residual is None else self.residual
-        shortcut = self._raws(program.shortcut, side_input) if has_shortcut else []
         needs_side_input = self.needs_x if self.residual is None else self.needs_residual
         if program.shares:
-            needs_side_input = needs_side_input or self._norm_needed(program.branch[0])
+            needs_side_input = needs_side_input or self._makers_needed(program.branch[0])
         needs_side = has_shortcut and (needs_side_input or self._any_needed(program.shortcut))
 
-        grad_y, grad_side = self._join(grad, branch[-1], shortcut[-1] if has_shortcut else None, needs_side)
+        # Two chains that share their first value have that in common with its gradient: their first links go together.
+        start = 1 if program.shares else 0
+        raws = self._raws(program.branch, self.x)
+        branch = self._path(program.branch, raws, self.needs_x, start)
+        shortcut = None
+        if has_shortcut:
+            of_side = self._raws(program.shortcut, self._side_input(raws))
+            shortcut = self._path(program.shortcut, of_side, needs_side_input, start)
+        grad_y, grad_side = self._join(grad, branch, shortcut, needs_side)
         if program.shares:
             return (None, self._shared_input(branch, shortcut, grad_y, grad_side, needs_side_input), None, *self.grads)
-        if needs_side:
-            grad_side = self._chain(program.shortcut, shortcut, grad_side, needs_side_input)
+        onto = self._chain(shortcut, grad_side, needs_side_input) if needs_side else None
         if self.residual is not None:
-            return (None, self._chain(program.branch, branch, grad_y, self.needs_x), grad_side, *self.grads)
+            return (None, self._chain(branch, grad_y, self.needs_x), onto, *self.grads)
         # Both chains read x: the branch adds its gradient to the shortcut's.
-        onto = grad_side if needs_side else None
-        return (None, self._chain(program.branch, branch, grad_y, self.needs_x, onto), None, *self.grads)
+        return (None, self._chain(branch, grad_y, self.needs_x, onto), None, *self.grads)
+
+    def _side_input(self, branch: list[Raw]) -> Tensor:
+        """The shortcut's first raw tensor; of a shared value, which is not kept, only where others are made from it."""
+        program, shortcut = self.program, self.program.shortcut
+        if program.shares and not only_adds(program):
+            inner = range(1, len(shortcut))
+            if any(recomputes(shortcut, index, program.memory, self.tensors) for index in inner):
+                return applied(program.branch[0], branch[0], self.k)
+        return self.x if self.residual is None else self.residual
 
     def _raws(self, chain: tuple[Link, ...], x: Tensor) -> list[Raw]:
         """A chain's raw tensors as the forward had them, those recomputed that were dropped."""
@@ -164,30 +180,30 @@ class _Backward(Gradients):
 
     def _shared_input(
         self,
-        branch: list[Raw],
-        shortcut: list[Raw],
-        grad: Tensor,
-        grad_side: Tensor | None,
+        branch: Path,
+        shortcut: Path,
+        grad: RawGradient,
+        grad_side: RawGradient | None,
         needed: bool,
     ) -> Tensor | None:
         """Both chains from their last raw tensors to the pending value that both read, and from there to the input."""
-        first = self.program.branch[0]
+        first, raw = branch.chain[0], branch.raws[0]
         readers = []
-        for chain, raws, g in ((self.program.branch, branch, grad), (self.program.shortcut, shortcut, grad_side)):
-            if len(chain) > 1 and g is not None:
-                readers.append((chain[0].conv, self._chain(chain, raws, g, needs_input=True, stop=1)))
-        grad_value = grad_side if len(self.program.shortcut) == 1 and needed else None
+        for path, g in ((branch, grad), (shortcut, grad_side)):
+            if len(path.chain) > 1 and g is not None:
+                readers.append((path.chain[0].conv, self._links(path, g, 1).g))
+        grad_value = grad_side.g if len(shortcut.chain) == 1 and needed else None
         for conv, g in readers if needed else ():
             weight = self.tensors[conv.first]
-            dgrad, _ = conv_backward(g.to(weight.dtype), branch[0].tensor, weight, conv.geometry, True, False)
+            dgrad, _ = conv_backward(g.to(weight.dtype), raw.tensor, weight, conv.geometry, True, False)
             grad_value = dgrad if grad_value is None else sum_(grad_value, dgrad)
         readers = [(conv, g) for conv, g in readers if self.needs[conv.first]]
         grad_x, value = None, None
         if grad_value is not None:
-            raw = branch[0]
-            grad_x, _, value = self._pending(self.program.branch, 0, raw, grad_value, first.act, bool(readers))
+            found, _, value = self._pending(branch.chain, 0, raw, grad_value, first.act, bool(readers))
+            grad_x = found.g
         elif readers:
-            value = applied(first, branch[0], self.k)
+            value = applied(first, raw, self.k)
         for conv, g in readers:
             weight = self.tensors[conv.first]
             _, self.grads[conv.first] = conv_backward(
@@ -195,19 +211,29 @@ class _Backward(Gradients):
             )
         return grad_x if self.needs_x else None
 
-    def _join(self, grad: Tensor, main: Raw, side: Raw | None, needs_side: bool) -> tuple[Tensor, Tensor | None]:
-        chain, shortcut = self.program.branch, self.program.shortcut
+    def _join(
+        self, grad: Tensor, branch: Path, shortcut: Path | None, needs_side: bool
+    ) -> tuple[RawGradient, RawGradient | None]:
+        """The gradients of both sides of the join."""
+        chain, main, last = branch.chain, branch.raws[-1], len(branch.chain) - 1
         if only_adds(self.program):
             return self._addition(dense(grad), needs_side)
-        act = chain[-1].act if shortcut is None else self.program.act
-        y, residual = aligned(main.tensor, None if side is None else side.tensor)
-        other = None if side is None else Side(shortcut, side._replace(tensor=residual), needs_side)
-        grad_y, grad_side, _ = self._pending(chain, len(chain) - 1, main._replace(tensor=y), grad, act, side=other)
+        if shortcut is None:
+            pends = branch.pends(last)
+            return self._pending(chain, last, main, grad, chain[-1].act, pends=pends)[0], None
+        side = shortcut.raws[-1]
+        y, residual = aligned(main.tensor, side.tensor)
+        other = Side(shortcut.chain, side._replace(tensor=residual), needs_side)
+        pends = branch.pends(last) and y.dtype == main.tensor.dtype and residual.dtype == side.tensor.dtype
+        if needs_side and shortcut.chain[-1].norm is not None:
+            pends = pends and shortcut.pends(len(shortcut.chain) - 1)
+        main = main._replace(tensor=y)
+        grad_y, grad_side, _ = self._pending(chain, last, main, grad, self.program.act, side=other, pends=pends)
         return grad_y, grad_side
 
-    def _addition(self, grad: Tensor, needs_side: bool) -> tuple[Tensor, Tensor | None]:
+    def _addition(self, grad: Tensor, needs_side: bool) -> tuple[RawGradient, RawGradient | None]:
         for chain in (self.program.branch, self.program.shortcut or IDENTITY_SHORTCUT):
             self._bias(chain, len(chain) - 1, None, None, grad)
         # An identity shortcut's gradient is added to in place, but where a pass over the input reads it.
         in_place = self.program.shares or self.program.branch[0].plain
-        return grad, (grad.clone() if in_place else grad) if needs_side else None
+        return RawGradient(grad), RawGradient(grad.clone() if in_place else grad) if needs_side else None

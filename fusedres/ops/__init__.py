@@ -7,6 +7,7 @@ from . import (  # noqa: F401  they register themselves
     conv_fused,
     conv_fused_backward,
     conv_wgrad,
+    excite,
     fingerprint,
     gated_join,
     join,

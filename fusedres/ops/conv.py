@@ -39,6 +39,7 @@ class ConvGeometry(NamedTuple):
     groups: int
 
 
+@cache
 def geometry(
     stride: int | tuple[int, int],
     padding: int | tuple[int, int] | str,
@@ -70,10 +71,9 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 def output_size(size: tuple[int, int], kernel_size: tuple[int, int], g: ConvGeometry) -> tuple[int, int]:
     """Height and width of the result."""
-    height, width = (
-        (size[i] + 2 * g.padding[i] - g.dilation[i] * (kernel_size[i] - 1) - 1) // g.stride[i] + 1 for i in (0, 1)
-    )
-    return height, width
+    (s0, s1), (p0, p1), (d0, d1), _ = g
+    height = (size[0] + 2 * p0 - d0 * (kernel_size[0] - 1) - 1) // s0 + 1
+    return height, (size[1] + 2 * p1 - d1 * (kernel_size[1] - 1) - 1) // s1 + 1
 
 
 def conv_fprop(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .activations import IDENTITY, RELU, Activation
 from .conv import ConvGeometry, conv_fprop, onednn_refuses
+from .layout import like
 
 __all__ = ["FoldedConv", "fold"]
 
@@ -50,7 +51,10 @@ class FoldedConv(NamedTuple):
         """``act(conv(x) + residual)``; ``join`` applies what the convolution cannot take into its epilogue."""
         if not self.packed:
             y = conv_fprop(x, self.weight, self.bias, self.geometry)
-            return y if residual is None and act == IDENTITY else join(y, None, residual, None, act.code, act.param)
+            if residual is None:
+                return y if act == IDENTITY else join(y, None, None, None, act.code, act.param)
+            # With one channel or one pixel the input's layout does not tell the result's.
+            return join(y, None, like(residual, y), None, act.code, act.param)
         g = self.geometry
         shape = (g.padding, g.stride, g.dilation, g.groups)
         if residual is None:

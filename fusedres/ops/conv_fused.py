@@ -24,12 +24,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..triton import tuning
 from .bn_stats import BN_STATS
 from .conv import ConvGeometry, output_size
 from .join import BY_CODE, JOIN, join_argument
 from .registry import declare
 
-__all__ = ["CONV_FUSED_FPROP", "CONV_FUSED_JOIN", "conv_fused_refuses", "pending_value"]
+__all__ = ["CONV_FUSED_FPROP", "CONV_FUSED_JOIN", "conv_fused_refuses", "conv_fused_unsuited", "pending_value"]
 
 _INPUT = "Tensor x, Tensor? norm, int act, float act_param, Tensor weight, Tensor? bias"
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation"
@@ -205,33 +206,35 @@ def conv_fused_refuses(
     """
     if kind not in ("fprop", "dgrad", "wgrad"):
         raise ValueError(f"kind must be 'fprop', 'dgrad' or 'wgrad', got {kind!r}")
-    reason = _cannot(kind, backend, x, weight, g, pending_addend)
+    if backend not in CONV_FUSED_FPROP.kernels:
+        return f"backend {backend!r} has no fused convolutions"
+    reason = conv_fused_unsuited(kind, x, weight, g, pending_addend)
     if reason is not None:
         return reason
-    from ..triton.tuning import Problem, vendor_is_faster
-
-    kernel = (weight.shape[2], weight.shape[3])
-    problem = Problem(kind, x.dtype, tuple(x.shape), weight.shape[0], kernel, g, prologue)
-    measured = vendor_is_faster(problem, x.device)
+    filters, _, *kernel = weight.shape
+    problem = tuning.Problem(kind, x.dtype, tuple(x.shape), filters, tuple(kernel), g, prologue)
+    measured = tuning.vendor_is_faster(problem, x.device)
     if measured:
         return f"the vendor's {kind} was measured faster for this shape"
-    if measured is None and kernel != (1, 1):
+    if measured is None and kernel != [1, 1]:
         return f"no measurement says that {kernel[0]}x{kernel[1]} {kind} beats the vendor's: see fusedres.tune"
     return None
 
 
-def _cannot(kind: str, backend: str, x: Tensor, weight: Tensor, g: ConvGeometry, pending_addend: bool) -> str | None:
-    if backend not in CONV_FUSED_FPROP.kernels:
-        return f"backend {backend!r} has no fused convolutions"
+def conv_fused_unsuited(
+    kind: str, x: Tensor, weight: Tensor, g: ConvGeometry, pending_addend: bool = False
+) -> str | None:
+    """``None`` where the kernels take these operands, else why not; arguments as of :func:`conv_fused_refuses`."""
     if g.groups != 1:
         return f"a fused convolution has no groups, this one has {g.groups}"
     if x.dtype != weight.dtype:
         return f"x is {x.dtype}, the weight {weight.dtype}"
     if not x.is_contiguous(memory_format=torch.channels_last) and x.stride(1) != 1:
         return "x is not channels_last"
-    if x.shape[1] % 8 or weight.shape[0] % 8:
-        return f"{x.shape[1]} and {weight.shape[0]} channels do not divide into loads of 16 bytes"
-    pointwise = tuple(weight.shape[2:]) == (1, 1)
+    filters, channels, *kernel = weight.shape
+    if channels % 8 or filters % 8:
+        return f"{channels} and {filters} channels do not divide into loads of 16 bytes"
+    pointwise = kernel == [1, 1]
     if kind == "dgrad" and pointwise and any(g.padding):
         return "dgrad takes no padding around a 1x1 kernel"
     if kind == "dgrad" and g.stride != (1, 1):

@@ -16,6 +16,9 @@ A dropout masks and scales ``grad``. A gain stands between the norm and the sum:
 :math:`u = gain \\cdot g + offset` takes the place of ``g`` in the formulas of ``y``, with the gradient that reaches
 every value of a channel of a sample through the squeeze as ``offset``. The first pass then yields its sums per sample,
 from which the gain's own gradient follows.
+
+Where what reads ``dy`` applies the formula itself as it loads (:mod:`fusedres.ops.conv_fused_backward`), there is no
+second pass: the first (:data:`JOIN_BACKWARD_MASK`) also writes ``g``, which is the residual's gradient too.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from .dropout import dropped
 from .join import BY_CODE, join_argument
 from .registry import declare
 
-__all__ = ["JOIN_BACKWARD_APPLY", "JOIN_BACKWARD_REDUCE"]
+__all__ = ["JOIN_BACKWARD_APPLY", "JOIN_BACKWARD_MASK", "JOIN_BACKWARD_REDUCE"]
 
 _OPERANDS = "Tensor grad, Tensor y, Tensor? norm, Tensor? residual, Tensor? res_norm, int act, float act_param"
 _MODIFIERS = "Tensor? gain=None, float dropout=0.0, Tensor? seed=None"
@@ -118,6 +121,50 @@ JOIN_BACKWARD_REDUCE = declare(
 """The sums of :math:`g`, :math:`g \\hat y` and, with a residual norm, :math:`g \\hat r` (else zero), shape ``[3, C]``,
 or ``[3, N, C]`` where there is a gain; and with ``emit`` the forward's result, recomputed in the same pass for the
 weight gradient that needs it next."""
+
+
+def _mask_reference(
+    grad: Tensor,
+    y: Tensor,
+    norm: Tensor | None,
+    residual: Tensor | None,
+    res_norm: Tensor | None,
+    act: int,
+    act_param: float,
+    emit: bool,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    operands = (grad, y, norm, residual, res_norm, act, act_param)
+    _, g = _masked_gradient(*operands, None, dropout, seed)
+    return torch.empty_like(y).copy_(g), *_reduce_reference(*operands, emit, None, dropout, seed)
+
+
+def _mask_fake(
+    grad: Tensor,
+    y: Tensor,
+    norm: Tensor | None,
+    residual: Tensor | None,
+    res_norm: Tensor | None,
+    act: int,
+    act_param: float,
+    emit: bool,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    operands = (grad, y, norm, residual, res_norm, act, act_param)
+    return torch.empty_like(y), *_reduce_fake(*operands, emit, None, dropout, seed)
+
+
+JOIN_BACKWARD_MASK = declare(
+    "join_backward_mask",
+    f"({_OPERANDS}, bool emit, float dropout=0.0, Tensor? seed=None) -> (Tensor, Tensor, Tensor)",
+    reference=_mask_reference,
+    fake=_mask_fake,
+    kernels=("triton",),
+)
+"""``(g, sums, value)``: the gradient behind the activation in the dtype and layout of ``y``, and what
+:data:`JOIN_BACKWARD_REDUCE` yields, from the same pass. No gain: with one the sums are not those of ``g``."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

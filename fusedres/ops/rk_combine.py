@@ -54,7 +54,7 @@ RK_COMBINE = declare(
     "(Tensor y, Tensor[] stages, float[] weights) -> Tensor",
     reference=_reference,
     fake=_fake,
-    kernels=("cpu",),
+    kernels=("cpu", "triton"),
 )
 
 
@@ -72,7 +72,7 @@ RK_COMBINE_BACKWARD = declare(
     "(Tensor grad, float[] weights) -> Tensor[]",
     reference=_backward_reference,
     fake=_backward_fake,
-    kernels=("cpu",),
+    kernels=("cpu", "triton"),
 )
 """The gradients of the stages."""
 
@@ -97,7 +97,7 @@ RK_ERROR = declare(
     "(Tensor y0, Tensor y1, Tensor[] stages, float[] weights, float rtol, float atol) -> Tensor",
     reference=_error_reference,
     fake=_error_fake,
-    kernels=("cpu",),
+    kernels=("cpu", "triton"),
 )
 """The norm of the error estimate, a tensor without dimensions."""
 

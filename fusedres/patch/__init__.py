@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .. import select
-from ..block import Block, Dense, Step
+from ..block import Block, Dense, Step, measured_backends
 from .gated_join import GatedJoin
 from .modules import has_own_conv_forward, shared_parameters
 from .plan import Plan, make_plan
@@ -147,6 +147,8 @@ def _entries(module: nn.Module, paths: dict[nn.Module, str], template: Template,
         weight = next(m.weight for m in (*inner, *module.modules()) if isinstance(m, (nn.Conv2d, nn.Linear)))
         forced = dict(template.options).get("backend", "auto")
         backend = select.backend_for(weight.device, weight.dtype, forced)
+        if select.by_measurement(weight.device.type, forced) and not isinstance(block, GatedJoin):
+            backend = measured_backends(block, module, weight.device)
         entries.append(Fused(paths[module], pattern, backend, tuple(paths[c] for c in convs), already, remark))
     return entries
 

@@ -58,22 +58,13 @@ def generate(
     code = traced.graph.python_code("self")
     body = _body(code.src)
     others = [f"not isinstance({name}, {tensor})" for name in sorted(traced.tensors)]
-    small = _when_small(regions, f"{run}.is_small", options)
-    guard = _guard(traced.signature, stock, [*others, f"{changed}(self, {constants})", *small])
+    guard = _guard(traced.signature, stock, [*others, f"{changed}(self, {constants})"])
     arguments = ", ".join(["self", str(traced.signature)[1:-1]] if traced.signature.parameters else ["self"])
     source = f"{_header(type(module), blocks)}def forward({arguments}):\n{guard}{body}"
     globals_ = {run: block, stock: type(module), changed: watch.changed, constants: watched}
     if others:
         globals_[tensor] = Tensor
     return source, {**code.globals, **blocks, **globals_}
-
-
-def _when_small(regions: Sequence[Region], ask: str, options: dict[str, str]) -> list[str]:
-    """The question whether the forward had better be stock's, where it is one block that reads an argument."""
-    if len(regions) != 1 or not isinstance(regions[0].block, Block) or regions[0].inputs[0].op != "placeholder":
-        return []
-    arguments = [regions[0].inputs[0].target, *(f"{name}={value!r}" for name, value in options.items())]
-    return [f"{ask}({', '.join(arguments)})"]
 
 
 class _Names:

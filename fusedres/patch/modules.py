@@ -92,9 +92,11 @@ def bare_conv_problem(module: nn.Conv2d, shared: dict[int, str]) -> str | None:
 
 def norm_problem(module: nn.Module, shared: dict[int, str]) -> str | None:
     """Why a normalisation layer cannot be part of a fused site; ``None`` where it can."""
-    cls = type(module)
-    if not isinstance(module, nn.BatchNorm2d) or not (cls.forward is nn.BatchNorm2d.forward or is_norm_act(cls)):
+    cls, kinds = type(module), (nn.BatchNorm2d, nn.SyncBatchNorm)
+    if not isinstance(module, kinds) or not (is_norm_act(cls) or cls.forward in [kind.forward for kind in kinds]):
         return _subclass_problem(module)
+    if is_norm_act(cls) and not module._modules.keys() >= {"act", "drop"}:
+        return f"is a {cls.__name__} without an activation"
     return _layer_problem(module, shared)
 
 
@@ -154,13 +156,18 @@ def _tensor_problem(module: nn.Module, shared: dict[int, str]) -> str | None:
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue
-        if type(parameter) is not nn.Parameter:
+        if type(parameter) is not nn.Parameter and not _is_gathered(module, parameter):
             return f"has a {name} of type {type(parameter).__name__}"
         if parameter.is_complex():
             return f"has a complex {name}"
         if id(parameter) in shared:
             return f"shares its {name} with another module ({shared[id(parameter)]})"
     return None
+
+
+def _is_gathered(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether PyTorch's ``fully_shard`` puts an ordinary parameter in its place while the module runs."""
+    return type(parameter).__name__ == "DTensor" and getattr(module, "_is_fsdp_managed_module", False)
 
 
 _STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}

@@ -19,7 +19,8 @@ class Fused:
     Args:
         path: of the module whose forward holds the site; ``""`` for the model itself.
         pattern: what was recognised.
-        backend: what runs its fused passes.
+        backend: what runs its fused passes; on a GPU what its measurements say, ``"triton or stock"`` where that is by
+            shape.
         convolutions: the paths of the convolutions inside.
         already: whether an earlier ``patch`` had fused it.
         remark: why the addition behind a chain is not part of it, where there is one.

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from torch import nn
 
@@ -22,7 +22,7 @@ from .codegen import compile_forward
 from .gated_join import GatedJoin
 from .watch import Watched
 
-__all__ = ["Site", "Template", "fused_class", "swap", "template_of", "unswap"]
+__all__ = ["Site", "Template", "fused_class", "stock_class", "swap", "template_of", "unswap"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,28 @@ _classes: WeakValueDictionary[Template, type] = WeakValueDictionary()
 
 def template_of(module: nn.Module) -> Template | None:
     """The template of a fused module, ``None`` for any other."""
-    return type(module).__dict__.get("_fusedres_template")
+    return getattr(type(module), "_fusedres_template", None)
+
+
+# Of classes that were derived from fused ones.
+_unfused: WeakKeyDictionary[type, type] = WeakKeyDictionary()
+
+
+def stock_class(cls: type) -> type:
+    """The class that a fused class stands for; any other is itself.
+
+    PyTorch's ``fully_shard`` derives a class of its own from a module's: that one is derived anew from the stock class.
+    """
+    if not hasattr(cls, "_fusedres_template"):
+        return cls
+    if "_fusedres_template" in cls.__dict__:
+        return cls._fusedres_template.stock
+    if cls not in _unfused:
+        stock = cls._fusedres_template.stock.__name__
+        members = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+        name = cls.__name__.replace(f"Fused{stock}", stock)
+        _unfused[cls] = type(cls)(name, tuple(map(stock_class, cls.__bases__)), members)
+    return _unfused[cls]
 
 
 def swap(site: Site) -> None:
@@ -78,10 +99,9 @@ def swap(site: Site) -> None:
 
 def unswap(module: nn.Module) -> bool:
     """Gives a fused module its class back; says whether it was fused."""
-    template = template_of(module)
-    if template is None:
+    if template_of(module) is None:
         return False
-    module.__class__ = template.stock
+    module.__class__ = stock_class(type(module))
     return True
 
 
@@ -119,7 +139,7 @@ def _as_stock(module: nn.Module) -> Iterator[None]:
     A forward that another thread runs meanwhile is the stock one: the same numbers.
     """
     fused = type(module)
-    module.__class__ = template_of(module).stock
+    module.__class__ = stock_class(fused)
     try:
         yield
     finally:
@@ -129,7 +149,7 @@ def _as_stock(module: nn.Module) -> Iterator[None]:
 def _like(module: nn.Module, duplicate: Callable[[], Any]) -> Any:
     with _as_stock(module):
         twin = duplicate()
-    if twin is not module and type(twin) is template_of(module).stock:
+    if twin is not module and type(twin) is stock_class(type(module)):
         twin.__class__ = type(module)
     return twin
 

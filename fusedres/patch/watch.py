@@ -2,8 +2,9 @@
 
 The engine reads convolutions, norms, dropouts and excitations from the module at every call. But an activation, an
 identity, a container whose code was inlined, and every plain setting that the traced code has seen are constants of
-the generated forward. So it asks first whether they are still as they were: no hook has been added, nothing was
-replaced, no setting changed. Where they are not, the stock forward runs.
+the generated forward. So it asks first whether they are still as they were: no hook has been added, to them or to all
+modules (as ``torch.nn.modules.module.register_module_forward_hook`` does), nothing was replaced, no setting changed.
+Where they are not, the stock forward runs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..block import Block, Dense, Norm, Step, is_norm_act
 from .steps import paths
@@ -21,7 +23,6 @@ from .view import Region
 __all__ = ["Watched", "changed", "watch"]
 
 _LITERALS = (bool, int, float, str, type(None))
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Watched(NamedTuple):
@@ -80,18 +81,29 @@ def changed(root: nn.Module, watched: tuple[Watched, ...]) -> bool:
     """Whether any of ``watched`` below ``root`` is not as it was."""
     if torch.compiler.is_compiling():  # settings are constants of a compiled model as well
         return False
+    if _has_any_global_hook():
+        return True
+    # Without a call where there is a way: this runs before every block, and counts where inputs are small.
     for names, kind, children, settings in watched:
         module = root
-        for name in names:
-            module = module._modules.get(name)
-            if module is None:
+        try:
+            for name in names:
+                module = module._modules[name]
+            state = module.__dict__
+            if names and (
+                type(module) is not kind
+                or "forward" in state
+                or state["_forward_hooks"]
+                or state["_forward_pre_hooks"]
+                or state["_backward_hooks"]
+                or state["_backward_pre_hooks"]
+            ):
                 return True
-        state = module.__dict__
-        if names and (type(module) is not kind or "forward" in state or any(map(state.__getitem__, _HOOKS))):
-            return True
-        if len(state["_modules"]) != children:
-            return True
-        for name, value in settings:
-            if state.get(name) != value:
+            if len(state["_modules"]) != children:
                 return True
+            for name, value in settings:
+                if state[name] != value:
+                    return True
+        except (KeyError, AttributeError):  # a child or a setting that is gone, or a child that is now None
+            return True
     return False

@@ -22,6 +22,8 @@ KERNEL_MODULES = (
     "conv_fused",
     "conv_fused_backward",
     "gated_join",
+    "rk_combine",
+    "excite",
 )
 """The modules of this package that hold kernels, by the stem of their op."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .launch import cdiv, launch, register
 
-__all__ = ["gated_join", "gated_join_backward"]
+__all__ = ["check_alike", "gated_join", "gated_join_backward"]
 
 _ELEMENTS = 2048  # two loads of 16 bytes per thread and operand
 
@@ -56,7 +56,7 @@ def gated_join_bwd_kernel(
         tl.store(grad_logits + at, slope.to(grad_logits.dtype.element_ty), mask=inside)
 
 
-def _check(op: str, first: Tensor, others: dict[str, Tensor | None]) -> None:
+def check_alike(op: str, first: Tensor, others: dict[str, Tensor | None]) -> None:
     """All of one shape, dtype and dense layout, so that memory may be walked flat."""
     for name, t in others.items():
         if t is not None and (t.shape != first.shape or t.dtype != first.dtype or t.stride() != first.stride()):
@@ -68,7 +68,7 @@ def _check(op: str, first: Tensor, others: dict[str, Tensor | None]) -> None:
 
 def gated_join(f: Tensor, logits: Tensor, x: Tensor, threshold: float | None) -> Tensor:
     """See :mod:`fusedres.ops.gated_join`."""
-    _check("gated_join", f, {"logits": logits, "x": x})
+    check_alike("gated_join", f, {"logits": logits, "x": x})
     out = f.new_empty_strided(f.shape, f.stride())
     if f.numel():
         args = {"f": f, "logits": logits, "x": x, "out": out, "threshold": threshold or 0.0, "length": f.numel()}
@@ -87,7 +87,7 @@ def gated_join_backward(
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :mod:`fusedres.ops.gated_join`."""
-    _check("gated_join_backward", grad, {"logits": logits, "f": f, "x": x})
+    check_alike("gated_join_backward", grad, {"logits": logits, "f": f, "x": x})
     needed = {"grad_f": need_f, "grad_logits": f is not None and x is not None, "grad_x": need_x}
     grads = {name: grad.new_empty_strided(grad.shape, grad.stride()) for name, need in needed.items() if need}
     if grad.numel() and grads:

@@ -1,6 +1,7 @@
 """The join's backward in Triton: a reduction with partial sums per program, and an elementwise pass.
 
-Must move, at least: first pass, the operands once (and the result with ``emit``); second pass, the operands once and
+Must move, at least: first pass, the operands once (and the gradient that it masks, and the result with ``emit``, where
+those are wanted); second pass, the operands once and
 each gradient once. About 10 FLOPs per element each, and those of the activation.
 """
 
@@ -17,7 +18,7 @@ from .join import dense_like, dropout_arguments, join_argument, operand_layouts
 from .launch import Layout, cdiv, launch, layout_of, multiprocessors, register, splits_of, tile_of
 from .tiles import activate, activation_gradient, keep_factor, load_gain, load_row, pointers
 
-__all__ = ["join_backward_apply", "join_backward_reduce", "sum_partials"]
+__all__ = ["join_backward_apply", "join_backward_mask", "join_backward_reduce", "sum_partials"]
 
 _REDUCE_ELEMENTS = 2048  # of a tile: three accumulators per position and three operands
 _APPLY_ELEMENTS = 4096
@@ -47,6 +48,7 @@ def join_bwd_reduce_kernel(
     gain,
     residual,
     res_norm,
+    masked,
     emitted,
     partials,
     seed,
@@ -104,6 +106,9 @@ def join_bwd_reduce_kernel(
         total_y += g * ((value - mean[None, :]) * rstd[None, :])
         if res_norm is not None:
             total_r += g * ((side - res_mean[None, :]) * res_rstd[None, :])
+        if masked is not None:
+            at = pointers(masked, row, BM, columns, C, C, HW, NHWC)
+            tl.store(at, g.to(masked.dtype.element_ty), mask=inside)
         if emitted is not None:
             result = activate(z, act_param, ACT)
             if keep is not None:
@@ -173,7 +178,43 @@ def join_backward_reduce(
 ) -> tuple[Tensor, Tensor]:
     """See :mod:`fusedres.ops.join_backward`."""
     operands = {"y": y, "grad": grad, "residual": residual}
-    layout, pitches = operand_layouts("join_backward_reduce", operands)
+    rows = {"norm": norm, "res_norm": None if residual is None else res_norm, "gain": gain}
+    return _reduced("join_backward_reduce", operands, rows, act, act_param, None, emit, dropout, seed)
+
+
+def join_backward_mask(
+    grad: Tensor,
+    y: Tensor,
+    norm: Tensor | None,
+    residual: Tensor | None,
+    res_norm: Tensor | None,
+    act: int,
+    act_param: float,
+    emit: bool,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :data:`fusedres.ops.join_backward.JOIN_BACKWARD_MASK`."""
+    op, operands = "join_backward_mask", {"y": y, "grad": grad, "residual": residual}
+    rows = {"norm": norm, "res_norm": None if residual is None else res_norm, "gain": None}
+    masked = dense_like(y, layout_of(op, "y", y))
+    return masked, *_reduced(op, operands, rows, act, act_param, masked, emit, dropout, seed)
+
+
+def _reduced(
+    op: str,
+    operands: dict[str, Tensor | None],
+    rows: dict[str, Tensor | None],
+    act: int,
+    act_param: float,
+    masked: Tensor | None,
+    emit: bool,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The launch that both ops share: the sums and what is emitted; the masked gradient goes to ``masked``."""
+    y, gain = operands["y"], rows["gain"]
+    layout, pitches = operand_layouts(op, operands)
     n, channels, h, w = y.shape
     groups = 1 if gain is None else n
     emitted = dense_like(y, layout) if emit else None
@@ -182,13 +223,13 @@ def join_backward_reduce(
         sums = y.new_zeros((3, groups, channels), dtype=torch.float32)
         return (sums[:, 0] if gain is None else sums), empty
     block, columns = tile_of(_REDUCE_ELEMENTS, channels, layout.channels_last, widest=128)
-    rows = y.numel() // channels // groups
+    pixels = y.numel() // channels // groups
     tiles = cdiv(channels, columns)
-    splits, piece = splits_of(rows, block, tiles * groups, _PROGRAMS * multiprocessors(y))
+    splits, piece = splits_of(pixels, block, tiles * groups, _PROGRAMS * multiprocessors(y))
     partials = y.new_empty((groups, splits, 3, channels), dtype=torch.float32)
-    args = {**operands, "norm": norm, "gain": gain, "res_norm": None if residual is None else res_norm}
-    args |= {"emitted": emitted, "partials": partials, **dropout_arguments(dropout, seed, y)}
-    args |= {"act_param": float(act_param), "rows": rows, "piece": piece, "C": channels, "HW": h * w, **pitches}
+    args = {**operands, **rows, "masked": masked, "emitted": emitted, "partials": partials}
+    args |= {**dropout_arguments(dropout, seed, y), "act_param": float(act_param)}
+    args |= {"rows": pixels, "piece": piece, "C": channels, "HW": h * w, **pitches}
     meta = _meta(act, layout, channels, block, columns) | {"STAGES": 3}
     launch(join_bwd_reduce_kernel, (groups * splits, tiles), args, meta, warps=8)
     sums = sum_partials(partials)
@@ -339,4 +380,5 @@ def join_backward_apply(
 
 
 register("join_backward_reduce", join_backward_reduce)
+register("join_backward_mask", join_backward_mask)
 register("join_backward_apply", join_backward_apply)

@@ -45,9 +45,11 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     from .bn_stats import bn_stats
     from .conv_fused import conv_fused_fprop, conv_fused_join
     from .conv_fused_backward import bn_grad_rows, conv_fused_dgrad, conv_fused_wgrad
+    from .excite import excite
     from .gated_join import gated_join, gated_join_backward
     from .join import join
-    from .join_backward import join_backward_apply, join_backward_reduce
+    from .join_backward import join_backward_apply, join_backward_mask, join_backward_reduce
+    from .rk_combine import rk_combine, rk_combine_backward, rk_error
 
     wide, narrow, small = _image(256, 56, dtype), _image(64, 56, dtype), _image(512, 28, dtype)
     rows, thin, gain = _rows(256), _rows(64), torch.empty((_BATCH, 256), device="meta")
@@ -58,6 +60,8 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     shrink, expand, taps = (_weight(*shape, dtype) for shape in ((64, 256, 1), (256, 64, 1), (64, 64, 3)))
     project = _weight(512, 256, 1, dtype)
     kernel = torch.empty_like
+    narrowed, widened = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((64, 256), (256, 64)))
+    layers = (narrowed, vector.to(dtype)[:64], widened, vector.to(dtype))
     both = (wide, rows, wide, rows, _RELU, 0.0)
     plain = (wide, rows, None, None, _RELU, 0.0)
     return {
@@ -68,9 +72,15 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         "join gain dropout": lambda: join(*plain, gain, 0.3, seed),
         "join_backward_reduce": lambda: join_backward_reduce(wide, *both, False),
         "join_backward_reduce emit": lambda: join_backward_reduce(wide, *plain, True, gain, 0.3, seed),
+        "join_backward_mask": lambda: join_backward_mask(wide, *both, False),
+        "join_backward_mask emit": lambda: join_backward_mask(wide, *plain, True, 0.3, seed),
         "join_backward_apply": lambda: join_backward_apply(wide, *both, rows, 802816.0, True, True, True),
         "gated_join": lambda: gated_join(wide, wide, wide, None),
         "gated_join_backward": lambda: gated_join_backward(wide, wide, wide, wide, 0.5, True, True),
+        "excite": lambda: excite(gain, rows, *layers, _RELU, 0.0, "sigmoid", None),
+        "rk_combine": lambda: rk_combine(wide, [wide] * 6, [0.5] * 6),
+        "rk_combine_backward": lambda: rk_combine_backward(wide, [0.5] * 6),
+        "rk_error": lambda: rk_error(wide, wide, [wide] * 7, [0.5] * 7, 1e-3, 1e-3),
         "bn_grad_rows": lambda: bn_grad_rows(rows, rows, 802816.0),
         "fprop 1x1": lambda: conv_fused_fprop(wide, rows, _RELU, 0.0, shrink, None, *one, True),
         "fprop 1x1 plain": lambda: conv_fused_fprop(narrow, *nothing, expand, None, *one, True),

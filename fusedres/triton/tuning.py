@@ -1,9 +1,10 @@
 """Which tiles a convolution runs with: measured where it was tuned, else the nearest shape measured, else a heuristic.
 
 A table holds, per problem, the best tiles and their time, and the vendor's time for the same work, which is always a
-candidate. Tables lie beside this file for the devices that were measured before a release (``tables/<device>.json``)
-and in the user's cache for those that :func:`fusedres.tune` measured; the user's come first. Each carries a hash of the
-kernels' sources and Triton's version, and is ignored when that has changed. Looking up never measures: a call inside a
+candidate. A table also holds verdicts: which backend runs a whole block (:mod:`fusedres.engine.verdict`). Tables lie
+beside this file for the devices that were measured before a release (``tables/<device>.json``) and in the user's cache
+for those that :func:`fusedres.tune` measured; the user's come first. Each half carries a hash of the sources that it
+depends on and of Triton's version, and is ignored when that has changed. Looking up never measures: a call inside a
 CUDA graph's capture costs what any other does.
 """
 
@@ -29,6 +30,7 @@ __all__ = [
     "Entry",
     "Problem",
     "Tiles",
+    "Verdict",
     "bytes_and_flops",
     "cache_path",
     "configuration",
@@ -36,13 +38,16 @@ __all__ = [
     "lookup",
     "observed",
     "record",
+    "record_verdicts",
     "source_hash",
     "space",
     "vendor_is_faster",
+    "verdicts",
 ]
 
 _TABLES = Path(__file__).parent / "tables"
 _SOURCES = ("conv_fused.py", "conv_fused_backward.py", "tiles.py", "launch.py")
+_NO_KERNELS = ("interpreter.py", "kernels_doc.py", "offline.py", "shipped.py")
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 # Doublings of rows, columns and depth by which a measured problem may differ, in all, and still stand for another.
@@ -251,17 +256,45 @@ class Entry(NamedTuple):
     vendor_milliseconds: float
 
 
+class Verdict(NamedTuple):
+    """What came of measuring a block: the backend to run it, and milliseconds of the fastest of ours and of stock.
+
+    Attributes:
+        wrong: backends whose numbers were not stock's within the error budget, which are never chosen.
+    """
+
+    backend: str
+    milliseconds: float
+    stock_milliseconds: float
+    wrong: tuple[str, ...] = ()
+
+
 @cache
 def source_hash() -> str:
-    """A hash of the kernels' sources and of the compiler's version: what measured times depend on."""
-    import triton
+    """A hash of the convolutions' sources and of the compiler's version: what measured times depend on."""
+    return _hash([Path(__file__).parent / name for name in _SOURCES])
 
-    digest = hashlib.sha256(triton.__version__.encode())
-    for name in _SOURCES:
-        digest.update((Path(__file__).parent / name).read_bytes())
+
+@cache
+def verdict_hash() -> str:
+    """The same of all kernels and of the engine that calls them: what a block's verdict depends on."""
+    folder = Path(__file__).parent
+    kernels = [path for path in sorted(folder.glob("*.py")) if path.name not in _NO_KERNELS]
+    return _hash([*kernels, *sorted((folder.parent / "engine").glob("*.py"))])
+
+
+def _hash(paths: list[Path]) -> str:
+    try:
+        from triton import __version__ as version
+    except ImportError:  # another backend's verdicts need none
+        version = "no Triton"
+    digest = hashlib.sha256(version.encode())
+    for path in paths:
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
+@cache
 def device_name(device: torch.device) -> str:
     """The device's name as a file name."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -274,28 +307,58 @@ def cache_path(name: str) -> Path:
     return Path(folder) / f"tuned-{name}.json"
 
 
-def _read(path: Path) -> dict[str, Entry]:
-    """A table's entries; none where it is missing, damaged or of other kernels."""
+class _Table(NamedTuple):
+    entries: dict[str, Entry]
+    verdicts: dict[str, Verdict]
+
+
+def _read(path: Path) -> _Table:
+    """A table; empty where it is missing or damaged, and so is each half where it is of other sources."""
     try:
         text = json.loads(path.read_text())
-        if text["source"] != source_hash():
-            return {}
-        return {key: Entry(Tiles(*tiles), *times) for key, (tiles, *times) in text["entries"].items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        entries, found = {}, {}
+        if text.get("source") == source_hash():
+            entries = {key: Entry(Tiles(*tiles), *times) for key, (tiles, *times) in text["entries"].items()}
+        if text.get("verdict source") == verdict_hash():
+            rows = text["verdicts"].items()
+            found = {key: Verdict(backend, *times, tuple(wrong)) for key, (backend, *times, wrong) in rows}
+        return _Table(entries, found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return _Table({}, {})
 
 
 @cache
-def _table(name: str) -> dict[str, Entry]:
-    return _read(_TABLES / f"{name}.json") | _read(cache_path(name))
+def _table(name: str) -> _Table:
+    shipped, own = _read(_TABLES / f"{name}.json"), _read(cache_path(name))
+    return _Table(shipped.entries | own.entries, shipped.verdicts | own.verdicts)
+
+
+def verdicts(name: str) -> dict[str, Verdict]:
+    """Every verdict for a device of this name, by the key of :mod:`fusedres.engine.verdict`."""
+    return _table(name).verdicts
 
 
 def record(name: str, measured: dict[str, Entry]) -> Path:
     """Adds entries to the user's table for a device of this name, atomically; returns its path."""
+    before = _read(cache_path(name))
+    return _write(name, before._replace(entries=before.entries | measured))
+
+
+def record_verdicts(name: str, measured: dict[str, Verdict]) -> Path:
+    """Adds verdicts to the user's table for a device of this name, atomically; returns its path."""
+    before = _read(cache_path(name))
+    return _write(name, before._replace(verdicts=before.verdicts | measured))
+
+
+def _write(name: str, table: _Table) -> Path:
     path = cache_path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    entries = _read(path) | measured
-    text = {"source": source_hash(), "entries": {key: [list(e.tiles), *e[1:]] for key, e in sorted(entries.items())}}
+    text = {
+        "source": source_hash(),
+        "entries": {key: [list(e.tiles), *e[1:]] for key, e in sorted(table.entries.items())},
+        "verdict source": verdict_hash(),
+        "verdicts": {key: [*v[:3], list(v.wrong)] for key, v in sorted(table.verdicts.items())},
+    }
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(text, indent=1))
     temporary.replace(path)
@@ -311,7 +374,7 @@ def lookup(problem: Problem, device: torch.device) -> Entry | None:
 
 @cache
 def _looked_up(problem: Problem, name: str) -> Entry | None:
-    table = _table(name)
+    table = _table(name).entries
     if problem.key in table:
         return table[problem.key]
     others = [(key, problem_of(key)) for key in table if key.startswith(problem.kind)]

@@ -136,6 +136,19 @@ def test_inputs_of_any_layout(make, name, backward):
     check(BLOCKS[name]().train(backward), INPUTS[make], backward=backward)
 
 
+@pytest.mark.parametrize("make", [contiguous, channels_last])
+@pytest.mark.parametrize("mode", ["train", "frozen", "infer"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_results_have_stocks_strides(name, mode, make):
+    """What a model does behind a block, a ``view`` say, may rely on them."""
+    block = BLOCKS[name]().train(mode == "train")
+    (x,) = inputs_of(block, make, size=6)(0)
+    with torch.set_grad_enabled(mode != "infer"):
+        stock = block(x)
+        fuse(block)
+        assert block(x).stride() == stock.stride()
+
+
 @pytest.mark.parametrize("make", [contiguous, sliced, transposed, expanded])
 @pytest.mark.parametrize("name", ["basic", "chain", "pre-activation"])
 def test_gradients_of_any_layout(make, name):

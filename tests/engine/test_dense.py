@@ -6,11 +6,10 @@ import copy
 
 import pytest
 import torch
-from described import conv, norm, replay
-from torch import Tensor, nn
+from described import DenseBlock, fuse
 
 from fusedres.benchmarking.memory import saved_bytes
-from fusedres.block import Act, Conv, Dense, Dropout, Norm, run_dense, unsupported
+from fusedres.block import Act, Conv, Dense, Norm, unsupported
 from fusedres.ops.activations import RELU
 from fusedres.testing import INPUTS, channels_last, compare, contiguous
 
@@ -20,51 +19,6 @@ RUNS = {
     "float16": ({"dtype": torch.float16}, 36),
     "autocast": ({"autocast": torch.bfloat16}, 24),
 }
-
-
-class DenseBlock(nn.Module):
-    """Concatenates, or runs from one buffer."""
-
-    def __init__(
-        self,
-        count: int = 3,
-        channels: int = 10,
-        growth: int = 6,
-        *,
-        inner: bool = True,
-        dropout: float = 0.0,
-        **options,
-    ) -> None:
-        super().__init__()
-        self.layers, self.options, self.fuses = nn.ModuleList(), options, False
-        self.dropout = nn.Dropout(dropout)
-        steps = []
-        for i in range(count):
-            c = channels + i * growth
-            path = f"layers.{i}"
-            head = (Norm(f"{path}.0"), Act(RELU), Conv(f"{path}.2"))
-            if inner:
-                last = [norm(4 * growth), nn.ReLU(), conv(4 * growth, growth, 3)]
-                self.layers.append(nn.Sequential(norm(c), nn.ReLU(), conv(c, 4 * growth, 1), *last))
-                steps.append((*head, Norm(f"{path}.3"), Act(RELU), Conv(f"{path}.5"), Dropout("dropout")))
-            else:
-                self.layers.append(nn.Sequential(norm(c), nn.ReLU(), conv(c, growth, 3, bias=True)))
-                steps.append(head)
-        self.dense = Dense(tuple(steps))
-
-    def forward(self, x: Tensor) -> Tensor:
-        torch.manual_seed(0)
-        if self.fuses:
-            return run_dense(self.dense, self, x, **self.options)
-        # The buffer is channels_last, and oneDNN rounds differently in each layout: like is compared with like.
-        features = [x.contiguous(memory_format=torch.channels_last)]
-        for layer in self.layers:
-            features.append(replay(self.dropout, layer(torch.cat(features, 1))))
-        return torch.cat(features, 1)
-
-
-def fuse(block: DenseBlock) -> None:
-    block.fuses = True
 
 
 def inputs(make=channels_last, size: int = 14):

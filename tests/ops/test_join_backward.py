@@ -400,3 +400,27 @@ def test_opcheck(suffix, residual, emit, modified):
     flags = True, residual == "affine", emit
     addend, into = (make(case.y.shape), empty_slice(case.y.shape)[0]) if modified else (None, None)
     torch.library.opcheck(apply, (*args, sums, 24.0, *flags, *modifiers, case.offset, addend, into))
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("emit", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("make", [channels_last, contiguous, sliced])
+def test_mask_is_the_residuals_gradient_and_the_first_pass(make, residual, emit, dropout):
+    """join_backward_mask in one pass; what it writes is what the second pass gives a residual without a norm."""
+    case = Case(make, (2, 5, 4, 3), torch.float32, residual, Activation("silu"), dropout=dropout)
+    args, seed = case.operands(), case.seed
+    g, sums, value = torch.ops.fusedres.join_backward_mask(*args, emit, dropout, seed)
+    expected = torch.ops.fusedres.join_backward_reduce(*args, emit, None, dropout, seed)
+    assert torch.equal(sums, expected[0]) and torch.equal(value, expected[1])
+    beside = torch.zeros_like(case.y) if case.residual is None else None
+    plain = (*args[:3], args[3] if beside is None else beside, args[4])
+    if args[4] is None:
+        dy_and_g = torch.ops.fusedres.join_backward_apply(
+            *plain, *args[5:], None, 1.0, False, False, True, None, dropout, seed
+        )
+        torch.testing.assert_close(g, dy_and_g[1])
+    torch.testing.assert_close(g.sum((0, 2, 3)), sums[0])
+    if make is not sliced:
+        assert g.stride() == case.y.stride()
+    torch.library.opcheck(torch.ops.fusedres.join_backward_mask.default, (*args, emit, dropout, seed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from survey_blocks import BottleneckBlock, MyResNet, ResidualBlock
 from torch import fx, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
-from torchvision_shim import torchvision_models, torchvision_ops
+from torchvision_shim import timm_models, torchvision_models, torchvision_ops
 
 from fusedres.patch import explain, patch, unpatch
 
@@ -155,7 +156,6 @@ def test_conv_that_is_not_plain_is_left_and_the_rest_fused(case):
 @pytest.mark.parametrize(
     ("norm", "words"),
     [
-        (lambda: nn.SyncBatchNorm(4), "bn1 is a SyncBatchNorm"),
         (lambda: nn.GroupNorm(2, 4), "bn1 is a GroupNorm"),
         (lambda: nn.InstanceNorm2d(4), "bn1 is a InstanceNorm2d"),
         (lambda: ScaledNorm(4), "bn1 is a ScaledNorm"),
@@ -170,6 +170,20 @@ def test_layers_that_no_block_has_end_the_region(norm, words):
     assert words in reasons(report)["conv1"]
     assert patterns(report) == {"": ["post-activation residual (second input)"]}
     assert "self.bn1(" in report.source("")
+
+
+def test_synchronised_norms_are_taken():
+    assert check_patched(nn.SyncBatchNorm.convert_sync_batchnorm(Layers())).coverage == 1.0
+
+
+def test_synchronised_norms_with_activations_are_taken():
+    timm_models()
+    layers = importlib.import_module("timm.layers")
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), layers.BatchNormAct2d(8), nn.Conv2d(8, 4, 3), layers.BatchNormAct2d(4))
+    report = check_patched(layers.convert_sync_batchnorm(model))
+    assert report.coverage == 1.0
+    model[1] = layers.SyncBatchNormAct(8)
+    assert "1 is a SyncBatchNormAct without an activation" in reasons(patch(model))["0"]
 
 
 def test_norm_that_shares_its_weight_is_left():

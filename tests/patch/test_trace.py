@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fusedres import select
 from fusedres.patch import patch
 from fusedres.patch.trace import IN_PLACE_OPERATORS, Untraceable, survey, trace
 
@@ -268,3 +269,18 @@ def test_it_runs_as_it_is_where_the_engine_does_not():
     ours = torch.func.functional_call(model, {}, (images(),))
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(torch.func.vmap(model)(images()[None])[0], expected, rtol=1e-9, atol=1e-11)
+
+
+def test_small_inputs_are_padded_once(monkeypatch):
+    class Chain(Layers):
+        def forward(self, x):
+            return torch.relu(self.bn1(self.conv1(x)))
+
+    model = Chain()
+    model.conv1 = PaddedConv(4, 4, 3)
+    settled(model).eval()
+    expected = model(images(size=5))
+    patch(model)
+    for mode in select.FEWEST_ELEMENTS:
+        monkeypatch.setitem(select.FEWEST_ELEMENTS, mode, 10**9)
+    torch.testing.assert_close(model(images(size=5)), expected, rtol=1e-9, atol=1e-11)

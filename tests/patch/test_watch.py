@@ -11,7 +11,7 @@ from survey_blocks import ResidualBlock, SEBottleneckBlock
 from torch import nn
 from torchvision_shim import torchvision_models
 
-from fusedres import select, use_backend
+import fusedres
 from fusedres.patch import patch
 
 from .blocks import Layers, images, settled
@@ -97,6 +97,26 @@ def test_hooks_added_later_run(path, register):
     assert seen == [path]
 
 
+def test_hooks_on_all_modules_run():
+    """As profilers and counters of operations register them."""
+    stock = settled(Busy()).eval()
+    model, block = copy.deepcopy(stock), nn.Sequential(fusedres.nn.ResidualBlock(4)).double().eval()
+    patch(model)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        for one in (stock, model, block):
+            one(images())
+    finally:
+        handle.remove()
+    half = seen.index(stock) + 1
+    assert [type(m) for m in seen[:half]] == [type(m) for m in seen[half : 2 * half - 1]] + [Busy]
+    assert {type(m) for m in seen[2 * half :]} >= {nn.Conv2d, nn.BatchNorm2d}
+    count = len(seen)
+    model(images())
+    assert len(seen) == count
+
+
 def test_hooks_inside_a_gate_run():
     model, seen = settled(SEBottleneckBlock(4, 8, 2, 2)), []
     assert patch(model).coverage == 1.0
@@ -144,31 +164,4 @@ def test_what_nothing_depends_on_may_change():
         model(torch.zeros(1, 4, 3, 3))
     finally:
         ResidualBlock.forward = forward
-    assert called == []
-
-
-def test_small_inputs_go_to_the_stock_forward_at_once(monkeypatch):
-    model, called = settled(Busy()), []
-    patch(model)
-    monkeypatch.setattr(Busy, "forward", lambda self, x, stock=Busy.forward: called.append(1) or stock(self, x))
-    x = images()
-    for least, training, is_stock in ((0, True, False), (x.numel() + 1, True, True), (x.numel() + 1, False, False)):
-        monkeypatch.setitem(select.FEWEST_ELEMENTS, "training", least)
-        with torch.set_grad_enabled(training):
-            model(x)
-        assert bool(called) == is_stock
-        called.clear()
-    with use_backend("reference"):
-        model(x)
-    assert called == []
-
-
-def test_small_inputs_of_a_site_with_a_backend_or_low_memory(monkeypatch):
-    models, called = [settled(Busy()), settled(Busy())], []
-    for model, options in zip(models, ({"backend": "reference"}, {"memory": "low"})):
-        patch(model, **options)
-    monkeypatch.setitem(select.FEWEST_ELEMENTS, "training", 10**9)
-    monkeypatch.setattr(Busy, "forward", lambda self, x, stock=Busy.forward: called.append(1) or stock(self, x))
-    for model in models:
-        model(images())
     assert called == []

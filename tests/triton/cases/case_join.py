@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fusedres.ops.activations import ACTIVATIONS
 from fusedres.ops.join import JOIN
-from fusedres.ops.join_backward import JOIN_BACKWARD_APPLY, JOIN_BACKWARD_REDUCE
+from fusedres.ops.join_backward import JOIN_BACKWARD_APPLY, JOIN_BACKWARD_MASK, JOIN_BACKWARD_REDUCE
 from fusedres.testing import assert_within_budget, channels_last, contiguous, rms, sliced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,6 +66,10 @@ class Case:
         args, modifiers = self.operands(cast)
         return op(cast(self.grad), *args, act, 0.125, emit, **modifiers)
 
+    def mask(self, op, act, emit=True, cast=lambda t: t):
+        args, modifiers = self.operands(cast)
+        return op(cast(self.grad), *args, act, 0.125, emit, modifiers["dropout"], modifiers["seed"])
+
     def apply(self, op, act, training=True, cast=lambda t: t, **more):
         args, modifiers = self.operands(cast)
         flags = training and self.norm is not None, training and self.side is not None, True
@@ -96,11 +100,23 @@ def check(case, acts=CODES, training=True):
         terms = rms(case.grad) * (case.y.numel() / case.y.shape[1]) ** 0.5
         assert_within_budget(ours[0], plain[0], exact[0], f"sums, act {act}", scale=terms)
 
+        if case.gain is None:
+            check_mask(case, act, ours)
+
         ours, plain = ours_and_plain(case.apply, JOIN_BACKWARD_APPLY, act, training)
         exact = case.apply(JOIN_BACKWARD_APPLY.reference, act, training, double)
         for i, tensors in enumerate(zip(ours, plain, exact)):
             assert tensors[0].stride() == tensors[1].stride()
             assert_within_budget(*tensors, f"gradient {i}, act {act}")
+
+
+def check_mask(case, act, reduced):
+    """The first pass bit by bit, with the gradient that it masks."""
+    ours, plain = ours_and_plain(case.mask, JOIN_BACKWARD_MASK, act)
+    assert torch.equal(ours[1], reduced[0]) and torch.equal(ours[2], reduced[1])
+    assert ours[0].stride() == plain[0].stride()
+    exact = case.mask(JOIN_BACKWARD_MASK.reference, act, cast=double)
+    assert_within_budget(ours[0], plain[0], exact[0], f"masked gradient, act {act}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -184,6 +200,8 @@ def test_nothing(device, layout):
     assert JOIN.overload("triton")(y, None, None, None, 1, 0.0).shape == y.shape
     sums, emitted = JOIN_BACKWARD_REDUCE.overload("triton")(y, y, None, None, None, 1, 0.0, True)
     assert sums.shape == (3, 8) and not sums.any() and emitted.shape == y.shape
+    g, sums, _ = JOIN_BACKWARD_MASK.overload("triton")(y, y, None, None, None, 1, 0.0, False)
+    assert g.shape == y.shape and sums.shape == (3, 8) and not sums.any()
     dy, _ = JOIN_BACKWARD_APPLY.overload("triton")(y, y, None, None, None, 1, 0.0, None, 1.0, False, False, False)
     assert dy.shape == y.shape
 

@@ -1,0 +1,83 @@
+"""Running out of memory inside a kernel is an exception, after which the process goes on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusedres import env
+
+pytestmark = pytest.mark.skipif(env.library_missing() is not None, reason=str(env.library_missing()))
+
+# In a process of its own, which may take no more memory than it has: what the kernel asks for itself is then refused.
+PROGRAM = """
+import resource
+import torch
+import fusedres
+from fusedres.select import kernels
+
+THREADS, SHAPE = 2, (4, 1024, 56, 56)
+
+def channels_last(*shape):
+    return torch.ones(shape).contiguous(memory_format=torch.channels_last)
+
+def address_space():
+    return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+
+torch.set_num_threads(THREADS)
+k = kernels("cpu", torch.float32, "cpu")
+x, side = channels_last(*SHAPE), channels_last(*SHAPE)
+gain, seed = torch.ones(SHAPE[:2]), torch.zeros((), dtype=torch.int64)
+rows = torch.ones(4, SHAPE[1])
+
+def conv_wgrad(channels, filters, size):
+    weight, geometry = channels_last(filters, channels, 1, 1), ([1, 1], [0, 0], [1, 1])
+    a, grad = channels_last(4, channels, size, size), channels_last(4, filters, size, size)
+    out = torch.empty_like(weight)
+    return lambda: k.conv_wgrad(grad, a, rows[:, :channels].contiguous(), 1, 0.0, *geometry, out) or out
+
+small, large = conv_wgrad(16, 16, 4), conv_wgrad(512, 512, 28)
+CALLS = {
+    "bn_stats": lambda: k.bn_stats(x),
+    "bn_stats, per sample": lambda: k.bn_stats(x, True),
+    "join": lambda: k.join(x, rows, side, rows, 1, 0.0),
+    "join_backward_reduce": lambda: k.join_backward_reduce(x, x, rows, side, rows, 1, 0.0, False),
+    "join_backward_apply": lambda: k.join_backward_apply(
+        x, x, rows, None, None, 1, 0.0, torch.ones(3, SHAPE[1]), 8.0, True, False, False
+    ),
+    "conv_wgrad": large,
+}
+# Threads are there, and all that is allocated once; wgrad keeps its memory, so the first call is a small one.
+before = {name: small() if call is large else call() for name, call in CALLS.items()}
+soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+for name, call in CALLS.items():
+    resource.setrlimit(resource.RLIMIT_AS, (address_space(), hard))
+    try:
+        call()
+        said = "nothing"
+    except (MemoryError, RuntimeError) as error:
+        said = type(error).__name__
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    print(name, said, sep=": ")
+for name, call in CALLS.items():
+    again, first = small() if call is large else call(), before[name]
+    for a, b in zip(*((t if isinstance(t, tuple) else (t,)) for t in (again, first))):
+        assert torch.equal(a, b), name
+print("went on")
+"""
+
+
+def test_out_of_memory_is_an_exception():
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    *calls, last = done.stdout.splitlines()
+    assert last == "went on"
+    assert len(calls) == 6
+    assert all(call.endswith((": MemoryError", ": RuntimeError")) for call in calls), calls
