@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -52,6 +53,7 @@ __all__ = [
     "measured_backends",
     "run",
     "run_dense",
+    "runs_modules",
     "unsupported",
 ]
 
@@ -63,9 +65,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Conv:
-    """The convolution held by the ``nn.Conv2d`` at ``path`` below the block's module."""
+    """The convolution held by the ``nn.Conv2d`` at ``path`` below the block's module.
+
+    Args:
+        bare: whether it is the convolution alone of a subclass whose forward does more, such as padding: what else that
+            does is no part of the block.
+    """
 
     path: str
+    bare: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,9 +97,15 @@ class Act:
 
 @dataclass(frozen=True)
 class Dropout:
-    """The elementwise dropout held by the ``nn.Dropout`` at ``path``."""
+    """The elementwise dropout held by the ``nn.Dropout`` at ``path``.
+
+    Args:
+        p: the probability where it is a function that drops, ``F.dropout(x, p, self.training)``: then ``path`` is that
+            of the module whose mode it asks for.
+    """
 
     path: str
+    p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -206,6 +220,8 @@ class _LinkPlan(NamedTuple):
     excite: SqueezeExcite | None = None
     drop_path: tuple[str, ...] | None = None
     dropout: tuple[str, ...] | None = None
+    dropout_p: float | None = None
+    bare: bool = False
 
 
 class _Plan(NamedTuple):
@@ -244,10 +260,10 @@ def link_plans(block: Block) -> _Plan:
         raise UnsupportedBlock("the shortcut has a gain, squeeze-excitation or stochastic depth")
     if len(shortcut) == 1 and shortcut[0].norm is not None:
         raise UnsupportedBlock("the shortcut is a norm without a convolution")
-    shares = block.residual == "pending" and branch[0]._replace(conv=None) != _LinkPlan()
+    shares = block.residual == "pending" and branch[0]._replace(conv=None, bare=False) != _LinkPlan()
     if shares and branch[0].conv is None:
         raise UnsupportedBlock("a shortcut from the branch's first value needs a convolution in the branch")
-    if shares and shortcut[0]._replace(conv=None) != _LinkPlan():
+    if shares and shortcut[0]._replace(conv=None, bare=False) != _LinkPlan():
         raise UnsupportedBlock("a shortcut from the branch's first value begins with a norm or an activation")
     return _Plan(branch, shortcut, shares)
 
@@ -259,7 +275,7 @@ def dense_plans(dense: Dense) -> tuple[tuple[_LinkPlan, ...], ...]:
     for layer in layers:
         if len(layer) < 2 or layer[0].norm is None:
             raise UnsupportedBlock("a layer that does not begin with a norm and go on to a convolution")
-        if layer[-1]._replace(dropout=None) != _LinkPlan():
+        if layer[-1]._replace(dropout=None, dropout_p=None) != _LinkPlan():
             raise UnsupportedBlock("a layer that does not end with its convolution, or a dropout behind it")
     return layers
 
@@ -285,11 +301,11 @@ def _links(steps: tuple[Step, ...]) -> tuple[_LinkPlan, ...]:
 def _with_step(link: _LinkPlan, step: Step) -> _LinkPlan:
     """``link`` with one more step, which has to come behind those that it has."""
     if isinstance(step, Conv):
-        return link._replace(conv=_names(step.path))
+        return link._replace(conv=_names(step.path), bare=step.bare)
     if link.dropout is not None:
         raise UnsupportedBlock("a dropout that no convolution follows")
     if isinstance(step, Dropout):
-        return link._replace(dropout=_names(step.path))
+        return link._replace(dropout=_names(step.path), dropout_p=step.p)
     if isinstance(step, Act):
         if link.act != IDENTITY:
             raise UnsupportedBlock("two activations in a row")
@@ -399,9 +415,13 @@ def _folded(root: nn.Module, block: Block | Dense, constant: bool) -> dict[int, 
     return None
 
 
+def runs_modules() -> bool:
+    """Whether something wants to see modules: a compiler, an exporter, a tracer, a hook on all of them."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _has_any_global_hook()
+
+
 def _engine_takes(x: Tensor) -> bool:
-    # A compiler and a tracer see modules, and so does a hook on all of them.
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _has_any_global_hook():
+    if runs_modules():
         return False
     plain = type(x) is Tensor and x.dim() == 4 and x.is_floating_point()
     return plain and not torch._C._are_functorch_transforms_active()
@@ -454,7 +474,7 @@ def _ops(block: Block) -> tuple[tuple[Op, ...], tuple[Op, ...], tuple[Op, ...] |
 def _op(step: Step) -> Op:
     if isinstance(step, Act):
         return Op(act=step.activation)
-    if isinstance(step, (Conv, Norm)):
+    if isinstance(step, Norm) or (isinstance(step, Conv) and not step.bare):
         return Op(nn.Conv2d if isinstance(step, Conv) else nn.BatchNorm2d, _names(step.path))
     return Op(other=partial(_call_step, step))
 
@@ -482,7 +502,13 @@ def _call_step(step: Step, root: nn.Module, value: Tensor) -> Tensor:
     if isinstance(step, Act):
         return step.activation(value)
     if not isinstance(step, SqueezeExcite):
-        return _module(root, step.path.split("."))(value)  # no cache: compilers trace this
+        module = _module(root, step.path.split(".") if step.path else ())  # no cache: compilers trace this
+        if isinstance(step, Conv) and step.bare:
+            geometry = module.stride, module.padding, module.dilation, module.groups
+            return F.conv2d(value, module.weight, module.bias, *geometry)
+        if isinstance(step, Dropout) and step.p is not None:
+            return F.dropout(value, step.p, module.training)
+        return module(value)
     fc1, fc2 = (_module(root, path.split(".")) for path in (step.fc1, step.fc2))
     squeezed = value.mean((2, 3), keepdim=isinstance(fc1, nn.Conv2d))
     gate = GATES[step.gate](fc2(step.act(fc1(squeezed))))
@@ -491,7 +517,7 @@ def _call_step(step: Step, root: nn.Module, value: Tensor) -> Tensor:
 
 @cache
 def _names(path: str) -> tuple[str, ...]:
-    return tuple(path.split("."))
+    return tuple(path.split(".")) if path else ()
 
 
 def _module(root: nn.Module, names: Sequence[str]) -> nn.Module:
@@ -563,15 +589,15 @@ class _Binder:
             Link(
                 None if plan.norm is None else self._norm(_module(self.root, plan.norm)),
                 plan.act,
-                None if plan.conv is None else self._conv(_module(self.root, plan.conv)),
+                None if plan.conv is None else self._conv(_module(self.root, plan.conv), plan.bare),
                 None if plan.excite is None and plan.drop_path is None else self._gain(plan),
-                0.0 if plan.dropout is None else self._dropout(_module(self.root, plan.dropout)),
+                0.0 if plan.dropout is None else self._dropout(_module(self.root, plan.dropout), plan.dropout_p),
             )
             for plan in plans
         )
 
-    def _conv(self, conv: nn.Module) -> ConvSlot:
-        _check_ours(conv, nn.Conv2d)
+    def _conv(self, conv: nn.Module, bare: bool) -> ConvSlot:
+        _check_ours(conv, type(conv) if bare else nn.Conv2d)
         first = len(self.tensors)
         state = conv.__dict__
         if state["padding_mode"] != "zeros":
@@ -621,7 +647,9 @@ class _Binder:
             self.weights.append(parameters["weight"])
         return ExciteSlot(first, step.act, step.gate)
 
-    def _dropout(self, module: nn.Module) -> float:
+    def _dropout(self, module: nn.Module, p: float | None) -> float:
+        if p is not None:
+            return p if module.training else 0.0
         _check_unhooked(module)
         if type(module).forward is not nn.Dropout.forward:
             raise _NotOurs

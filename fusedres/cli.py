@@ -43,7 +43,7 @@ COMMANDS: dict[str, Command] = {
         "fusedres.analysis.traffic", "bytes that a step or an inference moves, and the time they must take"
     ),
     "tune": Command("fusedres.tune_cli", "measure the tiles of a model's convolutions on this GPU, and keep them"),
-    "zoo": Command("fusedres.zoo_cli", "what would be fused in the networks of torchvision and timm"),
+    "zoo": Command("fusedres.zoo.cli", "networks of other libraries: what is fused, whether the numbers stay, times"),
 }
 
 

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from ..ops.activations import IDENTITY, Activation
-from ..ops.conv import conv_fprop, onednn_refuses
+from ..ops.conv import conv_fprop, onednn_refuses, output_size
 from ..ops.conv_affine_act import FoldedConv, fold
 from ..ops.layout import dense
 from ..select import kernels
 from .convolution import Operand, read_by
 from .pending import Raw, aligned, applied, apply_pending, cast_weights, compute_dtype, norm_rows, pend
 from .program import ConvSlot, Link, NormSlot, Operands, Program
+from .stock import execute_stock
 from .training import forward_block
 
 
@@ -30,9 +31,13 @@ def infer(program: Program, x: Tensor, residual: Tensor | None, tensors: Operand
     dtype = compute_dtype(x)
     k = kernels(x.device.type, dtype, program.backend)
     x = dense(x)
-    # Without a convolution there is nothing to fold the join into; and NaN would not come out of oneDNN's ReLU.
-    if len(program.branch) == 1 or swallows(k, dtype, x, residual):
+    if len(program.branch) == 1:  # without a convolution there is nothing to fold the join into
         return forward_block(program, x, residual, tensors, k)[0]
+    if _activates(program) and asks_for_nan(k, dtype, x):
+        if _shrinks_depthwise(program, x, tensors):
+            return execute_stock(program, x, residual, tensors)
+        if swallows(k, dtype, x, residual):
+            return forward_block(program, x, residual, tensors, k)[0]
     branch = program.branch
     if program.shortcut is None:
         return infer_chain(branch, x, None, branch[-1].act, dtype, tensors, folded, k)
@@ -46,11 +51,35 @@ def infer(program: Program, x: Tensor, residual: Tensor | None, tensors: Operand
     return infer_chain(branch, x, side, program.act, dtype, tensors, folded, k)
 
 
-def swallows(k: SimpleNamespace, dtype: torch.dtype, x: Tensor, residual: Tensor | None = None) -> bool:
-    """Whether oneDNN's fused convolutions, which turn NaN into 0, would run on an input that may hold some."""
+def _activates(program: Program) -> bool:
+    """Whether an activation follows a convolution: only there does oneDNN make something else of NaN."""
+    behind = [*program.branch[1:], *(program.shortcut or ())[1:]]
+    return program.act != IDENTITY or any(link.act != IDENTITY for link in behind)
+
+
+def _shrinks_depthwise(program: Program, x: Tensor, tensors: Operands) -> bool:
+    """Whether all there is to fuse is behind one depthwise convolution that makes a small tensor of a large one.
+
+    Then looking through the large one for NaN reads more than the passes over the small one would.
+    """
+    conv = program.branch[0].conv
+    if program.shortcut is not None or len(program.branch) != 2 or conv is None or conv.geometry.groups == 1:
+        return False
+    weight = tensors[conv.first]
+    height, width = output_size(x.shape[2:], weight.shape[2:], conv.geometry)
+    return 3 * weight.shape[0] * height * width < x.shape[1] * x.shape[2] * x.shape[3]
+
+
+def asks_for_nan(k: SimpleNamespace, dtype: torch.dtype, x: Tensor) -> bool:
+    """Whether oneDNN's fused convolutions would run on ``x``, which turn NaN into 0 behind a ReLU."""
     if not k.folds or not x.is_contiguous(memory_format=torch.channels_last):
         return False
-    if onednn_refuses(x.device.type, dtype) is not None:
+    return onednn_refuses(x.device.type, dtype) is None
+
+
+def swallows(k: SimpleNamespace, dtype: torch.dtype, x: Tensor, residual: Tensor | None = None) -> bool:
+    """Whether oneDNN's fused convolutions would run on an input that holds NaN."""
+    if not asks_for_nan(k, dtype, x):
         return False
     return not all(k.all_finite(dense(t)) for t in (x, residual) if t is not None)
 

@@ -13,12 +13,15 @@ import torch
 from torch import nn
 
 from .. import select
-from ..block import Block, Dense, measured_backends
+from ..block import Block, Dense, Step, measured_backends
 from .gated_join import GatedJoin
+from .modules import has_own_conv_forward, shared_parameters
 from .plan import Plan, make_plan
+from .prediction import Predictor
 from .report import Declined, Fused, PatchReport
 from .selection import Selection
 from .steps import paths as paths_of
+from .steps import step_problem
 from .swap import Template, swap, template_of, unswap
 from .watch import changed
 
@@ -61,24 +64,43 @@ def patch(
         raise ValueError(f"memory must be 'auto' or 'low', got {memory!r}")
     if backend != "auto" and backend not in select.BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, select.BACKENDS))}, got {backend!r}")
-    if not dry_run:
-        _restore_changed(model)
+    selection = Selection(model, only, skip)
     options = {k: v for k, v in (("backend", backend), ("memory", memory)) if v != "auto"}
-    plan = make_plan(model, Selection(model, only, skip), options)
-    # The report comes first: it raises where the backend cannot run the model, which then stays as it is.
-    report = _report(model, plan, dry_run)
+    stepped_back = _restore_changed(model)
+    try:
+        plan = make_plan(model, selection, options)
+        # The report comes first: it raises where the backend cannot run the model, which then stays as it is.
+        report = _report(model, plan, dry_run, Predictor(model, only, skip, memory))
+    finally:
+        if dry_run:
+            for module, fused in stepped_back:
+                module.__class__ = fused
     if not dry_run:
         for site in plan.sites:
             swap(site)
     return report
 
 
-def _restore_changed(model: nn.Module) -> None:
-    """Unpatches the modules whose fused forward no longer holds, so that they are looked at again."""
+def _restore_changed(model: nn.Module) -> list[tuple[nn.Module, type]]:
+    """Unpatches the modules whose fused forward no longer holds, so that they are looked at again; returns them."""
+    shared = shared_parameters(model)
+    found = []
     for module in model.modules():
         template = template_of(module)
-        if template is not None and changed(module, template.watched):
+        if template is not None and (changed(module, template.watched) or _reads_others(module, template, shared)):
+            found.append((module, type(module)))
             unswap(module)
+    return found
+
+
+def _reads_others(module: nn.Module, template: Template, shared: dict[int, str]) -> bool:
+    """Whether a layer that the engine reads is no longer one that it may: then it calls the layers, at every call."""
+    return any(
+        step_problem(step, module.get_submodule(path), shared) is not None
+        for _, block in template.blocks
+        for step in _steps(block)
+        for path in paths_of(step)
+    )
 
 
 def explain(model: nn.Module) -> PatchReport:
@@ -91,7 +113,7 @@ def unpatch(model: nn.Module) -> int:
     return sum(unswap(module) for module in model.modules())
 
 
-def _report(model: nn.Module, plan: Plan, dry_run: bool) -> PatchReport:
+def _report(model: nn.Module, plan: Plan, dry_run: bool, predictor: Predictor) -> PatchReport:
     paths = {module: path for path, module in model.named_modules()}
     templates = {path: (template_of(module), True) for path, module in plan.fused.items()}
     templates.update({site.path: (site.template, False) for site in plan.sites})
@@ -102,13 +124,18 @@ def _report(model: nn.Module, plan: Plan, dry_run: bool) -> PatchReport:
         for entry in _entries(module, paths, *templates[path])
     ]
     convolutions = {path: m for m, path in paths.items() if isinstance(m, nn.Conv2d)}
-    left = plan.reasons.keys() | convolutions.keys() - {conv for site in sites for conv in site.convolutions}
-    reasons = [Declined(p, plan.reasons.get(p, _NEVER_CALLED)) for p in paths.values() if p in left]
+    left = (plan.reasons.keys() | convolutions.keys()) - {conv for site in sites for conv in site.convolutions}
+    reasons = [Declined(p, plan.reasons.get(p) or _unseen(p, convolutions[p])) for p in paths.values() if p in left]
     sources = {path: template.source for path, (template, _) in templates.items()}
-    return PatchReport(tuple(sites), tuple(reasons), len(convolutions), _notes(convolutions), dry_run, sources)
+    notes = _notes(convolutions)
+    return PatchReport(tuple(sites), tuple(reasons), len(convolutions), notes, dry_run, sources, predictor)
 
 
-_NEVER_CALLED = "the forward of the module that holds it does not call it"
+def _unseen(path: str, conv: nn.Conv2d) -> str:
+    """Why a convolution is in no graph."""
+    if has_own_conv_forward(conv):
+        return f"{path} is a {type(conv).__name__}, which has a forward of its own"
+    return "the forward of the module that holds it does not call it"
 
 
 def _entries(module: nn.Module, paths: dict[nn.Module, str], template: Template, already: bool) -> list[Fused]:
@@ -130,8 +157,14 @@ def _inner(block: Block | Dense | GatedJoin) -> list[str]:
     """The paths of the modules whose parameters a call reads, and of a gated sum's gate."""
     if isinstance(block, GatedJoin):
         return [block.gate] if block.gate else []
+    return [path for step in _steps(block) for path in paths_of(step)]
+
+
+def _steps(block: Block | Dense | GatedJoin) -> list[Step]:
+    if isinstance(block, GatedJoin):
+        return []
     chains = block.layers if isinstance(block, Dense) else (block.branch, block.shortcut or ())
-    return [path for steps in chains for step in steps for path in paths_of(step)]
+    return [step for steps in chains for step in steps]
 
 
 def _notes(convolutions: dict[str, nn.Conv2d]) -> tuple[str, ...]:

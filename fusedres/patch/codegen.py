@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .. import block
 from ..block import Act, Block, Conv, Dense, Dropout, DropPath, Norm, SqueezeExcite, Step
@@ -50,17 +50,20 @@ def generate(
         options: keyword arguments of the engine that are not at their default.
     """
     fresh = _Names(traced)
-    run, stock, changed, constants = map(fresh, ("fusedres_block", "stock", "changed", "watched"))
+    run, stock, changed, constants, tensor = map(fresh, ("fusedres_block", "stock", "changed", "watched", "Tensor"))
     blocks = {fresh(f"{_kind(region.block)}_{i}"): region.block for i, region in enumerate(regions)}
     calls: dict[fx.Node, fx.Node] = {}
     for name, region in zip(blocks, regions):
         _replace(traced.graph, region, run, name, options, calls)
     code = traced.graph.python_code("self")
     body = _body(code.src)
-    guard = _guard(traced.signature, stock, f"{changed}(self, {constants})")
+    others = [f"not isinstance({name}, {tensor})" for name in sorted(traced.tensors)]
+    guard = _guard(traced.signature, stock, [*others, f"{changed}(self, {constants})"])
     arguments = ", ".join(["self", str(traced.signature)[1:-1]] if traced.signature.parameters else ["self"])
     source = f"{_header(type(module), blocks)}def forward({arguments}):\n{guard}{body}"
     globals_ = {run: block, stock: type(module), changed: watch.changed, constants: watched}
+    if others:
+        globals_[tensor] = Tensor
     return source, {**code.globals, **blocks, **globals_}
 
 
@@ -105,6 +108,9 @@ def _replace(
     last.replace_all_uses_with(call)
     for node in reversed(region.nodes):
         graph.erase_node(node)
+    for node in reversed(graph.nodes):
+        if node.op == "get_attr" and not node.users:  # the weight of a function that the region had
+            graph.erase_node(node)
 
 
 _Described = Block | Dense | GatedJoin
@@ -150,6 +156,8 @@ def _step(step: Step) -> str:
         return f"squeeze-excitation({step.fc1} -> {inner}{step.fc2} -> {step.gate})"
     if isinstance(step, Norm) and step.act != IDENTITY:
         return f"{step.path} -> {step.act}"
+    if isinstance(step, Dropout) and step.p is not None:
+        return f"dropout of {step.p:g}"
     return f"{step.path} ({_KINDS[type(step)]})" if type(step) in _KINDS else step.path
 
 
@@ -162,13 +170,13 @@ def _body(source: str) -> str:
     return re.sub(r"    (\w+) = (.+?)(?:;  (?:\w+ = )+None)?\n    return \1\n$", r"    return \2\n", body)
 
 
-def _guard(signature: inspect.Signature, stock: str, changed: str) -> str:
+def _guard(signature: inspect.Signature, stock: str, others: list[str]) -> str:
     """The lines that send a call to the stock forward where the graph does not stand for it."""
     parameters = list(signature.parameters.values())
     required = [p.name for p in parameters if p.default is p.empty]
     conditions = [f"{name} is None" for name in required] if len(required) > 1 else []
     conditions += [_differs(p) for p in parameters if p.default is not p.empty]
-    conditions.append(changed)
+    conditions += others
     arguments = ", ".join(["self", *(f"{p.name}={p.name}" if p.kind == p.KEYWORD_ONLY else p.name for p in parameters)])
     return f"    if {' or '.join(conditions)}:\n        return {stock}.forward({arguments})\n"
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..block import runs_modules
 from ..ops import gated_join
 from ..select import use_backend
 
@@ -35,6 +36,8 @@ class GatedJoin:
             backend: the backend to force, or ``"auto"``.
             memory: there is nothing here that could be recomputed.
         """
+        if runs_modules():
+            return self._stock(f, logits, x)
         if not (f.shape == logits.shape == x.shape and f.is_floating_point() and f.device == logits.device == x.device):
             return self._stock(f, logits, x)
         if not (f.dtype == logits.dtype == x.dtype or torch.is_autocast_enabled(f.device.type)):

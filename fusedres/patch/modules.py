@@ -13,8 +13,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..block import is_norm_act
 
 __all__ = [
+    "bare_conv_problem",
     "conv_problem",
     "drop_path_problem",
+    "has_own_conv_forward",
     "hook_problem",
     "is_builtin",
     "is_drop_path",
@@ -73,6 +75,18 @@ def conv_problem(module: nn.Conv2d, shared: dict[int, str]) -> str | None:
         return _subclass_problem(module)
     if module.padding_mode != "zeros":
         return f"has padding_mode={module.padding_mode!r}"
+    return _layer_problem(module, shared)
+
+
+def has_own_conv_forward(module: nn.Module) -> bool:
+    """Whether the module is a convolution of the user's, whose forward may do more than convolve."""
+    forward = type(module).forward
+    own = isinstance(module, nn.Conv2d) and forward is not nn.Conv2d.forward
+    return own and not forward.__module__.startswith("torch.")
+
+
+def bare_conv_problem(module: nn.Conv2d, shared: dict[int, str]) -> str | None:
+    """As :func:`conv_problem`, for the convolution in a forward of the user's, which has been read."""
     return _layer_problem(module, shared)
 
 

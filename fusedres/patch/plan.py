@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..block import unsupported
 from .codegen import generate
 from .modules import (
+    bare_conv_problem,
     conv_problem,
     hook_problem,
     is_builtin,
@@ -75,6 +76,7 @@ class _Planner:
         self._selection = selection
         self._options = options
         self._visited: set[nn.Module] = set()
+        self._given_tensors = {model: True}
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 
@@ -140,6 +142,10 @@ class _Planner:
         if isinstance(module, fx.GraphModule):
             raise Untraceable("it is an fx.GraphModule, which rewrites its own forward")
         traced = survey(module, self._may_inline)
+        if traced.tensors and not self._given_tensors.get(module, False):
+            # Taken for tensors, they might turn out to be lists at every call, and the forward would always be stock's.
+            raise Untraceable("its forward asks for the type of a value, which is not known")
+        self._learn(module, traced)
         regions = self._match(module, traced)[1]
         # Inlining less can undo a region, which can make less inlining needed, and so on; it settles at once or never.
         for _ in range(4):
@@ -153,6 +159,13 @@ class _Planner:
                 return traced, view, regions
         return None
 
+    def _learn(self, module: nn.Module, traced: Traced) -> None:
+        """Notes which submodules are given nothing but tensors."""
+        own = self._given_tensors.get(module, False)
+        for child, tensors in traced.given.items():
+            known = own if tensors is None else tensors
+            self._given_tensors[child] = self._given_tensors.get(child, True) and known
+
     def _may_inline(self, module: nn.Module) -> bool:
         if template_of(module) is not None or is_drop_path(module):
             return False
@@ -165,13 +178,14 @@ class _Planner:
                 view.take(region)
                 regions.append(region)
         for conv in view.convolutions:
-            self._decline(view.module_of(conv), view.why_not(conv))
+            self._decline(view.convolution(conv)[1], view.why_not(conv))
         return view, sorted(regions, key=lambda region: view.nodes.index(region.nodes[-1]))
 
-    def _problem(self, module: nn.Module) -> str | None:
-        """Why a module may not become a step, or ``None``."""
+    def _problem(self, module: nn.Module, bare: bool = False) -> str | None:
+        """Why a module may not become a step, or ``None``; ``bare`` for the convolution in a forward of its own."""
         if isinstance(module, nn.Conv2d):
-            return self._selection.problem(module) or conv_problem(module, self._shared)
+            problem = bare_conv_problem if bare else conv_problem
+            return self._selection.problem(module) or problem(module, self._shared)
         if isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm)):
             return norm_problem(module, self._shared)
         if isinstance(module, nn.Linear):
@@ -179,7 +193,7 @@ class _Planner:
         return hook_problem(module)
 
     def _add_site(self, module: nn.Module, traced: Traced, view: View, regions: list[Region]) -> None:
-        declined = tuple((conv.target, view.why_not(conv)) for conv in view.convolutions)
+        declined = tuple((view.convolution(conv)[0], view.why_not(conv)) for conv in view.convolutions)
         inlined = tuple(path for path, m in module.named_modules() if m in traced.inlined)
         remarks = tuple(map(view.why_no_more, regions))
         watched = watch(module, regions, inlined)

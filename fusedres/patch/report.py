@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+
+from .prediction import Predictor, by
 
 __all__ = ["Declined", "Fused", "PatchReport"]
 
@@ -49,6 +52,7 @@ class PatchReport:
         total: how many convolutions the model has.
         notes: what else the caller should know.
         dry_run: whether the model was left unchanged.
+        predictor: counts bytes per image, where there is a model to count for.
     """
 
     fused: tuple[Fused, ...]
@@ -57,6 +61,7 @@ class PatchReport:
     notes: tuple[str, ...] = ()
     dry_run: bool = False
     sources: dict[str, str] = field(default_factory=dict, repr=False)
+    predictor: Predictor | None = field(default=None, repr=False, compare=False)
 
     @property
     def covered(self) -> int:
@@ -78,8 +83,34 @@ class PatchReport:
             raise KeyError(f"no module was fused at {path!r}; fused: {', '.join(map(_shown, self.sources)) or 'none'}")
         return self.sources[path]
 
+    def bytes_per_image(self, shape: Sequence[int] | None = None) -> tuple[float, float]:
+        """The bytes that a training step moves per image: by the stock model, and by the patched one.
+
+        Predicted, for the model as it is now, in its dtype: both run forward and backward on tensors without memory,
+        and what their passes read and write is added up, as :func:`fusedres.analysis.traffic` does. It takes about as
+        long as patching.
+
+        Args:
+            shape: of the input, ``[N, C, H, W]``; by default 32 images of 224 x 224, or 320 x 320 where those are too
+                small.
+
+        Raises:
+            ValueError: where the model does not run on such an input, or no longer exists.
+        """
+        if self.predictor is None:
+            raise ValueError("the report is of no model")
+        return self._predicted([tuple(shape)] if shape else self.predictor.default_shapes())[1:]
+
+    def _predicted(self, shapes: list[tuple[int, ...]]) -> tuple[tuple[int, ...], float, float]:
+        """The first of the shapes that the model takes, and the bytes for it."""
+        *others, last = shapes
+        for shape in others:
+            with suppress(ValueError):
+                return shape, *self.predictor.bytes_per_image(shape)
+        return last, *self.predictor.bytes_per_image(last)
+
     def to_json(self) -> str:
-        """The report as a JSON object."""
+        """The report as a JSON object, with :meth:`bytes_per_image` where that can be predicted."""
         content = {
             "fused": [asdict(site) for site in self.fused],
             "declined": [asdict(site) for site in self.declined],
@@ -87,11 +118,16 @@ class PatchReport:
             "convolutions": self.total,
             "notes": list(self.notes),
             "dry_run": self.dry_run,
+            "bytes_per_image": None,
         }
+        if self.predictor is not None:
+            with suppress(ValueError):
+                names = ("shape", "stock", "fused")
+                content["bytes_per_image"] = dict(zip(names, self._predicted(self.predictor.default_shapes())))
         return json.dumps(content, indent=2)
 
     def __str__(self) -> str:
-        lines = [self._summary()]
+        lines = [self._summary(), *self._prediction()]
         if self.fused:
             rows = [(_span(paths), pattern, backend) for paths, (pattern, backend) in _runs(_fused_rows(self.fused))]
             lines += ["", *_table(("fused", "pattern", "backend"), rows)]
@@ -107,6 +143,20 @@ class PatchReport:
     def _summary(self) -> str:
         verb = "would be fused" if self.dry_run else "fused"
         return f"{self.covered} of {self.total} convolutions {verb} ({self.coverage:.0%}), in {len(self.fused)} sites"
+
+    def _prediction(self) -> list[str]:
+        if self.predictor is None or not self.fused:
+            return []
+        try:
+            shape, stock, fused = self._predicted(self.predictor.default_shapes())
+        except ValueError as error:
+            return [f"bytes per image: not predicted, {error}"]
+        share = f"{fused / stock:.2f} of it" if stock else "the same"
+        return [f"a training step on {by(shape[1:])} moves {_mb(stock)} MB per image; patched {_mb(fused)} MB, {share}"]
+
+
+def _mb(nbytes: float) -> str:
+    return f"{nbytes / 1e6:.3g}" if nbytes < 1e9 else f"{nbytes / 1e6:.0f}"
 
 
 def _fused_rows(sites: Iterable[Fused]) -> Iterator[tuple[str, tuple[str, str]]]:

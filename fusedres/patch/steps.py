@@ -17,8 +17,17 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..block import Act, Conv, Dropout, DropPath, Norm, SqueezeExcite, Step, is_norm_act
 from ..ops.activations import IDENTITY, Activation
-from .modules import drop_path_problem, is_drop_path
-from .trace import IN_PLACE_OPERATORS
+from .modules import (
+    bare_conv_problem,
+    conv_problem,
+    drop_path_problem,
+    hook_problem,
+    is_builtin,
+    is_drop_path,
+    linear_problem,
+    norm_problem,
+)
+from .trace import IN_PLACE_OPERATORS, is_users_function
 
 __all__ = [
     "PASS",
@@ -27,10 +36,13 @@ __all__ = [
     "Reading",
     "Stop",
     "addition",
+    "calls_as_module_says",
     "changes_in_place",
+    "conv_path",
     "makes_its_result",
     "paths",
     "read",
+    "step_problem",
     "tensor_input",
 ]
 
@@ -52,9 +64,20 @@ Reading = Step | Pass | Stop
 
 def paths(step: Step) -> tuple[str, ...]:
     """The modules whose parameters and settings a step reads."""
-    if isinstance(step, Act):
+    if isinstance(step, Act) or (isinstance(step, Dropout) and step.p is not None):
         return ()
     return (step.fc1, step.fc2) if isinstance(step, SqueezeExcite) else (step.path,)
+
+
+def step_problem(step: Step, module: nn.Module, shared: dict[int, str]) -> str | None:
+    """Why ``module``, whose parameters and settings ``step`` reads, is no longer such a step; ``None`` where it is."""
+    if isinstance(step, Conv):
+        return (bare_conv_problem if step.bare else conv_problem)(module, shared)
+    if isinstance(step, Norm):
+        return norm_problem(module, shared)
+    if isinstance(step, SqueezeExcite):
+        return (conv_problem if isinstance(module, nn.Conv2d) else linear_problem)(module, shared)
+    return drop_path_problem(module) if isinstance(step, DropPath) else hook_problem(module)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,13 +196,20 @@ def _read_norm(path: str, norm: nn.Module, excluded: Callable[[nn.Module], str |
             return Stop(f"{path}.{name} {hooked}")
     if not _does_nothing(norm.drop):
         return Stop(f"{path} has a {type(norm.drop).__name__} inside")
-    activation = IDENTITY if _does_nothing(norm.act) else _module_activation(norm.act)
+    activation = IDENTITY if _does_nothing(norm.act) else _activation_inside(norm.act)
     return Norm(path, activation) if activation else Stop(f"{path} has a {type(norm.act).__name__}, which no block has")
 
 
 def _module_activation(module: nn.Module) -> Activation | None:
     known = _MODULE_ACTIVATIONS.get(type(module))
     return known and known(module)
+
+
+def _activation_inside(module: nn.Module) -> Activation | None:
+    """The activation inside a norm, which is not part of any graph and may be written out."""
+    from .products import written_activation  # which reads nodes, as this file does
+
+    return _module_activation(module) if is_builtin(module) else written_activation(module)
 
 
 def _does_nothing(module: nn.Module) -> bool:
@@ -192,7 +222,7 @@ def _read_function(node: fx.Node) -> Reading:
     if node.target in ("clone", torch.clone):
         return PASS
     if node.target is F.dropout:
-        return Stop(f"{node.name} is a function; a block reads its probability from a module, nn.Dropout")
+        return _read_dropout(node)
     known = _FUNCTION_ACTIVATIONS.get(node.target)
     if known is None:
         return Stop()
@@ -202,6 +232,54 @@ def _read_function(node: fx.Node) -> Reading:
     except TypeError:
         return Stop()
     return Act(activation) if activation else Stop()
+
+
+def conv_path(node: fx.Node) -> str | None:
+    """The path of the module whose own weight a call of ``F.conv2d`` convolves with."""
+    arguments = _conv_arguments(node)
+    weight = arguments.get("weight")
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr" or not weight.target.endswith(".weight"):
+        return None
+    return weight.target.removesuffix(".weight")
+
+
+def _conv_arguments(node: fx.Node) -> dict[str, Any]:
+    if node.op != "call_function" or node.target is not F.conv2d:
+        return {}
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    return {
+        "bias": None,
+        "stride": 1,
+        "padding": 0,
+        "dilation": 1,
+        "groups": 1,
+        **dict(zip(names, node.args)),
+        **node.kwargs,
+    }
+
+
+def calls_as_module_says(node: fx.Node, module: nn.Conv2d) -> bool:
+    """Whether a call of ``F.conv2d`` convolves with the bias, stride, padding, dilation and groups of ``module``."""
+    arguments = _conv_arguments(node)
+    bias = arguments["bias"]
+    own = isinstance(bias, fx.Node) and bias.op == "get_attr" and bias.target == f"{conv_path(node)}.bias"
+    return (own if module.bias is not None else bias is None) and all(
+        _pair(arguments[name]) == _pair(getattr(module, name)) for name in ("stride", "padding", "dilation", "groups")
+    )
+
+
+def _pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list) else value
+
+
+def _read_dropout(node: fx.Node) -> Reading:
+    """``F.dropout(x, p, self.training)``, whose keyword arguments tracing has filled in."""
+    p, training = node.kwargs.get("p"), node.kwargs.get("training")
+    if p == 0 or training is False:
+        return PASS
+    if isinstance(training, fx.Node) and training.op == "get_attr" and isinstance(p, (int, float)):
+        return Dropout(training.target.rpartition(".")[0], float(p))
+    return Stop(f"{node.name} is a dropout that is not switched by its module's mode")
 
 
 @dataclass(frozen=True)
@@ -237,7 +315,17 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 _MAKERS = {
-    *(operator.mul, torch.mul, torch.cat, torch.mean, torch.sigmoid, F.sigmoid, F.hardsigmoid, F.adaptive_avg_pool2d),
+    *(
+        F.conv2d,
+        operator.mul,
+        torch.mul,
+        torch.cat,
+        torch.mean,
+        torch.sigmoid,
+        F.sigmoid,
+        F.hardsigmoid,
+        F.adaptive_avg_pool2d,
+    ),
     *("mul", "mean", "sigmoid"),
 }
 
@@ -251,13 +339,15 @@ def makes_its_result(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def changes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether ``node`` writes into the tensor that it reads first."""
+    """Whether ``node`` writes into the tensor that it reads first; a function of the user's may write into any."""
     if node.op == "call_module":
         return bool(getattr(module, "inplace", False))
     if node.op == "call_method":
         return node.target.endswith("_") and not node.target.endswith("__")
     if node.op == "call_function":
         # A positional True is counted too, for F.relu(x, True): to see a write too many costs a fusion, no more.
+        if is_users_function(node.target):
+            return True
         flagged = node.kwargs.get("inplace") or "out" in node.kwargs or any(a is True for a in node.args)
         return node.target in IN_PLACE_OPERATORS or getattr(node.target, "__name__", "").endswith("_") or bool(flagged)
     return False

@@ -190,10 +190,18 @@ def _replicate(self: nn.Module) -> Any:
     return _like(self, lambda: self._replicate_for_data_parallel())
 
 
+def _prepare_scriptable(self: nn.Module) -> Any:
+    raise RuntimeError(
+        "torch.jit.script reads a module's source, which is generated here: call fusedres.unpatch(model) first, or use "
+        "torch.jit.trace, torch.export or ONNX export, which see the stock layers"
+    )
+
+
 _LIFE = {
     "__new__": _new,
     "__reduce_ex__": _reduce_ex,
     "__deepcopy__": _deepcopy,
     "__copy__": _copy,
     "_replicate_for_data_parallel": _replicate,
+    "__prepare_scriptable__": _prepare_scriptable,
 }

@@ -3,6 +3,9 @@
 Plain ``torch.fx`` records what it sees and silently loses the rest: ``+=`` becomes ``+``, a ``no_grad`` or autocast
 context disappears, a random draw or a value kept on ``self`` is baked in. :func:`trace` records in-place operators as
 what they are, and raises :class:`Untraceable`, with the reason in words, for everything that a graph would lose.
+
+A function of the user's that cannot be traced, such as one that computes a padding from the size of the image, is
+called from the graph. What a forward asks of the type of its arguments is answered as for tensors, and remembered.
 """
 
 from __future__ import annotations
@@ -15,20 +18,23 @@ import sys
 import sysconfig
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
-from .modules import is_builtin
+from .modules import has_own_conv_forward, is_builtin
 
-__all__ = ["IN_PLACE_OPERATORS", "Traced", "Untraceable", "survey", "trace"]
+__all__ = ["IN_PLACE_OPERATORS", "Traced", "Untraceable", "is_users_function", "survey", "trace"]
 
 _CONTAINERS = (list, dict, set, OrderedDict)
 IN_PLACE_OPERATORS = (
@@ -55,11 +61,16 @@ class Traced:
         graph: the graph of the module's forward.
         signature: of the forward, without ``self``. Parameters with a default are fixed at it in the graph.
         inlined: the submodules whose forward became part of the graph; the others are called from it.
+        tensors: the arguments that the graph takes for tensors, because the forward has asked whether they are.
+        given: for each submodule, called or inlined, whether it is given nothing but tensors; ``None`` where it is
+            given what the module itself is given.
     """
 
     graph: fx.Graph
     signature: inspect.Signature
     inlined: frozenset[nn.Module]
+    tensors: frozenset[str]
+    given: dict[nn.Module, bool | None]
 
 
 Inline = Callable[[nn.Module], bool]
@@ -96,26 +107,34 @@ def survey(module: nn.Module, inline: Inline) -> Traced:
 
 
 def _trace_around(module: nn.Module, inline: Inline, opaque: set[nn.Module], training: bool) -> Traced:
-    """Traces, adding to ``opaque`` each submodule that turns out to be untraceable, until none is left inlined."""
+    """Traces, adding to ``opaque`` each submodule that turns out to be untraceable, until none is left inlined.
+
+    Before a module, functions of the user's that the failure came through are called instead of traced.
+    """
+    called: list[Lookup] = []
     while True:
         try:
-            return _trace_once(module, lambda child: child not in opaque and inline(child), training)
+            return _trace_once(module, lambda child: child not in opaque and inline(child), training, called)
         except Untraceable as failure:
-            if not failure.culprit:
+            lookup = _innermost_function(failure.__cause__, called)
+            if lookup is not None:
+                called.append(lookup)
+            elif failure.culprit:
+                opaque.add(module.get_submodule(failure.culprit))
+            else:
                 raise
-            opaque.add(module.get_submodule(failure.culprit))
 
 
-def _trace_once(module: nn.Module, inline: Inline, training: bool) -> Traced:
+def _trace_once(module: nn.Module, inline: Inline, training: bool, called: Sequence[Lookup] = ()) -> Traced:
     signature = _signature(module)
     tracer = _Tracer(signature, inline)
     with _unchanged(module), _no_random_numbers(), _mode(module, training):
         try:
-            with _Watch():
+            with _Watch(), _as_calls(tracer, called):
                 graph = tracer.trace(module)
         except Exception as error:
             raise Untraceable(_in_words(error), getattr(error, "_fusedres_culprit", "")) from error
-    return Traced(graph, signature, frozenset(tracer.inlined))
+    return Traced(graph, signature, frozenset(tracer.inlined), frozenset(tracer.tensors), tracer.given)
 
 
 def _signature(module: nn.Module) -> inspect.Signature:
@@ -145,10 +164,14 @@ class _Proxy(fx.Proxy):
 
     @property
     def __class__(self):
-        asking = sys._getframe(1).f_code
-        if asking is torch.is_tensor.__code__ or _is_user_code(asking.co_filename):
+        frame = sys._getframe(1)
+        if frame.f_code is torch.is_tensor.__code__:
+            frame = frame.f_back
+        elif not _is_user_code(frame.f_code.co_filename) or "isinstance" not in frame.f_code.co_names:
+            return _Proxy  # some function of PyTorch's asks, for its own purposes
+        if not self.tracer.takes_for_tensor(self.node):  # what it is not known to be is no answer
             raise Untraceable("its forward asks for the type of a value")
-        return _Proxy
+        return torch.Tensor
 
     def __getattr__(self, name: str) -> Any:
         # A proxy has every attribute, so that hasattr(x, "tensors") would answer yes for any x.
@@ -173,18 +196,45 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.proxy_buffer_attributes = True
         self.inlined: set[nn.Module] = set()
+        self.tensors: set[str] = set()
+        self.given: dict[nn.Module, bool | None] = {}
         self._signature = signature
         self._inline = inline
         self._context = _context()
 
+    def takes_for_tensor(self, node: fx.Node) -> bool:
+        """Whether ``node`` is a tensor, as far as the graph goes: for an argument, that is checked at every call."""
+        if node.op == "placeholder":
+            self.tensors.add(node.target)
+            return True
+        return self._is_tensor(node)
+
+    def _is_tensor(self, value: Any) -> bool | None:
+        """Whether something is surely a tensor; ``None`` for an argument, which may be one."""
+        node = value.node if isinstance(value, fx.Proxy) else value
+        if not isinstance(node, fx.Node):
+            return False
+        if node.op == "placeholder":
+            return None
+        if node.op == "call_module":
+            return _makes_tensors(self.root.get_submodule(node.target))
+        return node.target in _MAKE_TENSORS
+
+    def _note_what_is_given(self, module: nn.Module, args: tuple) -> None:
+        kinds = {self._is_tensor(a) for a in args} | {self.given.get(module, True)}
+        self.given[module] = False if False in kinds else None if None in kinds else True
+
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
-        return is_builtin(module) or not self._inline(module)
+        return (is_builtin(module) and not has_own_conv_forward(module)) or not self._inline(module)
 
     def call_module(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         try:
             path = self.path_of_module(module)
         except NameError:
+            if self._is_made_on_the_way(module):
+                return forward(*args, **kwargs)
             raise Untraceable(f"it calls a {type(module).__name__} that is not registered as a submodule") from None
+        self._note_what_is_given(module, args)
         if not self.is_leaf_module(module, path):
             self.inlined.add(module)
         try:
@@ -193,6 +243,13 @@ class _Tracer(fx.Tracer):
             if not hasattr(error, "_fusedres_culprit"):
                 error._fusedres_culprit = path if module in self.inlined else ""
             raise
+
+    def _is_made_on_the_way(self, module: nn.Module) -> bool:
+        """Whether the module is one like ``nn.ReLU()(x)``: of PyTorch's own, without state, and kept by nobody."""
+        if not is_builtin(module) or module._parameters or module._buffers or module._modules:
+            return False
+        kept = (value for m in self.root.modules() for value in m.__dict__.values())
+        return not any(value is module or (type(value) in _HOLDERS and _holds(value, module)) for value in kept)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
         positional, keyword = [], {}
@@ -223,6 +280,24 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
 
+_HOLDERS = (*_CONTAINERS, tuple)
+
+
+def _holds(container: Collection, module: nn.Module) -> bool:
+    return any(value is module for value in (container.values() if isinstance(container, dict) else container))
+
+
+# What certainly makes a tensor, of those that forwards ask about.
+_TENSOR_TO_TENSOR = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_MAKE_TENSORS = (torch.cat, F.relu, F.pad, F.interpolate, F.avg_pool2d)
+
+
+def _makes_tensors(module: nn.Module) -> bool:
+    if isinstance(module, nn.Sequential) and len(module):
+        return _makes_tensors(module[-1])
+    return type(module) in _TENSOR_TO_TENSOR
+
+
 def _context() -> tuple:
     """The thread's state that changes what an operation does, and that a graph does not record."""
     return (
@@ -232,6 +307,62 @@ def _context() -> tuple:
         torch.is_autocast_enabled("cuda"),
         torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions that are called from the graph
+# ---------------------------------------------------------------------------------------------------------------------
+
+Lookup = tuple[dict[str, Any], str]
+"""Where a function is looked up: the globals of its caller, and the name in them."""
+
+
+def _innermost_function(error: BaseException | None, called: Sequence[Lookup]) -> Lookup | None:
+    """The innermost function of the user's that the error came through, unless it is called from the graph already."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)] if error is not None else []
+    for caller, frame in reversed(list(zip(frames, frames[1:]))):
+        code = frame.f_code
+        if not (_is_user_code(code.co_filename) and _is_user_code(caller.f_code.co_filename)):
+            continue
+        for name in caller.f_code.co_names:
+            found = caller.f_globals.get(name)
+            if (
+                type(found) is FunctionType
+                and found.__code__ is code
+                and found.__globals__.get(found.__name__) is found
+            ):
+                known = any(caller.f_globals is g and name == n for g, n in called)
+                return None if known else (caller.f_globals, name)
+    return None
+
+
+@contextmanager
+def _as_calls(tracer: _Tracer, lookups: Sequence[Lookup]) -> Iterator[None]:
+    """Makes each function a node of the graph where it is given a value that is known only at run time."""
+    before = [(scope, name, scope[name]) for scope, name in lookups]
+    for scope, name, function in before:
+        scope[name] = _recorded(tracer, function)
+    try:
+        yield
+    finally:
+        for scope, name, function in before:
+            scope[name] = function
+
+
+def _recorded(tracer: _Tracer, function: Callable) -> Callable:
+    @wraps(function)
+    def record(*args: Any, **kwargs: Any) -> Any:
+        leaves, _ = tree_flatten((args, kwargs))
+        if not any(type(leaf) is _Proxy or isinstance(leaf, fx.Proxy) for leaf in leaves):
+            return function(*args, **kwargs)
+        return tracer.create_proxy("call_function", function, args, kwargs)
+
+    return record
+
+
+def is_users_function(target: Any) -> bool:
+    """Whether a node's target is a function that neither PyTorch nor Python has, of which nothing is known."""
+    return type(target) is FunctionType and _is_user_code(target.__code__.co_filename)
 
 
 _DROPOUTS = (F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout)
@@ -374,7 +505,7 @@ def _is_user_code(filename: str) -> bool:
 
 def _in_words(error: Exception) -> str:
     if isinstance(error, Untraceable):
-        return error.reason
+        return error.reason + _where(error)
     message = str(error)
     if isinstance(error, fx.proxy.TraceError) and "iterated" not in message:
         return "its forward branches on data" + _where(error)

@@ -12,6 +12,8 @@ from torch import fx, nn
 from ..block import Act, Block, Conv, Dense, Norm, SqueezeExcite, Step
 from .gated_join import GatedJoin
 from .gates import Gate, find_gate
+from .modules import has_own_conv_forward
+from .products import Product, find_product
 from .steps import (
     PASS,
     Addition,
@@ -19,12 +21,14 @@ from .steps import (
     Reading,
     Stop,
     addition,
+    calls_as_module_says,
     changes_in_place,
+    conv_path,
     makes_its_result,
     read,
     tensor_input,
 )
-from .trace import Traced
+from .trace import Traced, is_users_function
 
 __all__ = ["Chain", "ChainLink", "Region", "View"]
 
@@ -100,7 +104,8 @@ class View:
     """A traced graph, and what is already taken in it.
 
     Args:
-        excluded: says why a convolution, norm or activation module may not be touched, or ``None``.
+        excluded: says why a convolution, norm or activation module may not be touched, or ``None``; of a convolution
+            with a forward of the user's own, with ``True`` behind it, whether the rest of it may.
         unsupported: says why the engine cannot run a block, or ``None``.
     """
 
@@ -108,10 +113,11 @@ class View:
         self,
         module: nn.Module,
         traced: Traced,
-        excluded: Callable[[nn.Module], str | None],
+        excluded: Callable[..., str | None],
         unsupported: Callable[[Block | Dense], str | None],
     ) -> None:
         self.nodes = list(traced.graph.nodes)
+        self._root = module
         self.unsupported = unsupported
         self.reasons: dict[fx.Node, str] = {}
         self._excluded = excluded
@@ -120,7 +126,7 @@ class View:
         self._calls = Counter(id(self._modules[n.target]) for n in self.nodes if n.op == "call_module")
         self._taken: set[fx.Node] = set()
         self._readings: dict[fx.Node, Reading] = {}
-        self._gates: dict[fx.Node, Gate | None] = {}
+        self._gates: dict[fx.Node, Gate | Product | None] = {}
         self._writes = [(n, self.written_by(n)) for n in self.nodes if changes_in_place(n, self.module_of(n))]
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -140,21 +146,41 @@ class View:
     def _read_once(self, node: fx.Node) -> Reading:
         if (gate := self._gate(node)) is not None:
             return gate.step
+        if node.op == "call_function" and self.convolution(node) is not None:
+            return self._read_bare(node)
         reading = read(node, self.module_of(node), self._excluded)
         if isinstance(reading, (Conv, Norm)) and self._calls[id(self.module_of(node))] > 1:
             return Stop(f"{node.target} is called more than once")
         return reading
 
-    def _gate(self, node: fx.Node) -> Gate | None:
+    def _gate(self, node: fx.Node) -> Gate | Product | None:
+        """The step of several nodes that ends with ``node``."""
         if node not in self._gates:
             position = self._order.__getitem__
-            self._gates[node] = find_gate(node, self.module_of, self._read, self._usable_in_gate, position)
+            gate = find_gate(node, self.module_of, self._read, self._usable_in_gate, position)
+            self._gates[node] = gate or find_product(node, self.module_of, self.untouched)
         return self._gates[node]
 
     def _usable_in_gate(self, node: fx.Node) -> bool:
         module = self.module_of(node)
         once = not isinstance(module, (nn.Conv2d, nn.Linear)) or self._calls[id(module)] == 1
         return once and self.untouched(node)
+
+    def convolution(self, node: fx.Node) -> tuple[str, nn.Conv2d] | None:
+        """The convolution that ``node`` runs, by calling it or by a function in its own forward, behind its path."""
+        if node.op == "call_module":
+            return (node.target, module) if isinstance(module := self.module_of(node), nn.Conv2d) else None
+        path = conv_path(node)
+        module = None if path is None else self._root.get_submodule(path)
+        return (path, module) if module is not None and has_own_conv_forward(module) else None
+
+    def _read_bare(self, node: fx.Node) -> Reading:
+        """What a call of ``F.conv2d`` is to a block."""
+        path, module = self.convolution(node)
+        if not calls_as_module_says(node, module):
+            return Stop(f"{path} is a {type(module).__name__}, which has a forward of its own")
+        problem = self._excluded(module, True)
+        return Stop(f"{path} {problem}") if problem else Conv(path, bare=True)
 
     def untouched(self, node: fx.Node) -> bool:
         """Whether the module that ``node`` calls does nothing but its class's forward, and may be touched."""
@@ -176,6 +202,8 @@ class View:
 
     def home(self, node: fx.Node) -> str:
         """The path of the module whose code ``node`` stems from."""
+        if (found := self.convolution(node)) is not None:
+            return found[0].rpartition(".")[0]
         if node.op == "call_module":
             return node.target.rpartition(".")[0]
         stack = node.meta.get("nn_module_stack")
@@ -191,7 +219,7 @@ class View:
     @property
     def convolutions(self) -> list[fx.Node]:
         """The calls of convolutions that no region has taken, in order."""
-        return [n for n in self.nodes if n not in self._taken and isinstance(self.module_of(n), nn.Conv2d)]
+        return [n for n in self.nodes if n not in self._taken and self.convolution(n) is not None]
 
     def additions(self) -> Iterator[tuple[fx.Node, Addition]]:
         """The sums of two tensors, in order."""
@@ -235,7 +263,7 @@ class View:
             reading = self.reading(following)
             if reading is not PASS and not isinstance(reading, Act):
                 break
-            links.append(ChainLink(following, reading, (following,)))
+            links.append(ChainLink(following, reading, self.nodes_of(following)))
             if reading is not PASS:
                 return Chain(before, tuple(links))
             node = following
@@ -280,31 +308,39 @@ class View:
 
     def why_not(self, conv: fx.Node) -> str:
         """Why a convolution is in no region."""
-        reading = self.reading(conv)
+        reading, (path, _) = self.reading(conv), self.convolution(conv)
         if isinstance(reading, Stop):
             return reading.reason
         if conv in self.reasons:
             return self.reasons[conv]
         reader = self.only_reader(conv)
         if reader is None and len(conv.users) > 1:
-            return f"the output of {conv.target} is used in more than one place"
+            return f"the output of {path} is used in more than one place"
         after = reader and self.reading(reader)
         if isinstance(after, Stop) and after.reason:
-            return f"nothing to fuse {conv.target} with: {after.reason}"
-        return f"{conv.target} stands alone: no norm, activation or addition next to it"
+            return f"nothing to fuse {path} with: {after.reason}"
+        return f"{path} stands alone: no norm, activation or addition next to it"
 
     # -- writes in place ----------------------------------------------------------------------------------------------
 
     def written_by(self, node: fx.Node) -> set[fx.Node]:
         """The values that an in-place node may change: its target, and all that the target may be a view of."""
+        if is_users_function(node.target):
+            return set().union(*map(self._storage, node.all_input_nodes))
         return self._storage(node.kwargs.get("out") or tensor_input(node))
 
     def _storage(self, node: fx.Node | None) -> set[fx.Node]:
         """``node`` and the values before it whose memory it may share; two nodes may share where their sets meet."""
-        shared = set()
-        while node is not None:
+        shared, waiting = set(), [node]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in shared:
+                continue
             shared.add(node)
-            node = None if self._is_fresh(node) else tensor_input(node)
+            if is_users_function(node.target):
+                waiting += node.all_input_nodes
+            elif not self._is_fresh(node):
+                waiting.append(tensor_input(node))
         return shared
 
     def _is_fresh(self, node: fx.Node) -> bool:

@@ -13,11 +13,14 @@ from fusedres.patch import PatchReport, patch
 from .blocks import assert_same, images, settled
 
 
-class _CounterDropout(nn.Dropout):
+def counter_dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """A dropout that drops what the engine drops for the same seed."""
+    return x * keep_scale(x.shape, p, draw_seed(), x.dtype, x.device) if training and p else x
 
+
+class _CounterDropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
-        return x * keep_scale(x.shape, self.p, draw_seed(), x.dtype, x.device) if self.training else x
+        return counter_dropout(x, self.p, self.training)
 
 
 def check_seeded(model: nn.Module, *inputs: Tensor) -> PatchReport:

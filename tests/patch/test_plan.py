@@ -377,12 +377,8 @@ def checkpoints(self, x):
     return torch.utils.checkpoint.checkpoint(self.branch, x, use_reentrant=False)
 
 
-def asks_type(self, x):
-    return self.branch(x) if isinstance(x, torch.Tensor) else self.branch(x[0])
-
-
-def asks_torch_for_the_type(self, x):
-    return self.branch(x) if torch.is_tensor(x) else self.branch(x[0])
+def asks_for_the_type_of_anything(self, x):
+    return self.branch(x) if isinstance(x.view(-1), torch.Tensor) else x
 
 
 def asks_for_an_attribute(self, x):
@@ -445,8 +441,7 @@ UNTRACEABLE = {
     without_gradient: "switches gradients",
     with_autocast: "switches gradients, autocast",
     checkpoints: "checkpointing",
-    asks_type: "asks for the type",
-    asks_torch_for_the_type: "asks for the type",
+    asks_for_the_type_of_anything: "asks for the type",
     asks_for_an_attribute: "reads 'tensors' of an argument",
     draws_torch: "draws random numbers",
     draws_python: "draws random numbers",
@@ -487,9 +482,14 @@ def test_untraceable(forward):
 
 
 def test_installed_libraries_are_the_users_code():
-    """The layers of torchvision's DenseNet ask for the type of their input, which is a list."""
-    layer = torchvision_models().densenet._DenseLayer(4, 2, 2, 0.0)
-    assert "asks for the type" in reasons(explain(layer))["conv1"]
+    """The layers of torchvision's DenseNet ask for the type of their input, which a dense block makes a list."""
+    densenet = torchvision_models().densenet
+    layer = densenet._DenseLayer(4, 2, 2, 0.0)
+    assert "not isinstance(input, Tensor)" in explain(layer).source("")
+    block = densenet._DenseBlock(2, 4, 2, 2, 0.0)
+    block.denselayer1.norm2.register_forward_hook(lambda *_: None)
+    report = check_patched(block)
+    assert "asks for the type" in reasons(report)["denselayer1.conv1"]
 
 
 def test_the_reason_shows_the_line():

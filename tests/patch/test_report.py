@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
+import torch
 from survey_blocks import MyResNet, ResidualBlock
 from torch import nn
 
-from fusedres.patch import Declined, Fused, PatchReport, patch
+from fusedres.analysis import traffic
+from fusedres.patch import Declined, Fused, PatchReport, explain, patch
 
 from .blocks import Layers
 
@@ -63,6 +66,47 @@ def test_json():
         }
     ]
     assert [d["path"] for d in content["declined"]] == ["1"]
+
+
+def test_bytes_per_image():
+    model = MyResNet(3, 8, 2).to(memory_format=torch.channels_last)
+    found = explain(model)
+    stock, fused = found.bytes_per_image((16, 3, 64, 64))
+    assert 0.4 < fused / stock < 0.95
+    whole = traffic(model, (16, 3, 64, 64), torch.float32)
+    assert stock == whole.total("stock").nbytes / 16
+    assert fused == whole.total("fused").nbytes / 16
+    assert found.bytes_per_image((16, 3, 32, 64))[0] < stock
+    assert patch(model, memory="low").bytes_per_image((16, 3, 64, 64))[0] == stock
+    content = json.loads(found.to_json())["bytes_per_image"]
+    assert content["shape"] == [32, 3, 224, 224]
+    text = str(found).splitlines()[1]
+    assert text.startswith("a training step on 3 x 224 x 224 moves ")
+    assert f"{content['stock'] / 1e6:.3g} MB per image; patched {content['fused'] / 1e6:.3g} MB" in text
+
+
+def test_bytes_that_cannot_be_predicted():
+    found = explain(model := nn.Sequential(ResidualBlock(4), nn.Flatten(), nn.Linear(4 * 36, 2)))
+    with pytest.raises(ValueError, match="the model does not run on 2 x 4 x 5 x 5: "):
+        found.bytes_per_image((2, 4, 5, 5))
+    assert found.bytes_per_image((2, 4, 6, 6))[0] > 0
+    assert str(found).splitlines()[1].startswith("bytes per image: not predicted, the model does not run on")
+    assert json.loads(found.to_json())["bytes_per_image"] is None
+    del model
+    with pytest.raises(ValueError, match="the model is gone"):
+        found.bytes_per_image()
+    with pytest.raises(ValueError, match="the report is of no model"):
+        report("a").bytes_per_image()
+    assert pickle.loads(pickle.dumps(found)).fused == found.fused
+
+
+def test_predicting_leaves_the_model_and_the_random_numbers():
+    model = MyResNet(3, 4, 1).eval()
+    state, before = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
+    str(patch(model))
+    assert torch.equal(state, torch.get_rng_state())
+    assert not model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_why_a_sum_is_not_part_of_a_chain():

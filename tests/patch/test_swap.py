@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from survey_blocks import MyResNet, ResidualBlock
+from survey_blocks import DenseBottleneckBlock, MyResNet, ResidualBlock
 from torch import fx, nn
+from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torchvision_shim import torchvision_models
 
@@ -336,6 +338,167 @@ def test_a_patched_model_is_traced_as_its_stock_layers():
     graph = fx.symbolic_trace(model)
     assert "layers.1.conv2" in {node.target for node in graph.graph.nodes}
     torch.testing.assert_close(graph(images(3)), expected, rtol=1e-9, atol=1e-11)
+
+
+EXPORTED = {
+    "one block": (lambda: ResidualBlock(4), lambda: images()),
+    "network": (lambda: MyResNet(3, 4, 2), lambda: images(3)),
+    "dense": (lambda: DenseBottleneckBlock(2, 4, 2), lambda: images()),
+    "gated": (lambda: Gated(), lambda: images()),
+}
+
+
+class Gated(Layers):
+    def forward(self, x):
+        m = torch.sigmoid(self.conv2(x))
+        return m * self.bn1(self.conv1(x)) + (1 - m) * x
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_a_traced_model_has_stock_ops(name, grad):
+    make, x = EXPORTED[name]
+    model = settled(make()).eval()
+    expected = model(x())
+    assert patch(model).fused
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(model, (x(),))
+    kinds = {node.kind().partition("::")[0] for node in traced.inlined_graph.nodes()}
+    assert kinds <= {"aten", "prim"}
+    torch.testing.assert_close(traced(x()), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_onnx_has_stock_ops(name, dynamo, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    make, x = EXPORTED[name]
+    model = settled(make()).float().eval()
+    assert patch(model).fused
+    with torch.no_grad():
+        torch.onnx.export(model, (x().float(),), tmp_path / "model.onnx", dynamo=dynamo, verbose=False)
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    assert "Conv" in {node.op_type for node in nodes}
+    assert {node.domain for node in nodes} <= {"", "ai.onnx"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_exported_programs_have_stock_ops():
+    model = settled(MyResNet(3, 4, 1)).eval()
+    expected = model(images(3))
+    patch(model)
+    program = torch.export.export(model, (images(3),))
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert "aten.conv2d.default" in targets
+    assert all(target.startswith("aten.") for target in targets)
+    torch.testing.assert_close(program.module()(images(3)), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scripting_says_what_to_do():
+    model = MyResNet(3, 4, 1)
+    patch(model)
+    with pytest.raises(RuntimeError, match=r"call fusedres.unpatch\(model\) first"):
+        torch.jit.script(model)
+    unpatch(model)
+    torch.jit.script(model)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_optimizer_made_before_or_after(when):
+    stock, model = settled(MyResNet(3, 4, 2)), settled(MyResNet(3, 4, 2))
+    theirs = torch.optim.SGD(stock.parameters(), 0.1, momentum=0.9)
+    if when == "before":
+        ours = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        patch(model)
+    else:
+        patch(model)
+        ours = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for m, optimizer in ((stock, theirs), (model, ours)):
+        for _ in range(2):
+            optimizer.zero_grad()
+            m(images(3)).square().mean().backward()
+            optimizer.step()
+    for (name, ours), theirs in zip(model.named_parameters(), stock.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_averaged_copies():
+    """An exponential moving average is a deep copy whose parameters are written to in place."""
+    stock, model = settled(MyResNet(3, 4, 1)), settled(MyResNet(3, 4, 1))
+    patch(model)
+    kept = [AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True) for m in (stock, model)]
+    for average, m in zip(kept, (stock, model)):
+        average.eval()
+        with torch.no_grad():
+            average(images(3))
+            for parameter in m.parameters():
+                parameter.mul_(1.5)
+        average.update_parameters(m)
+        average.update_parameters(m)
+    assert type(kept[1].module.layers[0]).__name__ == "FusedResidualBlock"
+    with torch.no_grad():
+        torch.testing.assert_close(kept[1](images(3)), kept[0](images(3)), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("move", ["half", "bfloat16", "channels_last", "float and back"])
+def test_moving_a_patched_model(move):
+    stock, model = settled(MyResNet(3, 4, 1)).float().eval(), settled(MyResNet(3, 4, 1)).float().eval()
+    patch(model)
+    with torch.no_grad():
+        model(images(3).float())  # folded weights exist now, and must not be used again
+        if move == "channels_last":
+            moved, x = model.to(memory_format=torch.channels_last), images(3).float()
+        elif move == "float and back":
+            moved, x = model.double().float(), images(3).float()
+        else:
+            moved, x = getattr(model, move)(), getattr(images(3), move)()
+        out = moved(x)
+    assert out.dtype == x.dtype
+    tolerance = {torch.float16: 2e-2, torch.bfloat16: 1e-1}.get(x.dtype, 1e-5)
+    torch.testing.assert_close(out.float(), stock(images(3).float()), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda conv: parametrizations.weight_norm(conv),
+        lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
+        lambda conv: weight_norm(conv),
+    ],
+    ids=["parametrization", "pruning", "weight norm"],
+)
+def test_layers_that_are_changed_after_patching(change):
+    stock, model = settled(MyResNet(3, 4, 1)).eval(), settled(MyResNet(3, 4, 1)).eval()
+    patch(model)
+    with torch.no_grad():
+        model(images(3))
+    for m in (stock, model):
+        change(m.layers[0].conv1)
+        with torch.no_grad():
+            for parameter in m.layers[0].conv1.parameters():
+                parameter.mul_(1.25)
+    torch.testing.assert_close(model(images(3)), stock(images(3)), rtol=1e-9, atol=1e-11)
+    fused = classes(model)
+    for look in (explain, patch):
+        report = look(model)
+        assert "layers.0.conv1" in {d.path for d in report.declined}
+        assert "layers.0.conv2" in {c for site in report.fused for c in site.convolutions}
+        assert (classes(model) == fused) == report.dry_run
+    torch.testing.assert_close(model(images(3)), stock(images(3)), rtol=1e-9, atol=1e-11)
+
+
+def test_features_of_a_model_that_is_patched_afterwards_and_before():
+    getter = import_module("torchvision.models._utils").IntermediateLayerGetter if torchvision_models() else None
+    model = settled(torchvision_models().resnet18()).eval()
+    expected = getter(model, {"layer1": "a"})(images(3, 32))["a"]
+    part = getter(model, {"layer1": "a"})
+    assert patch(part).coverage > 0
+    torch.testing.assert_close(part(images(3, 32))["a"], expected, rtol=1e-9, atol=1e-11)
 
 
 def test_feature_extraction():

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from fusedres import select
+from fusedres.patch import patch
 from fusedres.patch.trace import IN_PLACE_OPERATORS, Untraceable, survey, trace
+
+from .blocks import Layers, check_patched, images, settled
 
 
 def module(forward) -> nn.Module:
@@ -69,3 +75,212 @@ def test_constants_are_not_stored_on_the_module():
     with pytest.raises(Untraceable, match="constant tensor"):
         trace(model, everything)
     assert not [name for name in model.__dict__ if "constant" in name]
+
+
+# -- what a forward asks of the type of its arguments ------------------------------------------------------------------
+
+
+def asks(self, x):
+    return self.branch(x) if isinstance(x, torch.Tensor) else self.branch(x[0])
+
+
+def asks_torch(self, x):
+    return self.branch(x) if torch.is_tensor(x) else self.branch(x[0])
+
+
+def asks_for_lists(self, x):
+    x = torch.cat(x, 0) if isinstance(x, (list, tuple)) else x
+    return self.branch(x)
+
+
+def asks_behind_a_layer(self, x):
+    x = self.conv1(x)
+    return torch.relu(self.bn1(x[0] if isinstance(x, (list, tuple)) else x)) + self.bn2(self.conv2(x))
+
+
+@pytest.mark.parametrize("forward", [asks, asks_torch, asks_for_lists])
+def test_an_argument_is_taken_for_a_tensor_and_asked_at_every_call(forward):
+    model = type("Asking", (Layers,), {"forward": forward})()
+    report = check_patched(model)
+    assert report.coverage == 1.0
+    assert "not isinstance(x, Tensor)" in report.source("")
+    patch(model)
+    torch.testing.assert_close(model.eval()([images()]), model(images()), rtol=1e-9, atol=1e-11)
+
+
+def test_what_a_layer_makes_is_a_tensor():
+    report = check_patched(type("Asking", (Layers,), {"forward": asks_behind_a_layer})())
+    assert report.coverage > 0
+    assert "isinstance" not in report.source("")
+
+
+# -- layers that are made on the way -----------------------------------------------------------------------------------
+
+
+def test_a_layer_that_is_made_on_the_way_is_what_it_does():
+    model = type("Making", (Layers,), {"forward": lambda self, x: nn.ReLU(inplace=True)(self.branch(x) + x)})()
+    report = check_patched(model)
+    assert [site.pattern for site in report.fused] == ["post-activation residual (identity)"]
+
+
+def test_a_layer_that_is_kept_in_a_list_is_left():
+    model = type("Keeping", (Layers,), {"forward": lambda self, x: self.acts[0](self.branch(x) + x)})()
+    model.acts = [nn.ReLU()]
+    report = check_patched(model)
+    assert "not registered as a submodule" in report.declined[0].reason
+
+
+# -- functions that are called from the graph --------------------------------------------------------------------------
+
+
+def pad_to_even(x):
+    """As TensorFlow's "same" padding: it branches on the size of the image."""
+    height = x.shape[-2]
+    return F.pad(x, (0, 0, 0, 1)) if height % 2 else x
+
+
+def pad_layer(x, layer):
+    return pad_to_even(x) if layer.stride == (1, 1) else x
+
+
+def doubled_where_positive(x):
+    """Writes into its argument, where that is large."""
+    if x.sum() > 0:
+        x *= 2
+    return x
+
+
+def view_of_the_second(x, y):
+    return y if x.sum() > 1e9 else y.view(y.shape)
+
+
+@pytest.mark.parametrize("size", [5, 6])
+def test_a_function_that_cannot_be_traced_is_called(size):
+    model = type("Padded", (Layers,), {"forward": lambda self, x: self.branch(pad_layer(x, self.conv1))})()
+    report = check_patched(model, images(size=size))
+    assert report.coverage == 1.0
+    assert "pad_to_even(x)" in report.source("")
+
+
+def test_the_function_is_there_again_after_tracing():
+    before = pad_to_even
+    test_a_function_that_cannot_be_traced_is_called(6)
+    assert globals()["pad_to_even"] is before
+
+
+def test_a_function_that_cannot_even_be_called_is_a_reason():
+    model = type("Lost", (Layers,), {"forward": lambda self, x: self.branch(x) if pad_to_even(x).sum() > 0 else x})()
+    report = patch(model)
+    assert report.fused == ()
+    assert "branches on data" in report.declined[0].reason
+
+
+def writes_between(self, x):
+    out = self.bn1(self.conv1(x))
+    y = doubled_where_positive(x)
+    return torch.relu(out + x), y
+
+
+def writes_through_another(self, x):
+    out = self.bn1(self.conv1(x))
+    y = view_of_the_second(out, x)
+    y *= 3
+    return torch.relu(self.bn2(self.conv2(out)) + x)
+
+
+@pytest.mark.parametrize("forward", [writes_between, writes_through_another])
+def test_what_such_a_function_may_write_to_is_kept_in_order(forward):
+    model = settled(type("Writing", (Layers,), {"forward": forward})()).eval()
+    stock = copy.deepcopy(model)
+    patch(model)
+    with torch.no_grad():
+        ours, theirs = model(images()), stock(images())
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+# -- convolutions with a forward of their own --------------------------------------------------------------------------
+
+
+class PaddedConv(nn.Conv2d):
+    """Pads by itself, as the ports of TensorFlow's networks do."""
+
+    def forward(self, x):
+        return F.conv2d(pad_to_even(x), self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class StandardizedConv(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean(), self.bias, padding=self.padding)
+
+
+class WiderConv(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.bias, self.stride, 1, self.dilation, self.groups)
+
+
+def own_conv(cls: type[nn.Conv2d], **options) -> Layers:
+    model = Layers()
+    model.conv1 = cls(4, 4, 3, padding=1, **options)
+    return model
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_convolution_behind_a_padding_of_its_own(bias):
+    class Block(Layers):
+        def forward(self, x):
+            return torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+    model = Block()
+    model.conv1 = PaddedConv(4, 4, 3, padding=1, bias=bias)
+    report = check_patched(model, images(size=5))
+    assert report.coverage == 1.0
+    assert [site.pattern for site in report.fused] == ["conv-bn-relu x 2"]
+    assert "self.conv1.weight" not in report.source("")
+
+
+def test_a_convolution_with_other_weights_or_settings_is_left():
+    for cls, coverage in ((StandardizedConv, 0.5), (WiderConv, 1.0)):
+        assert check_patched(own_conv(cls)).coverage == coverage
+    model = own_conv(WiderConv)
+    model.conv1.padding = (2, 2)
+    report = check_patched(model)
+    assert report.coverage == 0.5
+    assert "which has a forward of its own" in report.declined[0].reason
+
+
+def test_changes_of_a_convolution_with_a_forward_of_its_own():
+    model = settled(own_conv(PaddedConv)).eval()
+    stock = copy.deepcopy(model)
+    assert patch(model).coverage == 1.0
+    seen = []
+    for m in (model, stock):
+        m.conv1.padding = (2, 2)
+        m.conv1.register_forward_hook(lambda *_: seen.append(1))
+        m.conv2.padding = (0, 0)
+    torch.testing.assert_close(model(images()), stock(images()), rtol=1e-9, atol=1e-11)
+    assert len(seen) == 2
+
+
+def test_it_runs_as_it_is_where_the_engine_does_not():
+    model = settled(own_conv(PaddedConv)).eval()
+    expected = model(images())
+    patch(model)
+    ours = torch.func.functional_call(model, {}, (images(),))
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(torch.func.vmap(model)(images()[None])[0], expected, rtol=1e-9, atol=1e-11)
+
+
+def test_small_inputs_are_padded_once(monkeypatch):
+    class Chain(Layers):
+        def forward(self, x):
+            return torch.relu(self.bn1(self.conv1(x)))
+
+    model = Chain()
+    model.conv1 = PaddedConv(4, 4, 3)
+    settled(model).eval()
+    expected = model(images(size=5))
+    patch(model)
+    for mode in select.FEWEST_ELEMENTS:
+        monkeypatch.setitem(select.FEWEST_ELEMENTS, mode, 10**9)
+    torch.testing.assert_close(model(images(size=5)), expected, rtol=1e-9, atol=1e-11)

@@ -127,15 +127,25 @@ def test_the_same_numbers(name):
     assert round(report.coverage, 2) >= coverage, str(report)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", sorted(SMALL.keys() - EXACT_ONLY))
-def test_within_the_budgets(name, training):
-    model = SMALL[name][0]().train(training)
+def with_affine_norms(model: nn.Module) -> nn.Module:
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             nn.init.uniform_(norm.bias, -0.2, 0.2)
+    return model
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", sorted(SMALL.keys() - EXACT_ONLY))
+def test_within_the_budgets(name, training):
+    model = with_affine_norms(SMALL[name][0]()).train(training)
     compare(model, patch, lambda seed: [channels_last((8, 3, 64, 64), seed=seed)]).check()
+
+
+@pytest.mark.parametrize("name", sorted(SMALL.keys() - EXACT_ONLY))
+def test_within_the_budgets_under_autocast(name):
+    model = with_affine_norms(SMALL[name][0]()).train()
+    compare(model, patch, lambda seed: [channels_last((8, 3, 64, 64), seed=seed)], autocast=torch.bfloat16).check()
 
 
 def test_features_of_timm():

@@ -8,6 +8,7 @@ written, with ``p = act(norm(x))``                      name in the report
 ``branch(p) + projection(x)``                           projection
 ``branch(p) + projection(p)``                           projection of the activated input
 ``branch(p) + p``                                       activated identity
+``branch(p) + projection(other)``                       projection of a second input
 ``branch(p) + other``                                   second input
 ======================================================  ===================================================
 
@@ -43,4 +44,5 @@ def _candidates(view: View, found: Sum) -> Iterator[tuple[Chain, Region]]:
         if isinstance(branch.steps[0], (Norm, Act)):
             for region in with_shortcut(_FAMILY, found, branch, other):
                 yield nothing, region
-            yield nothing, with_argument(_FAMILY, found, branch, other)
+            for region in with_argument(_FAMILY, found, branch, other):
+                yield nothing, region

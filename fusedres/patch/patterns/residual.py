@@ -1,12 +1,13 @@
 """Residual blocks: ``act(branch(x) + shortcut(x))``, however the sum is written, with or without the activation.
 
-====================================  =========================================  ====================
-written                               becomes                                    name in the report
-====================================  =========================================  ====================
-``branch(x) + x``                     ``Block(branch, shortcut=())``             identity
-``branch(x) + projection(x)``         ``Block(branch, shortcut=projection)``     projection
-``branch(x) + other``                 ``Block(branch, (), residual="argument")``  second input
-====================================  =========================================  ====================
+================================  ==================================================  ============================
+written                           becomes                                             name in the report
+================================  ==================================================  ============================
+``branch(x) + x``                 ``Block(branch, shortcut=())``                      identity
+``branch(x) + projection(x)``     ``Block(branch, shortcut=projection)``              projection
+``branch(x) + projection(other)`` ``Block(branch, projection, residual="argument")``  projection of a second input
+``branch(x) + other``             ``Block(branch, (), residual="argument")``          second input
+================================  ==================================================  ============================
 
 A branch may hold squeeze-excitation, stochastic depth and dropout where the engine has a place for them.
 
@@ -39,4 +40,5 @@ def _candidates(view: View, found: Sum) -> Iterator[tuple[Chain, Region]]:
             if part.convolutions:
                 for region in with_shortcut(family, found, part, other):
                     yield before, region
-                yield before, with_argument(family, found, part, other)
+                for region in with_argument(family, found, part, other):
+                    yield before, region

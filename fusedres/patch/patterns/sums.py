@@ -106,11 +106,16 @@ def with_pending(family: str, view: View, found: Sum, branch: Chain, other: Chai
     yield Region(_name(family, kind, block), block, (head.entry,), nodes)
 
 
-def with_argument(family: str, found: Sum, branch: Chain, other: Chain) -> Region:
-    """``branch(x) + other``, where the other operand is made elsewhere."""
-    block = Block(branch.steps, (), found.act, residual="argument", in_place=_keeps_dtype(found, branch))
+def with_argument(family: str, found: Sum, branch: Chain, other: Chain) -> Iterator[Region]:
+    """``branch(x) + other``, where the other operand is made elsewhere, with the convolutions at its end or without."""
+    in_place = _keeps_dtype(found, branch)
+    if other.convolutions:
+        block = Block(branch.steps, other.steps, found.act, residual="argument", in_place=in_place)
+        nodes = (*other.nodes, *branch.nodes, found.node, *found.tail.nodes)
+        yield Region(_name(family, "projection of a second input", block), block, (branch.entry, other.entry), nodes)
+    block = Block(branch.steps, (), found.act, residual="argument", in_place=in_place)
     nodes = (*branch.nodes, found.node, *found.tail.nodes)
-    return Region(_name(family, "second input", block), block, (branch.entry, other.end), nodes)
+    yield Region(_name(family, "second input", block), block, (branch.entry, other.end), nodes)
 
 
 def _keeps_dtype(found: Sum, branch: Chain) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -11,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision_shim import torchvision_models
 
-from fusedres.patch import explain
+from fusedres.patch import explain, patch, unpatch
 
-from ..blocks import check_patched
-from ..chance import check_seeded
+from ..blocks import assert_same, check_patched, images, settled
+from ..chance import check_seeded, counter_dropout
 from .test_residual import block, only_site
 
 
@@ -179,18 +180,34 @@ class Child(nn.Module):
         return F.dropout(F.relu(x), p=0.3, training=self.training)
 
 
-@pytest.mark.parametrize(
-    ("forward", "mode"), [(dropout_between, "self.training"), (dropout_in_a_child, "self.child.training")]
-)
-def test_dropout_as_a_function_stays_where_it_is(forward, mode):
-    model = block(forward, child=Child())
+@pytest.mark.parametrize("forward", [dropout_between, dropout_in_a_child])
+def test_dropout_as_a_function(forward, monkeypatch):
+    model = settled(block(forward, child=Child()))
     model.p = 0.3
-    report = check_seeded(model)
-    assert [site.convolutions for site in report.fused] == [("conv1",), ("conv2",)]
-    assert mode in report.source("")
+    stock = copy.deepcopy(model)
+    report = patch(model)
+    assert [set(site.convolutions) for site in report.fused] == [{"conv1", "conv2"}]
+    assert "dropout of 0.3" in report.source("")
+    for m in (model, stock):
+        m.register_forward_pre_hook(lambda *_: torch.manual_seed(3) and None)
+    monkeypatch.setattr(F, "dropout", counter_dropout)  # stock's draws as ours
+    assert_same(model, stock, images())
 
 
-def test_why_a_convolution_before_a_function_stays():
-    model = block(lambda self, x: torch.sigmoid(F.dropout(self.conv1(x), 0.5, self.training)))
+def test_the_probability_and_the_mode_of_a_function_may_change():
+    model = settled(block(dropout_between))
+    model.p = 0.3
+    patch(model)
+    model.p = 0.0
+    stock = copy.deepcopy(model)
+    unpatch(stock)
+    assert_same(model, stock, images())
+    assert torch.equal(model.eval()(images()), model(images()))
+
+
+def test_a_dropout_that_is_always_on_or_off():
+    report = check_patched(block(lambda self, x: F.dropout(self.branch(x), 0.5, False) + x))
+    assert only_site(report).pattern == "linear residual (identity)"
+    model = block(lambda self, x: torch.sigmoid(F.dropout(self.conv1(x), 0.5)))
     reasons = {d.path: d.reason for d in explain(model).declined}
-    assert "dropout is a function" in reasons["conv1"]
+    assert "is a dropout that is not switched by its module's mode" in reasons["conv1"]

@@ -1,0 +1,90 @@
+"""Activations that people write out: ``x * sigmoid(x)`` is SiLU.
+
+``x * relu6(x + 3) / 6`` is not taken for Hardswish, whose sixth PyTorch rounds to float32 in every dtype.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from ..block import Act
+from ..ops.activations import Activation
+from .steps import read, tensor_input
+from .trace import Untraceable, trace
+
+__all__ = ["Product", "find_product", "written_activation"]
+
+
+@dataclass(frozen=True)
+class Product:
+    """An activation made of several nodes.
+
+    Args:
+        input: what it reads.
+        step: what it is to a block.
+        nodes: all of it in the graph's order, the one with the result last.
+    """
+
+    input: fx.Node
+    step: Act
+    nodes: tuple[fx.Node, ...]
+
+
+ModuleOf = Callable[[fx.Node], nn.Module | None]
+
+_MULTIPLY = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+_SIGMOIDS = (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid")
+
+
+def find_product(node: fx.Node, module_of: ModuleOf, usable: Callable[[fx.Node], bool]) -> Product | None:
+    """The activation whose result is ``node``, or ``None``; its inner values are read by itself alone.
+
+    Args:
+        usable: whether a module that a node calls does nothing but its class's forward.
+    """
+    for x, gate in _factors(node):
+        alone = gate.users.keys() == {node} and tensor_input(gate) is x
+        if alone and _is_sigmoid(gate, module_of, usable):
+            return Product(x, Act(Activation("silu")), (gate, node))
+    return None
+
+
+def written_activation(module: nn.Module) -> Activation | None:
+    """The activation that a module's own forward is, whichever way it is written; ``None`` for anything else."""
+    if module._parameters or module._buffers or module._modules:
+        return None
+    try:
+        nodes = list(trace(module, lambda _: False).graph.nodes)
+    except Untraceable:
+        return None
+    *inner, output = nodes[1:]
+    if nodes[0].op != "placeholder" or not inner or output.args != (inner[-1],):
+        return None
+    if len(inner) == 1:
+        reading = read(inner[0], None, lambda _: None)
+        return reading.activation if isinstance(reading, Act) and tensor_input(inner[0]) is nodes[0] else None
+    found = find_product(inner[-1], lambda _: None, lambda _: True)
+    whole = found is not None and found.input is nodes[0] and set(found.nodes) == set(inner)
+    return found.step.activation if whole else None
+
+
+def _is_sigmoid(node: fx.Node, module_of: ModuleOf, usable: Callable[[fx.Node], bool]) -> bool:
+    if len(node.args) != 1 or node.kwargs:
+        return False
+    module = module_of(node)
+    return node.target in _SIGMOIDS if module is None else type(module) is nn.Sigmoid and usable(node)
+
+
+def _factors(node: fx.Node) -> tuple[tuple[fx.Node, fx.Node], ...]:
+    """The two factors of a product, in both orders."""
+    if node.op not in ("call_function", "call_method") or node.target not in _MULTIPLY or node.kwargs:
+        return ()
+    if len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args) or node.args[0] is node.args[1]:
+        return ()
+    return node.args, node.args[::-1]
