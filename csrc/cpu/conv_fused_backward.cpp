@@ -36,8 +36,8 @@ std::tuple<Tensor, Tensor> conv_fused_dgrad_cpu(const Tensor& g, std::optional<T
   WinogradArgs args{};
   set_geometry(args, kOp, g, weight.size(1), 2 - padding[0], 2 - padding[1]);
   set_gradient(args, kOp, g, y, grad_rows);
-  STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == g.size(0) && x.size(1) == args.filters &&
-                      x.size(2) == args.out_height && x.size(3) == args.out_width,
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == g.size(0) && x.size(1) == args.filters && x.size(2) == args.out_height &&
+                      x.size(3) == args.out_width,
                   kOp, ": x must be [", g.size(0), ", ", args.filters, ", ", args.out_height, ", ", args.out_width,
                   "], the input of a convolution with this result");
   check_activation(kOp, act);

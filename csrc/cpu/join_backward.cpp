@@ -188,7 +188,8 @@ void check_sums(const char* op, const Tensor& sums, const Tensor& y, bool side, 
   STD_TORCH_CHECK(sums.dim() == 2 && sums.size(0) >= least && sums.size(0) <= kReduceSums + 1 &&
                       sums.size(1) == y.size(1) && sums.is_contiguous() && sums.scalar_type() == kFloat,
                   op, ": sums must be a contiguous float32 tensor of shape [R, ", y.size(1), "] with R from ", least,
-                  " to ", kReduceSums + 1, apart ? ": the residual's norm is in training beside a gain or an offset" : "");
+                  " to ", kReduceSums + 1,
+                  apart ? ": the residual's norm is in training beside a gain or an offset" : "");
 }
 
 std::tuple<Tensor, Tensor> join_backward_apply_cpu(const Tensor& grad, const Tensor& y, std::optional<Tensor> norm,

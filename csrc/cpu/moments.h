@@ -7,8 +7,8 @@ namespace fusedres {
 namespace FUSEDRES_ISA {
 namespace {
 
-// A mean is kept as a float m and what m lacks, e, and M2 = sum d^2 - n e^2 with d = x - m, so that a large mean costs a
-// small variance nothing. The sums of narrower types are as good as exact in a float.
+// A mean is kept as a float m and what m lacks, e, and M2 = sum d^2 - n e^2 with d = x - m, so that a large mean costs
+// a small variance nothing. The sums of narrower types are as good as exact in a float.
 FR_INLINE void split_mean(const Wide& sum, int64_t n, Vec& mean, Vec& correction) {
   double lanes[Vec::kWidth];
   float high[Vec::kWidth], low[Vec::kWidth];

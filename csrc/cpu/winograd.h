@@ -1,7 +1,8 @@
-// A convolution with 3x3 taps of step one, in float32, by Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray 2016,
-// "Fast algorithms for convolutional neural networks", section 4.1): 16 products for four results instead of 36.
+// A convolution with 3x3 taps of step one, in float32, by Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray
+// 2016, "Fast algorithms for convolutional neural networks", section 4.1): 16 products for four results instead of 36.
 //
-//   result = A^T [ (G w G^T) * (B^T d B) ] A         d: a 4x4 window of the source, result: the 2x2 pixels in its middle
+//   result = A^T [ (G w G^T) * (B^T d B) ] A         d: a 4x4 window of the source, result: the 2x2 pixels in its
+//   middle
 //
 // summed over channels, which makes a matrix product for each of the 16 points. A block of tiles goes through all three
 // steps while it is in a core's cache. What the source is, and what becomes of the result, is read and written on the
@@ -60,8 +61,8 @@ struct WinogradArgs {
   float* out;
   int64_t out_pitch;
   const float* bias;  // or null
-  Pixels residual;  // or the addend, or null
-  Pixels pending;   // x of kGradient, and its rows
+  Pixels residual;    // or the addend, or null
+  Pixels pending;     // x of kGradient, and its rows
   const float *out_mean, *out_scale, *out_shift;
   bool statistics;
   StatsPartials partials;  // of kStatistics, a row for every block

@@ -1,11 +1,10 @@
-#include "cpu/winograd.h"
-
 #include <utility>
 
 #include "common/activations.h"
 #include "cpu/dispatch.h"
 #include "cpu/moments.h"
 #include "cpu/vec.h"
+#include "cpu/winograd.h"
 
 namespace fusedres {
 namespace FUSEDRES_ISA {
@@ -130,8 +129,8 @@ void transform_source(const WinogradArgs& a, const WinogradTask& t, const Source
 // Second step: a matrix product for every point
 // ---------------------------------------------------------------------------------------------------------------------
 
-constexpr int kColumns = 2;                            // vectors of filters that registers hold sums for
-constexpr int kRows = Vec::kWidth == 16 ? 14 : 6;      // and tiles
+constexpr int kColumns = 2;                        // vectors of filters that registers hold sums for
+constexpr int kRows = Vec::kWidth == 16 ? 14 : 6;  // and tiles
 
 // products[r][k] = sum over c of window[r][c] weights[c][k] for kTiles tiles and one panel of filters.
 template <int kTiles>

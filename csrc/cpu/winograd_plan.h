@@ -8,7 +8,6 @@
 
 namespace fusedres {
 
-
 // Weights [K, C, 3, 3] of any strides, transformed; `rotated` gives those of the data gradient, [C, K, 3, 3] with the
 // taps turned around. The memory is the calling thread's, until its next call.
 class WinogradWeights {
@@ -38,8 +37,8 @@ void set_bias(WinogradArgs& args, const char* op, const std::optional<Tensor>& b
 // Where the result goes, of a source with the samples of x: `into`, or a new tensor. Returns which.
 Tensor set_output(WinogradArgs& args, const char* op, const Tensor& x, const std::optional<Tensor>& into);
 
-// Runs all tiles. Where statistics are wanted, `stats` is [2, K]; where sums are, `sums` is [2, K] and the second row is
-// multiplied by `rstd`.
+// Runs all tiles. Where statistics are wanted, `stats` is [2, K]; where sums are, `sums` is [2, K] and the second row
+// is multiplied by `rstd`.
 void run_winograd(const char* op, WinogradArgs args, float* stats, float* sums, const float* rstd);
 
 // An uninitialised float32 tensor [n, c, h, w] in channels_last.
