@@ -356,8 +356,8 @@ def run(
         return _call_modules(block, root, x, residual)
     mode = "training" if torch.is_grad_enabled() else "inference"
     # Asked here too, before the work of binding.
-    measured = by_measurement(x.device.type)
-    if memory != "low" and not measured and too_small(x.numel(), mode, backend) and not _synchronised(block, root):
+    small = memory != "low" and too_small(x.numel(), mode, backend)
+    if small and not by_measurement(x.device.type) and not _synchronised(block, root):
         return _walk(block, root, x, residual)
     plan = link_plans(block)
     binder = _Binder(root)

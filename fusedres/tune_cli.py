@@ -26,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    if reason := untunable("cuda"):
+    if reason := untunable(torch.device(args.device).type):
         print(f"fusedres tune: {reason}", file=sys.stderr)
         return 2
     try:

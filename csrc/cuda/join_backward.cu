@@ -346,12 +346,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) join_apply_kern
   apply_rows<T, kWidth, kDropout, kUnroll>(a, storage);
 }
 
-void check_sums(const char* op, const Tensor& sums, const Tensor& y, bool all) {
-  const bool rows = sums.dim() == 2 && (sums.size(0) == kSums || sums.size(0) == kSums + 1);
-  STD_TORCH_CHECK(rows && sums.size(1) == y.size(1) && sums.is_contiguous() && sums.scalar_type() == kFloat, op,
-                  ": sums must be a contiguous float32 tensor of shape [3, ", y.size(1), "] or [4, ", y.size(1), "]");
-  STD_TORCH_CHECK(!all || sums.size(0) > kSums, op,
-                  ": sums must have a fourth row, where the residual's norm is in training beside a gain or an offset");
+// `side`: whether the residual's norm has sums too; `apart`: whether its sum of the gradient is not the main operand's.
+void check_sums(const char* op, const Tensor& sums, const Tensor& y, bool side, bool apart) {
+  const int64_t least = apart ? kSums + 1 : side ? kSums : kSums - 1;
+  STD_TORCH_CHECK(sums.dim() == 2 && sums.size(0) >= least && sums.size(0) <= kSums + 1 && sums.size(1) == y.size(1) &&
+                      sums.is_contiguous() && sums.scalar_type() == kFloat,
+                  op, ": sums must be a contiguous float32 tensor of shape [R, ", y.size(1), "] with R from ", least,
+                  " to ", kSums + 1, apart ? ": the residual's norm is in training beside a gain or an offset" : "");
 }
 
 // Whether the statistics of a norm, and of the residual's, are the batch's.
@@ -402,7 +403,7 @@ std::tuple<Tensor, Tensor> join_backward_apply_cuda(const Tensor& grad, const Te
   res_training = res_training && residual.has_value() && res_norm.has_value();
   STD_TORCH_CHECK(sums.has_value() || !(training || res_training), kOp, ": batch statistics need the sums");
   const bool by_sample = gain || offset;
-  if (sums) check_sums(kOp, *sums, y, res_training && by_sample);
+  if (sums) check_sums(kOp, *sums, y, res_training, res_training && by_sample);
 
   const Device device(y);
   const bool writes_residual = residual.has_value() && need_residual;

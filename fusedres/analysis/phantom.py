@@ -312,6 +312,9 @@ FLOPS = {
     "fusedres.conv_fused_dgrad": lambda args, out: _each_pixel(args[0], args[3]),
     "fusedres.conv_fused_fprop": lambda args, out: _each_pixel(_written(out[0], args, 10), args[4]),
     "fusedres.conv_fused_join": lambda args, out: _each_pixel(_written(out, args, 14), args[4]),
+    "fusedres.conv_epilogue": lambda args, out: _each_pixel(out, args[1]),
+    "fusedres.conv_winograd_pack": lambda args, out: 0,
+    "fusedres.conv_winograd": lambda args, out: 2 * out.numel() * args[0].shape[1] * 9,  # as the definition has them
     "mkldnn._convolution_pointwise_": lambda args, out: _each_pixel(args[0], args[2]),
     _POINTWISE: lambda args, out: _each_pixel(out, args[_weight_place(args)]),
 }

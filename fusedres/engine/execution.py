@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,9 +28,10 @@ def execute(
         x: the input, ``[N, C, H, W]``.
         residual: what the shortcut reads where that is not ``x``.
         tensors: the operands of the program's slots.
-        folded: where folded and packed weights are kept between inference calls.
+        folded: where folded and packed weights are kept between inference calls; only of a constant block.
     """
-    inference = program.constant and not needs_gradient((x, residual, *tensors))
+    # Who has kept folded weights has asked.
+    inference = (folded is not None or program.constant) and not needs_gradient((x, residual, *tensors))
     chosen: Program | None = program
     if is_for_stock(program, x, x.numel(), inference):
         chosen = _measured(program, x, residual, tensors, inference)
@@ -86,10 +88,16 @@ def _broadcasts(program: Program, x: Tensor, residual: Tensor | None, tensors: O
     return _shape(program.branch, x.shape, tensors) != _shape(program.shortcut, side.shape, tensors)
 
 
-def _shape(chain: tuple[Link, ...], shape: tuple[int, ...], tensors: Operands) -> tuple[int, ...]:
-    """What a chain makes of an input of this shape."""
+# Asked for every block at every call, of the same few sizes; never by a tracer, whose sizes have no hash.
+_output_size = lru_cache(maxsize=4096)(output_size)
+
+
+def _shape(chain: tuple[Link, ...], shape: tuple[int, ...], tensors: Operands) -> tuple[Any, ...]:
+    """Channels and size of what a chain makes of an input of this shape."""
+    channels, size = shape[1], shape[2:]
     for link in chain:
-        if link.conv is not None:
-            weight = tensors[link.conv.first].shape
-            shape = (shape[0], weight[0], *output_size(shape[2:], weight[2:], link.conv.geometry))
-    return tuple(shape)
+        conv = link.conv
+        if conv is not None:
+            weight = tensors[conv.first].shape
+            channels, size = weight[0], _output_size(size, weight[2:], conv.geometry)
+    return channels, *size

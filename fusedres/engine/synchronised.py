@@ -26,6 +26,9 @@ from torch import Tensor
 __all__ = ["GroupStatistics", "group_of", "merge", "merge_samples", "summed"]
 
 
+_AVAILABLE = dist.is_available()
+
+
 class GroupStatistics(NamedTuple):
     """Statistics of the values of all processes of a group.
 
@@ -44,7 +47,7 @@ def group_of(process_group: Any | None) -> Any | None:
     Args:
         process_group: the module's; ``None`` is everyone.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not (_AVAILABLE and dist.is_initialized()):
         return None
     group = process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None

@@ -80,7 +80,8 @@ def _fake(
     padding: list[int],
 ) -> Tensor:
     size = output_size((x.shape[2], x.shape[3]), (3, 3), ConvGeometry((1, 1), (padding[0], padding[1]), (1, 1), 1))
-    return x.new_empty((x.shape[0], filters, *size), memory_format=torch.channels_last)
+    shape = (x.shape[0], filters, *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 CONV_WINOGRAD = declare(

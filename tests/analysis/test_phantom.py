@@ -68,13 +68,19 @@ CONVOLUTIONS = {
     "conv_fused_dgrad": lambda op, x, w, g: op(g, None, None, w, x, None, 0, 0.0, *GEOMETRY),
     "conv_fused_fprop": lambda op, x, w, g: op(x, None, 0, 0.0, w, None, *GEOMETRY, True),
     "conv_fused_join": lambda op, x, w, g: op(x, None, 0, 0.0, w, None, *GEOMETRY, None, None, None, 0, 0.0),
+    "conv_epilogue": lambda op, x, w, g: op(x, w, torch.ones(4), torch.zeros(4), None, *GEOMETRY),
+    "conv_winograd": lambda op, x, w, g: op(x, packed(w), 4, None, None, 0, 0.0, [0, 0]),
 }
 GEOMETRY = ([2, 2], [1, 1], [1, 1])
 
 
+def packed(weight):
+    return OPS["conv_winograd_pack"].reference(weight)
+
+
 def test_no_convolution_of_this_library_is_missing():
     """A new op that convolves needs its arithmetic in the table, or the roofline misses it."""
-    assert {name for name in OPS if "conv" in name} == set(CONVOLUTIONS)
+    assert {name for name in OPS if "conv" in name} == {*CONVOLUTIONS, "conv_winograd_pack"}
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)

@@ -356,16 +356,17 @@ def test_wrong_input_raises():
         apply(grad, *rest, None, 1.0, True, False, True)
     for sums in (
         torch.ones(3, 4),
-        torch.ones(2, 5),
+        torch.ones(1, 5),
+        torch.ones(5, 5),
         torch.ones(3, 2, 5),
         torch.ones(5, 3).t(),
         torch.ones(3, 5).double(),
     ):
         with pytest.raises(
-            RuntimeError, match=r"sums must be a contiguous float32 tensor of shape \[3, 5\] or \[4, 5\]"
+            RuntimeError, match=r"sums must be a contiguous float32 tensor of shape \[R, 5\] with R from 2 to 4"
         ):
             apply(grad, *rest, sums, 1.0, True, False, True)
-    with pytest.raises(RuntimeError, match="sums must have a fourth row"):
+    with pytest.raises(RuntimeError, match="R from 4 to 4: the residual's norm is in training beside"):
         apply(grad, *rest, torch.ones(3, 5), 1.0, True, True, True, torch.ones(2, 5))
 
 
