@@ -1,3 +1,5 @@
+#include <atomic>
+
 #include "cpu/scratch.h"
 #include "cpu/winograd_plan.h"
 
@@ -80,25 +82,13 @@ void merge_sums(const WinogradArgs& a, const float* rstd, float* sums) {
   }
 }
 
-bool all_finite(const Tensor& weight) {
-  const auto* data = weight.const_data_ptr<float>();
-  const auto sizes = weight.sizes(), strides = weight.strides();
-  float sum = 0;
-  for (int64_t k = 0; k < sizes[0]; ++k)
-    for (int64_t c = 0; c < sizes[1]; ++c)
-      for (int64_t r = 0; r < sizes[2]; ++r)
-        for (int64_t s = 0; s < sizes[3]; ++s)
-          sum += data[k * strides[0] + c * strides[1] + r * strides[2] + s * strides[3]] * 0.f;
-  return sum == 0;
-}
-
 }  // namespace
 
 int64_t WinogradWeights::size(int64_t filters, int64_t channels) {
   return divide_up(filters, kPanel) * winograd_panel_size(channels);
 }
 
-void WinogradWeights::pack(const char* op, const Tensor& weight, bool rotated, bool taps, float* packed) {
+bool WinogradWeights::pack(const char* op, const Tensor& weight, bool rotated, bool taps, float* packed) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 &&
                       weight.scalar_type() == torch::headeronly::ScalarType::Float,
                   op, ": weight must be a float32 tensor of shape [K, C, 3, 3]");
@@ -111,16 +101,19 @@ void WinogradWeights::pack(const char* op, const Tensor& weight, bool rotated, b
   a.taps = taps;
   a.packed = packed;
   const auto run = FR_FOR_ACTIVE_ISA(winograd_pack);
-  parallel_over(divide_up(a.filters, kPanel), winograd_panel_size(a.channels),
-                [&](int64_t begin, int64_t end) { run(a, begin, end); });
+  std::atomic<bool> finite{true};
+  parallel_over(divide_up(a.filters, kPanel), winograd_panel_size(a.channels), [&](int64_t begin, int64_t end) {
+    if (!run(a, begin, end)) finite.store(false);
+  });
+  return finite.load();
 }
 
 WinogradWeights::WinogradWeights(const char* op, const Tensor& weight, bool rotated) {
   static thread_local Scratch room;
   const int64_t filters = weight.size(rotated ? 1 : 0), channels = weight.size(rotated ? 0 : 1);
   auto* packed = room.reserve<float>(op, size(filters, channels) * sizeof(float));
-  taps_ = !all_finite(weight);
-  pack(op, weight, rotated, taps_, packed);
+  taps_ = !pack(op, weight, rotated, false, packed);
+  if (taps_) pack(op, weight, rotated, true, packed);
   packed_ = packed;
 }
 

@@ -76,7 +76,8 @@ struct WinogradTask {
   float *window, *products;  // room for the transformed tiles, [point][tile][winograd_pitch]
 };
 
-// Transforms the weights of panels [begin, end); element (k, c, r, s) is at data[k filter + c channel + r row + s col].
+// Transforms the weights of panels [begin, end) and says whether all of them are finite; element (k, c, r, s) is at
+// data[k filter + c channel + r row + s column].
 struct WinogradPackArgs {
   const float* data;
   int64_t filter, channel, row, column;
@@ -90,4 +91,4 @@ constexpr int64_t winograd_panel_size(int64_t channels) { return kPoints * chann
 }  // namespace fusedres
 
 FR_DECLARE_FOR_EACH_ISA(void winograd_task(const WinogradArgs& args, const WinogradTask& task))
-FR_DECLARE_FOR_EACH_ISA(void winograd_pack(const WinogradPackArgs& args, int64_t begin, int64_t end))
+FR_DECLARE_FOR_EACH_ISA(bool winograd_pack(const WinogradPackArgs& args, int64_t begin, int64_t end))

@@ -429,26 +429,53 @@ FR_INLINE void transform_taps(const Vec (&w)[9], Vec (&points)[kPoints]) {
   }
 }
 
+constexpr int64_t kPackedChannels = 16;  // taken together: as many as share a cache line in either layout
+
+// The taps of some channels and of a panel of filters, as [tap][channel][kPanel]; zeros past the last filter. The loops
+// follow memory: what lies a filter apart may all fall into one set of the cache.
+void gather_taps(const WinogradPackArgs& a, int64_t panel, int64_t c, int64_t channels,
+                 float (&taps)[9][kPackedChannels][kPanel]) {
+  const int64_t left = a.filters - panel * kPanel, filters = left < kPanel ? left : kPanel;
+  const float* from = a.data + panel * kPanel * a.filter + c * a.channel;
+  const auto at = [&](int64_t k, int64_t i, int64_t tap) {
+    return from[k * a.filter + i * a.channel + tap / 3 * a.row + tap % 3 * a.column];
+  };
+  if (a.filter == 1) {
+    for (int64_t i = 0; i < channels; ++i)
+      for (int64_t tap = 0; tap < 9; ++tap)
+        for (int64_t k = 0; k < kPanel; ++k) taps[tap][i][k] = k < filters ? at(k, i, tap) : 0.f;
+  } else {
+    for (int64_t k = 0; k < kPanel; ++k)
+      for (int64_t tap = 0; tap < 9; ++tap)
+        for (int64_t i = 0; i < channels; ++i) taps[tap][i][k] = k < filters ? at(k, i, tap) : 0.f;
+  }
+}
+
 }  // namespace
 
-void winograd_pack(const WinogradPackArgs& args, int64_t begin, int64_t end) {
+bool winograd_pack(const WinogradPackArgs& args, int64_t begin, int64_t end) {
   const WinogradPackArgs a = args;
   const int64_t plane = a.channels * kPanel;
+  Vec nothing;  // unless a tap is not finite
   for (int64_t panel = begin; panel < end; ++panel)
-    for (int64_t c = 0; c < a.channels; ++c) {
-      float taps[9][kPanel] = {};
-      const int64_t left = a.filters - panel * kPanel, filters = left < kPanel ? left : kPanel;
-      const float* from = a.data + panel * kPanel * a.filter + c * a.channel;
-      for (int64_t tap = 0; tap < 9; ++tap)
-        for (int64_t k = 0; k < filters; ++k) taps[tap][k] = from[k * a.filter + tap / 3 * a.row + tap % 3 * a.column];
-      for (int64_t k = 0; k < kPanel; k += Vec::kWidth) {
-        float* to = a.packed + panel * winograd_panel_size(a.channels) + c * kPanel + k;
-        Vec w[9], points[kPoints];
-        for (int64_t tap = 0; tap < 9; ++tap) w[tap] = load(taps[tap] + k);
-        if (!a.taps) transform_taps(w, points);
-        for (int64_t i = 0; i < (a.taps ? 9 : kPoints); ++i) store(to + i * plane, a.taps ? w[i] : points[i]);
-      }
+    for (int64_t c = 0; c < a.channels; c += kPackedChannels) {
+      float taps[9][kPackedChannels][kPanel];
+      const int64_t left = a.channels - c, channels = left < kPackedChannels ? left : kPackedChannels;
+      gather_taps(a, panel, c, channels, taps);
+      for (int64_t i = 0; i < channels; ++i)
+        for (int64_t k = 0; k < kPanel; k += Vec::kWidth) {
+          float* to = a.packed + panel * winograd_panel_size(a.channels) + (c + i) * kPanel + k;
+          Vec w[9], points[kPoints];
+          for (int64_t tap = 0; tap < 9; ++tap) {
+            w[tap] = load(taps[tap][i] + k);
+            nothing = fma(w[tap], Vec(0.f), nothing);
+          }
+          if (!a.taps) transform_taps(w, points);
+          for (int64_t point = 0; point < (a.taps ? 9 : kPoints); ++point)
+            store(to + point * plane, a.taps ? w[point] : points[point]);
+        }
     }
+  return !any_nan(nothing);
 }
 
 void winograd_task(const WinogradArgs& args, const WinogradTask& task) {

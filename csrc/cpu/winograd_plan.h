@@ -18,7 +18,8 @@ class WinogradWeights {
 
   // Elements of the transformed weights of so many filters.
   static int64_t size(int64_t filters, int64_t channels);
-  static void pack(const char* op, const Tensor& weight, bool rotated, bool taps, float* packed);
+  // Says whether all of them are finite; those that are not are of use as taps only.
+  static bool pack(const char* op, const Tensor& weight, bool rotated, bool taps, float* packed);
 
  private:
   const float* packed_;

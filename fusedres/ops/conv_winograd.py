@@ -97,7 +97,7 @@ CONV_WINOGRAD = declare(
 
 # Channels below which the transforms cost more than they save, and tiles below which reading the larger weights does.
 _FEWEST_CHANNELS = 32
-_FEWEST_TILES = 96
+_FEWEST_TILES = 32
 
 
 def winograd_unsuited(x: Tensor, weight: Tensor, g: ConvGeometry) -> str | None:
