@@ -238,7 +238,11 @@ class JoinCase:
         more = self._tensor(LAYOUTS[self.layout], 10) if addend else None
         flags = (training and self.normed, training and self.residual == "affine", self.side is not None)
         args = (self.grad, *self.operands, emit, self.count, *flags, self.dropout, self.seed, more)
-        scales = (rms(self.grad) * self.count**0.5, None, None, None)
+        # In training a gradient is what is left of terms that cancel; of a few pixels, to nothing.
+        terms = [
+            rms(self.grad) * (rms(norm[2]) if taken else 1) for norm, taken in zip((self.norm, self.res_norm), flags)
+        ]
+        scales = (rms(self.grad) * self.count**0.5, None, *terms)
         expected = compare(f"{self}, training {training}, both", JOIN_BACKWARD, args, scales)
         if into is not None:
             target, untouched = into
