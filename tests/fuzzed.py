@@ -25,9 +25,6 @@ from fusedres.testing import INPUTS, Results, compare_results, run_and_collect
 
 __all__ = ["Call", "Case", "Written", "cases", "check", "described_blocks", "written_models"]
 
-DRAWS = 31
-"""Draws that decide on a case: its tensors have few values, so that a single one's luck counts."""
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What happens to a module
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,8 +181,8 @@ class Case:
 def check(case: Case) -> None:
     """Raises AssertionError where the fused module differs from its stock twin by more than the budgets.
 
-    Where a stock call raises, the fused one has to raise an error of the same type, and the case ends. Rejects cases
-    that decide nothing.
+    Where a stock call raises, the fused one has to raise an error of the same type, or may succeed where stock misses
+    a value that was overwritten; the case ends there. Rejects cases that decide nothing.
     """
     try:
         _judge(case)
@@ -208,8 +205,7 @@ def _judge(case: Case) -> None:
         exact = copy.deepcopy(stock).double()
         return found, expected, _life(exact, case, seed, expected)[0]
 
-    if not compare_results(draw).ok:
-        compare_results(draw, DRAWS).check()
+    compare_results(draw).check()
 
 
 def _decides_nothing(case: Case) -> bool:
@@ -240,8 +236,10 @@ def _lives(case: Case, fused: nn.Module, stock: nn.Module, seed: int) -> tuple[R
     """What copies of the fused module and of its stock twin yield."""
     found, error = _life(copy.deepcopy(fused), case, seed)
     expected, expected_error = _life(copy.deepcopy(stock), case, seed)
-    assert type(error) is type(expected_error), f"{error!r} against stock's {expected_error!r}"
-    return found, expected
+    # A fused block does not need every value that stock saved and then found overwritten by a later block.
+    spared = error is None and "modified by an inplace operation" in str(expected_error)
+    assert spared or type(error) is type(expected_error), f"{error!r} against stock's {expected_error!r}"
+    return {name: found[name] for name in (expected if spared else found)}, expected
 
 
 def _life(module: nn.Module, case: Case, seed: int, like: Results | None = None) -> tuple[Results, Exception | None]:

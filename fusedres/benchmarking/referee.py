@@ -54,7 +54,7 @@ class Referee:
         first = self._draw(0, model, call)
         if first.ok:
             return first
-        return Comparison.median([first, *(self._draw(seed, model, call) for seed in range(1, DRAWS))])
+        return Comparison.median([first, *(self._draw(seed, model, call) for seed in range(1, DRAWS[0]))])
 
     def _draw(self, seed: int, model: nn.Module, call: Callable[[Tensor], Tensor]) -> Comparison:
         stock, exact = self._measures(seed)

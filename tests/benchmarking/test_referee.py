@@ -70,4 +70,4 @@ def test_what_it_measures_by_is_found_once():
         twin = network().eval()
         assert not referee.judge(twin, lambda x, twin=twin: twin(x) + 1).ok
     # Every draw of each of the two, and once for the measure.
-    assert sorted(seeds) == sorted([*range(DRAWS)] * 3)
+    assert sorted(seeds) == sorted([*range(DRAWS[0])] * 3)

@@ -158,7 +158,8 @@ def test_both_against_float64(layout, dtype, residual):
 )
 def test_both_of_any_shape(emulated, n, c, h, w, residual, normed, processors, emit):
     emulated.emu_processors(processors)
-    case = JoinCase((n, c, h, w), "channels_last", torch.float32, residual, Activation("gelu"), normed)
+    # Exact terms: of one channel's two sums, gelu's own roundings may leave stock by luck without an error.
+    case = JoinCase((n, c, h, w), "channels_last", torch.float32, residual, Activation("relu"), normed)
     case.check_both(True, emit=emit)
 
 
