@@ -1,15 +1,16 @@
 """Measured choices: :func:`tune` times a model's convolutions and blocks on its device and keeps what is best on disk.
 
 First the Triton convolutions: candidates are the tiles that a model of registers, shared memory and waves lets through,
-and the vendor's convolution with the passes that surround it. Then, with the best of those, every distinct block, by
-stock PyTorch and by each backend that runs here. Whatever its time, a candidate whose result is not stock's within its
-error budget is discarded. :mod:`fusedres.triton.tuning` has the tables, :mod:`fusedres.engine.verdict` is who asks.
+the best of them also by tensor descriptor and in persistent programs, and the vendor's convolution with the passes that
+surround it. Then, with the best of those, every distinct block, by stock PyTorch and by each backend that runs here.
+Whatever its time, a candidate whose result is not stock's within its error budget is discarded.
+:mod:`fusedres.triton.tuning` has the tables, :mod:`fusedres.engine.verdict` is who asks.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -85,8 +86,11 @@ def tune(
         seconds: after which nothing else is begun; one convolution and one block are measured in any case.
 
     Raises:
-        RuntimeError: where neither the Triton nor the CUDA kernels run here, with the reasons.
+        RuntimeError: where neither the Triton nor the CUDA kernels run here, with the reasons; and while a CUDA graph
+            is captured, in which nothing can be timed.
     """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("tune: a CUDA graph is being captured, in which nothing can be timed; tune before that")
     device = next((x.device for x in _arguments(example) if isinstance(x, Tensor)), torch.device("cpu"))
     if reason := untunable(device.type):
         raise RuntimeError(f"tune: {reason}")
@@ -174,7 +178,7 @@ def measure(problem: Any, device: torch.device, timer: Timer | None = None) -> A
     """
     from triton.errors import TritonError
 
-    from .triton.tuning import Entry, heuristic, space
+    from .triton.tuning import Entry, heuristic, space, variants
 
     timer = timer or (_milliseconds if device.type == "cuda" else _milliseconds_on_the_cpu)
     ours, vendor = contestants(problem, device)
@@ -182,13 +186,18 @@ def measure(problem: Any, device: torch.device, timer: Timer | None = None) -> A
     # Two roundings of each side, the pending value's and the result's.
     allowed = 4 * torch.finfo(problem.dtype).eps * rms(expected)
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    times: dict[Any, float] = {}
+
+    def best_of(candidates: Iterable[Any]) -> Any:
+        for tiles in candidates:
+            with suppress(TritonError):  # the model of shared memory and registers lets through what a device refuses
+                if rms(ours(tiles) - expected) <= allowed:
+                    times[tiles] = timer(lambda tiles=tiles: ours(tiles))
+        return min(times, key=times.__getitem__, default=heuristic(problem))
+
     candidates = dict.fromkeys([heuristic(problem), *space(problem, capability)])
-    times = {}
-    for tiles in list(candidates)[:_CANDIDATES]:
-        with suppress(TritonError):  # the model of shared memory and registers lets through what a device refuses
-            if rms(ours(tiles) - expected) <= allowed:
-                times[tiles] = timer(lambda tiles=tiles: ours(tiles))
-    best = min(times, key=times.__getitem__, default=heuristic(problem))
+    best = best_of(list(candidates)[:_CANDIDATES])
+    best = best_of(variants(problem, best, capability))
     return Entry(best, times.get(best, float("inf")), timer(vendor))
 
 

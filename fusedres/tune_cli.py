@@ -8,6 +8,7 @@ from argparse import ArgumentParser, Namespace
 import torch
 
 from .explain_cli import load_model
+from .triton.tuning import device_name, ship
 from .tune import tune, untunable
 
 __all__ = ["add_arguments", "run"]
@@ -22,6 +23,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bf16", help="of model and images (bf16)")
     parser.add_argument("--device", default="cuda", help="cpu where TRITON_INTERPRET=1 (cuda)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no other problem is begun")
+    parser.add_argument("--ship", action="store_true", help="also write the package's own table, for a release")
     parser.add_argument("--forward-only", action="store_true", help="leave the gradients' passes out")
 
 
@@ -39,4 +41,6 @@ def run(args: Namespace) -> int:
     images = torch.randn(args.batch, 3, args.size, args.size, device=args.device, dtype=dtype)
     images = images.contiguous(memory_format=torch.channels_last)
     print(tune(model, images, backward=not args.forward_only, seconds=args.seconds))
+    if args.ship:
+        print(f"shipped in {ship(device_name(images.device))}")
     return 0

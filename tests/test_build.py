@@ -103,6 +103,8 @@ def test_skipped_build_installs_without_the_library(project):
 @pytest.mark.parametrize("variables", [{}, {"FUSEDRES_SKIP_BUILD": "1"}], ids=["built", "skipped"])
 def test_one_wheel_for_every_python(project, variables):
     """The library does not touch Python's ABI, so the wheel's name must not either."""
+    project.write("fusedres/triton/__init__.py", "")
+    project.write("fusedres/triton/tables/a-device.json", "{}")
     command = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", "dist"]
     environment = {**os.environ, "FUSEDRES_CUDA": "0", **variables}
     result = subprocess.run(command, cwd=project.root, env=environment, capture_output=True, text=True)
@@ -113,6 +115,7 @@ def test_one_wheel_for_every_python(project, variables):
         names = archive.namelist()
         record = json.loads(archive.read("fusedres/_build.json"))
     assert ("fusedres/_C.so" in names) == record["built"]
+    assert "fusedres/triton/tables/a-device.json" in names  # what was tuned for a release
 
 
 @needs_cxx

@@ -44,3 +44,10 @@ def test_every_dense_convolution_is_found_once_and_nothing_changes(patched):
 def test_tuning_says_why_it_cannot_run():
     with pytest.raises(RuntimeError, match="tune: "):
         tune(model(), torch.randn(2, 8, 9, 9))
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="tune: a CUDA graph is being captured"):
+        tune(model(), torch.randn(2, 8, 9, 9))

@@ -6,8 +6,13 @@ cores. The epilogue either takes mean and M2 of the rounded tile, one partial pe
 
 Neighbouring programs share a tile of rows, so that the input is read from memory once and from L2 for every further
 tile of columns; for taps the loop goes through all of them before the next channels, so that a region is read again
-while it is in L2. Loads are asynchronous copies of 16 bytes rather than tensor descriptors: the prologue needs the tile
-in registers, and pixels of strided and padded convolutions are no rectangle of rows.
+while it is in L2.
+
+Operands come by asynchronous copies of 16 bytes, each with its address, or by tensor descriptor, one copy for a tile,
+where they are rectangles: weights always, pixels where each is read once. Either way a tile waits in shared memory, and
+the prologue applies in registers what is pending. A program computes one tile, or loops over as many as are its share
+and loads the next one's operands while it writes this one's result. Which of them is for the tables to say;
+``docs/kernels.md`` has what the compiler makes of each.
 
 Grouped convolutions go to the CUDA kernels (``csrc/cuda/conv_grouped.h``).
 
@@ -26,9 +31,9 @@ from torch import Tensor
 from ..ops.conv import ConvGeometry, groups_of, output_size
 from ..ops.conv_fused import CONV_FUSED_FPROP, CONV_FUSED_JOIN
 from .bn_stats import merge_statistics, statistics_of_nothing
-from .launch import Layout, cdiv, launch, layout_of, register
+from .launch import Layout, cdiv, described, launch, layout_of, multiprocessors, pixels_of, register, taps_of
 from .tiles import activate, load_row
-from .tuning import Problem, Tiles, configuration
+from .tuning import Problem, Tiles, configuration, resident
 
 __all__ = ["conv_fused_fprop", "conv_fused_join", "dot_precision", "pending"]
 
@@ -45,6 +50,17 @@ def pending(value, norm, columns, C, act_param, inside, ACT: tl.constexpr, PADS:
             wide = tl.where(inside[:, None], wide, 0.0)
         value = wide.to(value.dtype)
     return value
+
+
+@triton.jit
+def tiles_of_program(begin, tiles, PERSISTENT: tl.constexpr):
+    """Where the tiles of a program end, and how far apart they are: every one behind ``begin``, or that one alone."""
+    end = begin + 1
+    stride = 1
+    if PERSISTENT:
+        end = tiles
+        stride = tl.num_programs(0)
+    return end, stride
 
 
 @triton.jit(do_not_specialize=["M", "P", "Q", "H", "W"])
@@ -81,6 +97,8 @@ def conv_fprop_kernel(
     ACT: tl.constexpr,
     OUT_ACT: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -88,60 +106,72 @@ def conv_fprop_kernel(
     PADS: tl.constexpr = PAD_H > 0 or PAD_W > 0
     DENSE: tl.constexpr = R * S == 1 and STRIDE_H * STRIDE_W == 1 and not PADS
     tiles = tl.cdiv(K, BN)
-    first = (tl.program_id(0) // tiles) * BM
-    m = first + tl.arange(0, BM)
-    n = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
-    if DENSE:
-        base = x + first.to(tl.int64) * x_pitch
-        pixel = tl.arange(0, BM)
-        top = pixel
-        left = pixel
-    else:
-        image = first // (P * Q)
-        base = x + image.to(tl.int64) * H * W * x_pitch
-        top = ((m // Q) % P) * STRIDE_H - PAD_H
-        left = (m % Q) * STRIDE_W - PAD_W
-        pixel = ((m // (P * Q) - image) * H + top) * W + left
-    accumulator = tl.zeros((BM, BN), tl.float32)
-    for step in range(R * S * tl.cdiv(C, BK)):
-        tap = step % (R * S)
-        k = (step // (R * S)) * BK + tl.arange(0, BK)
-        down = (tap // S) * DILATION_H
-        right = (tap % S) * DILATION_W
-        inside = m < M
-        if PADS:
-            inside &= (top + down >= 0) & (top + down < H) & (left + right >= 0) & (left + right < W)
-        at = base + ((pixel + down * W + right) * x_pitch)[:, None] + k[None, :]
-        a = tl.load(at, mask=inside[:, None] & (k < C)[None, :], other=0.0)
-        at = weight + (n * (R * S) + tap)[None, :] * C + k[:, None]
-        b = tl.load(at, mask=(n < K)[None, :] & (k < C)[:, None], other=0.0)
-        a = pending(a, norm, k, C, act_param, inside, ACT, PADS)
-        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+    begin = tl.program_id(0)
+    end, stride = tiles_of_program(begin, tl.cdiv(M, BM) * tiles, PERSISTENT)
+    for tile in tl.range(begin, end, stride, flatten=PERSISTENT):
+        first = (tile // tiles) * BM
+        m = first + tl.arange(0, BM)
+        column = (tile % tiles) * BN
+        n = column + tl.arange(0, BN)
+        if DENSE:
+            pixel = tl.arange(0, BM)
+            top = pixel
+            left = pixel
+            if not DESCRIPTORS:
+                base = x + first.to(tl.int64) * x_pitch
+        else:
+            image = first // (P * Q)
+            base = x + image.to(tl.int64) * H * W * x_pitch
+            top = ((m // Q) % P) * STRIDE_H - PAD_H
+            left = (m % Q) * STRIDE_W - PAD_W
+            pixel = ((m // (P * Q) - image) * H + top) * W + left
+        accumulator = tl.zeros((BM, BN), tl.float32)
+        for step in range(R * S * tl.cdiv(C, BK)):
+            tap = step % (R * S)
+            channel = (step // (R * S)) * BK
+            k = channel + tl.arange(0, BK)
+            down = (tap // S) * DILATION_H
+            right = (tap % S) * DILATION_W
+            inside = m < M
+            if PADS:
+                inside &= (top + down >= 0) & (top + down < H) & (left + right >= 0) & (left + right < W)
+            if DESCRIPTORS and DENSE:
+                a = x.load([first, channel])
+            else:
+                at = base + ((pixel + down * W + right) * x_pitch)[:, None] + k[None, :]
+                a = tl.load(at, mask=inside[:, None] & (k < C)[None, :], other=0.0)
+            if DESCRIPTORS:
+                b = weight.load([tap, column, channel]).reshape(BN, BK).T
+            else:
+                at = weight + (n * (R * S) + tap)[None, :] * C + k[:, None]
+                b = tl.load(at, mask=(n < K)[None, :] & (k < C)[:, None], other=0.0)
+            a = pending(a, norm, k, C, act_param, inside, ACT, PADS)
+            accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
 
-    inside = (m < M)[:, None] & (n < K)[None, :]
-    local = tl.arange(0, BM)
-    result = accumulator
-    if bias is not None:
-        result += tl.load(bias + n, mask=n < K, other=0.0).to(tl.float32)[None, :]
-    if out_norm is not None:
-        result = load_row(out_norm, 2, n, K, 1.0)[None, :] * result + load_row(out_norm, 3, n, K, 0.0)[None, :]
-    if residual is not None:
-        at = residual + first.to(tl.int64) * residual_pitch + (local * residual_pitch)[:, None] + n[None, :]
-        side = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        if res_norm is not None:
-            side = load_row(res_norm, 2, n, K, 1.0)[None, :] * side + load_row(res_norm, 3, n, K, 0.0)[None, :]
-        result += side
-    result = activate(result, out_act_param, OUT_ACT).to(y.dtype.element_ty)
-    at = y + first.to(tl.int64) * y_pitch + (local * y_pitch)[:, None] + n[None, :]
-    tl.store(at, result, mask=inside)
-    if partials is not None:
-        count = tl.minimum(M - first, BM).to(tl.float32)
-        value = result.to(tl.float32)
-        mean = tl.sum(tl.where(inside, value, 0.0), 0) / count
-        between = tl.where(inside, value - mean[None, :], 0.0)
-        at = partials + (tl.program_id(0) // tiles).to(tl.int64) * 2 * K + n
-        tl.store(at, mean, mask=n < K)
-        tl.store(at + K, tl.sum(between * between, 0), mask=n < K)
+        inside = (m < M)[:, None] & (n < K)[None, :]
+        local = tl.arange(0, BM)
+        result = accumulator
+        if bias is not None:
+            result += tl.load(bias + n, mask=n < K, other=0.0).to(tl.float32)[None, :]
+        if out_norm is not None:
+            result = load_row(out_norm, 2, n, K, 1.0)[None, :] * result + load_row(out_norm, 3, n, K, 0.0)[None, :]
+        if residual is not None:
+            at = residual + first.to(tl.int64) * residual_pitch + (local * residual_pitch)[:, None] + n[None, :]
+            side = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            if res_norm is not None:
+                side = load_row(res_norm, 2, n, K, 1.0)[None, :] * side + load_row(res_norm, 3, n, K, 0.0)[None, :]
+            result += side
+        result = activate(result, out_act_param, OUT_ACT).to(y.dtype.element_ty)
+        at = y + first.to(tl.int64) * y_pitch + (local * y_pitch)[:, None] + n[None, :]
+        tl.store(at, result, mask=inside)
+        if partials is not None:
+            count = tl.minimum(M - first, BM).to(tl.float32)
+            value = result.to(tl.float32)
+            mean = tl.sum(tl.where(inside, value, 0.0), 0) / count
+            between = tl.where(inside, value - mean[None, :], 0.0)
+            at = partials + (tile // tiles).to(tl.int64) * 2 * K + n
+            tl.store(at, mean, mask=n < K)
+            tl.store(at + K, tl.sum(between * between, 0), mask=n < K)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -168,6 +198,17 @@ def check_operands(op: str, x: Tensor, weight: Tensor) -> None:
             f"{op}: weight of shape {tuple(weight.shape)}, {weight.dtype} on {weight.device} does not fit x of shape "
             f"{tuple(x.shape)}, {x.dtype} on {x.device}"
         )
+
+
+def is_dense(problem: Problem) -> bool:
+    """Whether pixels of the input are rows of the product, one each: ``DENSE`` of the kernels."""
+    g = problem.geometry
+    return problem.kernel_size == g.stride == (1, 1) and not any(g.padding)
+
+
+def programs_of(problem: Problem, tiles: Tiles, count: int, x: Tensor) -> int:
+    """How many programs compute so many tiles: one each, or as many as run at once."""
+    return min(count, multiprocessors(x) * resident(problem, tiles)) if tiles.persistent else count
 
 
 def geometry_meta(weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> dict[str, int]:
@@ -216,10 +257,9 @@ def _run(
     }
     if y.numel() == 0:
         return y, statistics_of_nothing(1, y)[:, 0] if want_stats else None
-    if tiles is None:
-        geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), 1)
-        problem = Problem("fprop", x.dtype, tuple(x.shape), filters, (r, s), geometry, norm is not None or act != 0)
-        tiles = configuration(problem, x.device)
+    geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), 1)
+    problem = Problem("fprop", x.dtype, tuple(x.shape), filters, (r, s), geometry, norm is not None or act != 0)
+    tiles = tiles or configuration(problem, x.device)
     blocks = cdiv(rows, tiles.rows)
     partials = None
     if want_stats:
@@ -227,12 +267,18 @@ def _run(
     operands = {"out_norm": None, "residual": None, "res_norm": None, "out_act_param": 0.0} | epilogue
     out_act = operands.pop("out_act", 0)
     args = {"x": x, "norm": norm, "weight": weight.contiguous(memory_format=torch.channels_last), "bias": bias}
+    loads = tiles.descriptors and described((args["weight"], channels), (x, pitches["x_pitch"]))
+    if loads:
+        args["weight"] = taps_of(args["weight"], tiles.columns, tiles.depth)
+        if is_dense(problem):
+            args["x"] = pixels_of(x, pitches["x_pitch"], tiles.rows, tiles.depth)
     args |= {"y": y, "partials": partials, "act_param": float(act_param), "M": rows, "K": filters, "C": channels}
     args |= {"H": h, "W": w, "P": size[0], "Q": size[1], **pitches, **operands}
     meta = geometry_meta(weight, stride, padding, dilation) | {"ACT": act, "OUT_ACT": out_act}
     meta |= {"PRECISION": dot_precision(x.dtype), "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth}
-    grid = (blocks * cdiv(filters, tiles.columns),)
-    launch(conv_fprop_kernel, grid, args, meta, **tiles.options)
+    meta |= {"DESCRIPTORS": loads, "PERSISTENT": tiles.persistent}
+    programs = programs_of(problem, tiles, blocks * cdiv(filters, tiles.columns), x)
+    launch(conv_fprop_kernel, (programs,), args, meta, **tiles.options)
     return y, None if partials is None else merge_statistics(partials, rows, tiles.rows)[:, 0]
 
 

@@ -8,6 +8,9 @@ zero. Larger kernels gather, and only with stride 1: with a stride most taps wou
 wgrad: rows are filters, columns input channels of one tap, the sum runs over pixels and is split, so that the device is
 full; the parts are added in order. Both operands have a prologue. Grouped convolutions go to the CUDA kernels.
 
+By tensor descriptor, where the tables say so, come weights, the gradient's and the raw output's rows where a tile is a
+rectangle of them (in dgrad with 1x1 kernels, in wgrad always), and in wgrad the input of a dense 1x1 convolution.
+
 Must move, at least: dgrad reads ``g``, ``y``, the weights and ``x``, writes ``dx``; wgrad reads ``g``, ``y`` and ``x``,
 writes ``dW``. ``2 N P Q K C R S`` FLOPs each.
 """
@@ -21,9 +24,18 @@ from torch import Tensor
 
 from ..ops.conv import ConvGeometry, groups_of
 from ..ops.conv_fused_backward import CONV_FUSED_DGRAD, CONV_FUSED_WGRAD
-from .conv_fused import channels_last_of, check_operands, dot_precision, geometry_meta, pending
+from .conv_fused import (
+    channels_last_of,
+    check_operands,
+    dot_precision,
+    geometry_meta,
+    is_dense,
+    pending,
+    programs_of,
+    tiles_of_program,
+)
 from .join_backward import sum_partials
-from .launch import cdiv, launch, multiprocessors, register, splits_of
+from .launch import cdiv, described, launch, multiprocessors, pixels_of, register, splits_of, taps_of
 from .tiles import activation_gradient, load_row
 from .tuning import Problem, Tiles, configuration
 
@@ -113,6 +125,8 @@ def conv_dgrad_kernel(
     DILATION_W: tl.constexpr,
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -121,66 +135,81 @@ def conv_dgrad_kernel(
     SCATTERS: tl.constexpr = STRIDE_H * STRIDE_W > 1
     GATHERS: tl.constexpr = R * S > 1
     tiles = tl.cdiv(C, BN)
-    first = (tl.program_id(0) // tiles) * BM
-    local = tl.arange(0, BM)
-    m = first + local
-    n = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
-    # Offsets within the tile in 32 bits, from the first pixel of the tile, or of its image.
-    source_base = first.to(tl.int64)
-    target_base = first.to(tl.int64)
-    source = local
-    target = local
-    top = local
-    left = local
-    if GATHERS:
-        image = first // (H * W)
-        source_base = image.to(tl.int64) * P * Q
-        top = (m // W) % H + PAD_H
-        left = m % W + PAD_W
-        source = ((m // (H * W) - image) * P + top) * Q + left
-    if SCATTERS:
-        image = first // (P * Q)
-        target_base = image.to(tl.int64) * H * W
-        target = ((m // (P * Q) - image) * H + ((m // Q) % P) * STRIDE_H) * W + (m % Q) * STRIDE_W
-    accumulator = tl.zeros((BM, BN), tl.float32)
-    for step in range(R * S * tl.cdiv(K, BK)):
-        tap = step % (R * S)
-        k = (step // (R * S)) * BK + tl.arange(0, BK)
-        up = (tap // S) * DILATION_H
-        back = (tap % S) * DILATION_W
-        inside = m < M
+    begin = tl.program_id(0)
+    end, stride = tiles_of_program(begin, tl.cdiv(M, BM) * tiles, PERSISTENT)
+    for tile in tl.range(begin, end, stride, flatten=PERSISTENT):
+        first = (tile // tiles) * BM
+        local = tl.arange(0, BM)
+        m = first + local
+        column = (tile % tiles) * BN
+        n = column + tl.arange(0, BN)
+        # Offsets within the tile in 32 bits, from the first pixel of the tile, or of its image.
+        source_base = first.to(tl.int64)
+        target_base = first.to(tl.int64)
+        source = local
+        target = local
+        top = local
+        left = local
         if GATHERS:
-            inside &= (top - up >= 0) & (top - up < P) & (left - back >= 0) & (left - back < Q)
-        pixel = source - up * Q - back
-        mask = inside[:, None] & (k < K)[None, :]
-        a = tl.load(g + source_base * g_pitch + (pixel * g_pitch)[:, None] + k[None, :], mask=mask, other=0.0)
-        raw = a
-        if grad_rows is not None:
-            raw = tl.load(y + source_base * y_pitch + (pixel * y_pitch)[:, None] + k[None, :], mask=mask, other=0.0)
-        at = weight + (k * (R * S) + tap)[:, None] * C + n[None, :]
-        b = tl.load(at, mask=(k < K)[:, None] & (n < C)[None, :], other=0.0)
-        a = output_gradient(a, raw, grad_rows, k, K, inside)
-        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+            image = first // (H * W)
+            source_base = image.to(tl.int64) * P * Q
+            top = (m // W) % H + PAD_H
+            left = m % W + PAD_W
+            source = ((m // (H * W) - image) * P + top) * Q + left
+        if SCATTERS:
+            image = first // (P * Q)
+            target_base = image.to(tl.int64) * H * W
+            target = ((m // (P * Q) - image) * H + ((m // Q) % P) * STRIDE_H) * W + (m % Q) * STRIDE_W
+        accumulator = tl.zeros((BM, BN), tl.float32)
+        for step in range(R * S * tl.cdiv(K, BK)):
+            tap = step % (R * S)
+            filters = (step // (R * S)) * BK
+            k = filters + tl.arange(0, BK)
+            up = (tap // S) * DILATION_H
+            back = (tap % S) * DILATION_W
+            inside = m < M
+            if GATHERS:
+                inside &= (top - up >= 0) & (top - up < P) & (left - back >= 0) & (left - back < Q)
+            if DESCRIPTORS and not GATHERS:
+                a = g.load([first, filters])
+                raw = a
+                if grad_rows is not None:
+                    raw = y.load([first, filters])
+            else:
+                pixel = source - up * Q - back
+                mask = inside[:, None] & (k < K)[None, :]
+                a = tl.load(g + source_base * g_pitch + (pixel * g_pitch)[:, None] + k[None, :], mask=mask, other=0.0)
+                raw = a
+                if grad_rows is not None:
+                    at = y + source_base * y_pitch + (pixel * y_pitch)[:, None] + k[None, :]
+                    raw = tl.load(at, mask=mask, other=0.0)
+            if DESCRIPTORS:
+                b = weight.load([tap, filters, column]).reshape(BK, BN)
+            else:
+                at = weight + (k * (R * S) + tap)[:, None] * C + n[None, :]
+                b = tl.load(at, mask=(k < K)[:, None] & (n < C)[None, :], other=0.0)
+            a = output_gradient(a, raw, grad_rows, k, K, inside)
+            accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
 
-    inside = (m < M)[:, None] & (n < C)[None, :]
-    result = accumulator
-    if addend is not None:
-        at = addend + target_base * addend_pitch + (target * addend_pitch)[:, None] + n[None, :]
-        result += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    if norm is not None or ACT != 0:
-        at = x + target_base * x_pitch + (target * x_pitch)[:, None] + n[None, :]
-        value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        z = load_row(norm, 2, n, C, 1.0)[None, :] * value + load_row(norm, 3, n, C, 0.0)[None, :]
-        result = activation_gradient(z, result, act_param, ACT)
-    rounded = result.to(dx.dtype.element_ty)
-    at = dx + target_base * dx_pitch + (target * dx_pitch)[:, None] + n[None, :]
-    tl.store(at, rounded, mask=inside)
-    if partials is not None:
-        masked = tl.where(inside, rounded.to(tl.float32), 0.0)
-        normalised = (value - load_row(norm, 0, n, C, 0.0)[None, :]) * load_row(norm, 1, n, C, 1.0)[None, :]
-        at = partials + (tl.program_id(0) // tiles).to(tl.int64) * 2 * C + n
-        tl.store(at, tl.sum(masked, 0), mask=n < C)
-        tl.store(at + C, tl.sum(masked * normalised, 0), mask=n < C)
+        inside = (m < M)[:, None] & (n < C)[None, :]
+        result = accumulator
+        if addend is not None:
+            at = addend + target_base * addend_pitch + (target * addend_pitch)[:, None] + n[None, :]
+            result += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        if norm is not None or ACT != 0:
+            at = x + target_base * x_pitch + (target * x_pitch)[:, None] + n[None, :]
+            value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            z = load_row(norm, 2, n, C, 1.0)[None, :] * value + load_row(norm, 3, n, C, 0.0)[None, :]
+            result = activation_gradient(z, result, act_param, ACT)
+        rounded = result.to(dx.dtype.element_ty)
+        at = dx + target_base * dx_pitch + (target * dx_pitch)[:, None] + n[None, :]
+        tl.store(at, rounded, mask=inside)
+        if partials is not None:
+            masked = tl.where(inside, rounded.to(tl.float32), 0.0)
+            normalised = (value - load_row(norm, 0, n, C, 0.0)[None, :]) * load_row(norm, 1, n, C, 1.0)[None, :]
+            at = partials + (tile // tiles).to(tl.int64) * 2 * C + n
+            tl.store(at, tl.sum(masked, 0), mask=n < C)
+            tl.store(at + C, tl.sum(masked * normalised, 0), mask=n < C)
 
 
 def conv_fused_dgrad(
@@ -224,10 +253,9 @@ def conv_fused_dgrad(
         if addend is not None and not strided:
             dx.copy_(addend)
         return dx if into is None else x.new_empty(0), sums
-    if tiles is None:
-        geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), 1)
-        problem = Problem("dgrad", x.dtype, tuple(x.shape), filters, (r, s), geometry, grad_rows is not None)
-        tiles = configuration(problem, x.device)
+    geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), 1)
+    problem = Problem("dgrad", x.dtype, tuple(x.shape), filters, (r, s), geometry, grad_rows is not None)
+    tiles = tiles or configuration(problem, x.device)
     rows = n * p * q if (r, s) == (1, 1) else n * h * w
     blocks = cdiv(rows, tiles.rows)
     partials = None
@@ -242,10 +270,20 @@ def conv_fused_dgrad(
     }
     args = {**operands, "grad_rows": grad_rows, "norm": norm, "partials": partials, "act_param": float(act_param)}
     args |= {"weight": weight.contiguous(memory_format=torch.channels_last)}
+    sources = [name for name in ("g", "y") if args[name] is not None]
+    loads = tiles.descriptors and described(
+        (args["weight"], channels), *((args[name], pitches[f"{name}_pitch"]) for name in sources)
+    )
+    if loads:
+        args["weight"] = taps_of(args["weight"], tiles.depth, tiles.columns)
+        for name in sources if (r, s) == (1, 1) else ():
+            args[name] = pixels_of(args[name], pitches[f"{name}_pitch"], tiles.rows, tiles.depth)
     args |= {"M": rows, "K": filters, "C": channels, "H": h, "W": w, "P": p, "Q": q, **pitches}
     meta = geometry_meta(weight, stride, padding, dilation) | {"ACT": act, "PRECISION": dot_precision(x.dtype)}
     meta |= {"BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth}
-    launch(conv_dgrad_kernel, (blocks * cdiv(channels, tiles.columns),), args, meta, **tiles.options)
+    meta |= {"DESCRIPTORS": loads, "PERSISTENT": tiles.persistent}
+    programs = programs_of(problem, tiles, blocks * cdiv(channels, tiles.columns), x)
+    launch(conv_dgrad_kernel, (programs,), args, meta, **tiles.options)
     if partials is not None:
         sums = sum_partials(partials)[:, 0]
     return dx if into is None else x.new_empty(0), sums
@@ -296,6 +334,7 @@ def conv_wgrad_kernel(
     DILATION_W: tl.constexpr,
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -305,29 +344,39 @@ def conv_wgrad_kernel(
     DENSE: tl.constexpr = R * S == 1 and STRIDE_H * STRIDE_W == 1 and not PADS
     tiles = tl.cdiv(C, BN)
     tile = tl.program_id(0)
-    n = (tile % tiles) * BN + tl.arange(0, BN)
+    column = (tile % tiles) * BN
+    n = column + tl.arange(0, BN)
     tap = (tile // tiles) % (R * S)
-    k = (tile // (tiles * R * S)) * BM + tl.arange(0, BM)
+    filters = (tile // (tiles * R * S)) * BM
+    k = filters + tl.arange(0, BM)
     down = (tap // S) * DILATION_H - PAD_H
     right = (tap % S) * DILATION_W - PAD_W
     first = tl.program_id(1) * piece
     end = tl.minimum(first + piece, M)
     # Offsets within the piece in 32 bits: the launcher keeps it short enough.
-    g_base = g + first.to(tl.int64) * g_pitch
-    if grad_rows is not None:
-        y_base = y + first.to(tl.int64) * y_pitch
+    if not DESCRIPTORS:
+        g_base = g + first.to(tl.int64) * g_pitch
+        if grad_rows is not None:
+            y_base = y + first.to(tl.int64) * y_pitch
     image = first // (P * Q)
-    x_base = x + (first.to(tl.int64) if DENSE else image.to(tl.int64) * H * W) * x_pitch
+    if not (DESCRIPTORS and DENSE):
+        x_base = x + (first.to(tl.int64) if DENSE else image.to(tl.int64) * H * W) * x_pitch
     accumulator = tl.zeros((BM, BN), tl.float32)
     for start in range(first, end, BK):
         m = start + tl.arange(0, BK)
         inside = m < end
         local = m - first
-        mask = inside[:, None] & (k < K)[None, :]
-        a = tl.load(g_base + (local * g_pitch)[:, None] + k[None, :], mask=mask, other=0.0)
-        raw = a
-        if grad_rows is not None:
-            raw = tl.load(y_base + (local * y_pitch)[:, None] + k[None, :], mask=mask, other=0.0)
+        if DESCRIPTORS:
+            a = g.load([start, filters])
+            raw = a
+            if grad_rows is not None:
+                raw = y.load([start, filters])
+        else:
+            mask = inside[:, None] & (k < K)[None, :]
+            a = tl.load(g_base + (local * g_pitch)[:, None] + k[None, :], mask=mask, other=0.0)
+            raw = a
+            if grad_rows is not None:
+                raw = tl.load(y_base + (local * y_pitch)[:, None] + k[None, :], mask=mask, other=0.0)
         covered = inside
         if DENSE:
             pixel = local
@@ -337,8 +386,11 @@ def conv_wgrad_kernel(
             pixel = ((m // (P * Q) - image) * H + top) * W + left
             if PADS:
                 covered &= (top >= 0) & (top < H) & (left >= 0) & (left < W)
-        at = x_base + (pixel * x_pitch)[:, None] + n[None, :]
-        b = tl.load(at, mask=covered[:, None] & (n < C)[None, :], other=0.0)
+        if DESCRIPTORS and DENSE:
+            b = x.load([start, column])
+        else:
+            at = x_base + (pixel * x_pitch)[:, None] + n[None, :]
+            b = tl.load(at, mask=covered[:, None] & (n < C)[None, :], other=0.0)
         a = output_gradient(a, raw, grad_rows, k, K, inside)
         b = pending(b, norm, n, C, act_param, covered, ACT, PADS)
         accumulator = tl.dot(tl.trans(a), b, accumulator, input_precision=PRECISION)
@@ -385,11 +437,10 @@ def conv_fused_wgrad(
     if rows == 0:
         out.zero_()
         return
-    if tiles is None:
-        geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), 1)
-        pends = grad_rows is not None or norm is not None or act != 0
-        problem = Problem("wgrad", x.dtype, tuple(x.shape), filters, (r, s), geometry, pends)
-        tiles = configuration(problem, x.device)
+    geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), 1)
+    pends = grad_rows is not None or norm is not None or act != 0
+    problem = Problem("wgrad", x.dtype, tuple(x.shape), filters, (r, s), geometry, pends)
+    tiles = tiles or configuration(problem, x.device)
     operands = {"g": g, "y": y if grad_rows is not None else None, "x": x}
     pitches = {
         f"{name}_pitch": None if t is None else channels_last_of(op, name, t).pitch for name, t in operands.items()
@@ -404,7 +455,13 @@ def conv_fused_wgrad(
     args = {**operands, "grad_rows": grad_rows, "norm": norm, "partials": partials, "act_param": float(act_param)}
     args |= {"M": rows, "piece": piece, "K": filters, "C": channels, "H": h, "W": w, "P": p, "Q": q, **pitches}
     meta = geometry_meta(out, stride, padding, dilation) | {"ACT": act, "PRECISION": dot_precision(x.dtype)}
-    meta |= {"BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth}
+    present = [name for name, t in operands.items() if t is not None]
+    loads = tiles.descriptors and described(*((operands[name], pitches[f"{name}_pitch"]) for name in present))
+    if loads:
+        for name in present if is_dense(problem) else present[:-1]:
+            columns = tiles.columns if name == "x" else tiles.rows
+            args[name] = pixels_of(operands[name], pitches[f"{name}_pitch"], tiles.depth, columns)
+    meta |= {"DESCRIPTORS": loads, "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth}
     launch(conv_wgrad_kernel, (count, splits), args, meta, **tiles.options)
     length = filters * r * s * channels
     direct = out.is_contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,5 @@
-"""``python -m fusedres.triton.kernels_doc``: writes ``docs/kernels.md``, what each pass of ResNet-50 must move.
+"""``python -m fusedres.triton.kernels_doc``: writes ``docs/kernels.md``, what each pass of ResNet-50 must move, and
+what the compiler makes of the ways to move it.
 
 Counted, not measured: bytes and FLOPs of every convolution's three passes at batch 256 in bfloat16, and the time below
 which no kernel can be on an H100 SXM, the longer of bytes over bandwidth and FLOPs over peak (Williams, Waterman and
@@ -8,6 +9,8 @@ Patterson 2009, "Roofline").
 from __future__ import annotations
 
 import argparse
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +19,9 @@ import torch
 from ..ops.conv import ConvGeometry
 from .tuning import Problem, bytes_and_flops, heuristic
 
-__all__ = ["table"]
+__all__ = ["table", "ways"]
+
+_RECORD = Path(__file__).parents[2] / "tests" / "triton" / "resources.json"
 
 _BATCH = 256
 _BANDWIDTH, _PEAK = 3.35e12, 989e12  # bytes and dense bfloat16 FLOPs per second, from NVIDIA's data sheet
@@ -67,7 +72,7 @@ def table() -> str:
             memory, arithmetic = moved / _BANDWIDTH, flops / _PEAK
             total += count * max(memory, arithmetic)
             ours = kind != "dgrad" or stride == 1 or kernel == 1
-            tiles = ", ".join(map(str, heuristic(problem))) if ours else "the vendor's"
+            tiles = ", ".join(map(str, heuristic(problem)[:6])) if ours else "the vendor's"
             lines.append(
                 f"| {name} | {count} | {kind} | {moved / 1e6:.1f} | {flops / 1e9:.1f} | "
                 f"{1e6 * max(memory, arithmetic):.0f} | {'bytes' if memory > arithmetic else 'FLOPs'} | {tiles} |\n"
@@ -76,7 +81,60 @@ def table() -> str:
     return "".join(lines)
 
 
+_WAYS_HEAD = """
+## How tiles come, and how they are walked over
+
+What the compiler makes of each way, from the machine code for sm_90 (Triton {version}, bfloat16; the whole record, with
+sm_80 and sm_100, is `tests/triton/resources.json`, and a test compiles it anew): registers of a thread / KiB of shared
+memory / instructions of the innermost loop around the matrix instructions. A persistent program's loop holds a whole
+tile, what is done with the result included; the other two hold a step along the depth. None spills.
+
+| kernel | by address | by descriptor | persistent |
+|---|---|---|---|
+"""
+
+_WAYS_TAIL = """
+**By descriptor** one thread begins one copy for a whole tile, instead of each thread one for every 16 bytes with an
+address and a mask of its own. No kernel needs more registers for that, most need fewer, and the steps of `fprop` with a
+1x1 kernel and nothing pending are the shortest. Where an input is pending the step is no shorter: the norm's rows still
+come by address, and waiting for a copy and choosing the thread that begins it cost what the addresses did. `wgrad`, of
+whose small tiles each thread copies little, gains registers alone. What a tile waits for is not in the code, so tables
+decide: tuning tries descriptors on the best tiles by address, from compute capability 9.0 on. Before that the compiler
+turns them into 64-bit addresses: on sm_80 the 1x1 `fprop` spills 168 bytes of a thread with a prologue and 496 without,
+`dgrad` 544. Without a measurement tiles come by address, which every device has.
+
+**Persistent** programs, as many as run at once, loop over tiles in the order that a grid would have, so that
+neighbours still share rows. It is for depths of at most four steps, the 1x1 convolutions of 64 to 256 channels: with one
+step, as from 64 to 256 channels at 56x56, a program's pipeline has nothing to run ahead of. In one loop over all tiles
+the copies of the next tile begin before the stores of this one (`ahead` in the record: of the loop's instructions
+UTMALDG stands before STG), at the price of registers, and of shared memory for the result beside a pipeline that stays
+full. By address that fails: the next tile's addresses take the registers that this one's result needs (all 128 in
+`fprop` with a prologue and in `dgrad` with a skip), and `dgrad` then keeps 41 KiB of tiles in flight instead of 57.
+`wgrad` is split so that its grid fills the device once, with long loops: there is no next tile. Nor is it for 3x3
+kernels, whose nine taps are steps enough.
+
+**Stores** and the epilogue's reads stay by address. They happen once for a tile and are 16 bytes wide already
+(STG.E.128), and statistics, masks and sums need the same values in registers.
+"""
+
+
+def ways(record: Path = _RECORD) -> str:
+    """What the compiler makes of each way to load tiles and to walk over them, as recorded, and what follows."""
+    text = json.loads(record.read_text())
+    rows: dict[str, dict[str, str]] = {}
+    for name, row in text["kernels"].items():
+        parts = re.fullmatch(r"(.*?)( by descriptor| persistent)?, bfloat16: conv_\w+", name)
+        if parts:
+            registers, shared, _, _, _, step, _ = row["sm_90"]
+            rows.setdefault(parts[1], {})[parts[2] or ""] = f"{registers} / {shared / 1024:.0f} / {step}"
+    lines = [
+        f"| {name} | {found['']} | {found[' by descriptor']} | {found.get(' persistent', '')} |\n"
+        for name, found in rows.items()
+    ]
+    return _WAYS_HEAD.format(version=text["triton"]) + "".join(lines) + _WAYS_TAIL
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", nargs="?", type=Path, default=Path(__file__).parents[2] / "docs" / "kernels.md")
-    parser.parse_args().path.write_text(table())
+    parser.parse_args().path.write_text(table() + ways())

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..ops.registry import OPS, implement
 
-__all__ = ["Launch", "Layout", "cdiv", "common_layout", "interpreted", "launch", "layout_of", "multiprocessors"]
-__all__ += ["next_power_of_2", "recorded", "register", "seed_argument", "splits_of", "tile_of"]
+__all__ = ["Launch", "Layout", "cdiv", "common_layout", "described", "interpreted", "launch", "layout_of"]
+__all__ += ["multiprocessors", "next_power_of_2", "pixels_of", "recorded", "register", "seed_argument", "splits_of"]
+__all__ += ["taps_of", "tile_of"]
 
 cdiv = triton.cdiv
 next_power_of_2 = triton.next_power_of_2
@@ -48,7 +50,7 @@ class Launch(NamedTuple):
     """One launch of a kernel.
 
     Attributes:
-        args: the arguments by name, tensors and numbers; ``None`` is a compile-time constant.
+        args: the arguments by name, tensors, their descriptors and numbers; ``None`` is a compile-time constant.
         meta: the ``tl.constexpr`` arguments by name.
         options: ``num_warps``, ``num_stages`` and perhaps ``maxnreg``.
     """
@@ -157,6 +159,36 @@ def tile_of(elements: int, channels: int, channels_last: bool, widest: int = 256
     """Pixels and channels of a tile with this many elements: long along what is dense in memory."""
     columns = min(next_power_of_2(max(channels, 8)), widest if channels_last else 8)
     return elements // columns, columns
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensor descriptors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def described(*operands: tuple[Tensor, int]) -> bool:
+    """Whether descriptors can stand for operands, each with its pitch in elements: addresses are multiples of 16 bytes.
+
+    That is what the copies ask for (CUDA C++ Programming Guide, "Tensor Memory Access").
+    """
+    return all(x.data_ptr() % 16 == 0 and pitch * x.element_size() % 16 == 0 for x, pitch in operands)
+
+
+def pixels_of(x: Tensor, pitch: int, rows: int, columns: int) -> TensorDescriptor:
+    """A channels_last tensor as ``[pixels, channels]``, which a kernel loads in tiles of so many rows and columns."""
+    n, c, h, w = x.shape
+    return TensorDescriptor(x, [n * h * w, c], [pitch, 1], [rows, columns])
+
+
+def taps_of(weight: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Channels_last weights as ``[taps, filters, channels]``: a tile is of one tap, and zero behind its channels."""
+    k, c, r, s = weight.shape
+    return TensorDescriptor(weight, [r * s, k, c], [c, r * s * c, 1], [1, rows, columns])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How many programs
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @cache

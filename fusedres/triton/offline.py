@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Launch
 
@@ -28,6 +29,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes that one program may have, by compute capability (CUDA C++ Programming Guide, "Compute Capabilities")."""
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_BULK = "cp.async.bulk.tensor"
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -44,12 +46,18 @@ class Resources(NamedTuple):
         shared: bytes of shared memory of a program.
         local: bytes of local memory of a thread: stack frame and spilled registers.
         matrix: its matrix instructions: ``wgmma``, ``tcgen05``, ``mma`` or nothing.
+        bulk: how many copies by tensor descriptor are in its code.
+        step: instructions in the innermost loop around matrix instructions, 0 where there is none.
+        ahead: whether that loop also stores results, and first begins to copy what its next turn multiplies.
     """
 
     registers: int
     shared: int
     local: int
     matrix: str
+    bulk: int
+    step: int
+    ahead: bool
 
 
 def compiled(launch: Launch, capability: int) -> Resources:
@@ -57,8 +65,15 @@ def compiled(launch: Launch, capability: int) -> Resources:
     signature, constants, attributes = _specialisation(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
-    registers, local = _usage(result.asm["cubin"])
-    return Resources(registers, result.metadata.shared, local, _matrix(result.asm["ptx"]))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        registers, local = _usage(_dump("-res-usage", file.name))
+        loop = _loop(_dump("-sass", file.name))
+    ptx = result.asm["ptx"]
+    return Resources(
+        registers, result.metadata.shared, local, _matrix(ptx), ptx.count(_BULK), len(loop), _loads_ahead(loop)
+    )
 
 
 def _specialisation(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
@@ -81,6 +96,8 @@ def _specialisation(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], An
 
 
 def _type_of(value: Any) -> str:
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}[{','.join(map(str, value.block_shape))}]>"
     if isinstance(value, Tensor):
         return "*" + _TYPES[value.dtype]
     if isinstance(value, float):
@@ -88,15 +105,35 @@ def _type_of(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
+def _dump(what: str, path: str) -> str:
+    return subprocess.run([str(_TOOLS / "cuobjdump"), what, path], capture_output=True, text=True, check=True).stdout
+
+
+def _usage(text: str) -> tuple[int, int]:
     """Registers, and bytes of local memory, as the assembler recorded them."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(_TOOLS / "cuobjdump"), "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text).groups()
     return int(registers), int(stack) + int(local)
+
+
+def _loop(text: str) -> list[str]:
+    """The shortest loop with matrix instructions: up to a branch backwards, and without an exit."""
+    code = [(int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;/]*);", text)]
+    loops = []
+    for at, line in code:
+        target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", line)
+        if target and int(target[1], 16) < at:
+            body = [inside for where, inside in code if int(target[1], 16) <= where <= at]
+            if any("MMA" in each for each in body) and not any("EXIT" in each for each in body):
+                loops.append(body)
+    return min(loops, key=len, default=[])
+
+
+def _loads_ahead(loop: list[str]) -> bool:
+    """Whether the first copy by tensor descriptor stands between matrix instructions and the first store."""
+    copies = [i for i, line in enumerate(loop) if "UTMALDG" in line]
+    stores = [i for i, line in enumerate(loop) if re.search(r"\bSTG\b", line)]
+    products = [i for i, line in enumerate(loop) if "MMA" in line]
+    return bool(copies and stores) and products[0] < copies[0] < stores[0]
 
 
 def _matrix(ptx: str) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import load
 from .launch import Launch, recorded
+from .tuning import fixed, heuristic, observed, variants
 
 __all__ = ["launches", "measured"]
 
@@ -107,7 +108,7 @@ _FORMS = {
 
 
 def launches() -> dict[str, Launch]:
-    """Every different launch of the calls, by name."""
+    """Every different launch of the calls, by name: as the heuristic has it, and in the ways that tuning also tries."""
     load()
     found: dict[str, Launch] = {}
     seen = set()
@@ -116,13 +117,25 @@ def launches() -> dict[str, Launch]:
         for name, call in _calls(dtype).items():
             if names is not None and name not in names:
                 continue
-            with recorded() as several:
+            for way, several in _ways(call).items():
+                for each in several:
+                    form = _form(each)
+                    if form not in seen:
+                        seen.add(form)
+                        found[f"{name}{way}, {short}: {each.kernel.__name__}"] = each
+    return found
+
+
+def _ways(call: Callable[[], Any]) -> dict[str, list[Launch]]:
+    """The launches of a call by the way that tiles come and are walked over."""
+    with observed() as problems, recorded() as plain:
+        call()
+    found = {"": plain}
+    for problem in problems:
+        for tiles in variants(problem, heuristic(problem)):
+            with fixed(tiles), recorded() as several:
                 call()
-            for each in several:
-                form = _form(each)
-                if form not in seen:
-                    seen.add(form)
-                    found[f"{name}, {short}: {each.kernel.__name__}"] = each
+            found[" persistent" if tiles.persistent else " by descriptor"] = several
     return found
 
 
@@ -136,13 +149,14 @@ def _form(launch: Launch) -> tuple[Any, ...]:
 
 
 def measured(names: Sequence[str] | None = None) -> dict[str, dict[str, list[Any]]]:
-    """Registers, shared memory, local memory and matrix instructions of every launch, by architecture."""
+    """The :class:`~fusedres.triton.offline.Resources` of every launch, by architecture: descriptors from sm_90 on."""
     from .offline import CAPABILITIES, compiled
 
     table = {}
     for name, launch in launches().items():
         if names is None or name in names:
-            table[name] = {f"sm_{c}": list(compiled(launch, c)) for c in CAPABILITIES}
+            oldest = 90 if launch.meta.get("DESCRIPTORS") else 80
+            table[name] = {f"sm_{c}": list(compiled(launch, c)) for c in CAPABILITIES if c >= oldest}
     return table
 
 

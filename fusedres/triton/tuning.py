@@ -34,13 +34,17 @@ __all__ = [
     "bytes_and_flops",
     "cache_path",
     "configuration",
+    "fixed",
     "heuristic",
     "lookup",
     "observed",
     "record",
     "record_verdicts",
+    "resident",
+    "ship",
     "source_hash",
     "space",
+    "variants",
     "vendor_is_faster",
     "verdicts",
 ]
@@ -61,6 +65,10 @@ class Tiles(NamedTuple):
         rows: of a tile of the result; columns and depth likewise.
         stages: of the pipeline of loads.
         registers: of a thread, at most, so that more programs share a multiprocessor; 0: as the compiler likes.
+        descriptors: whether operands that are rectangles in memory come by tensor descriptor, from compute capability
+            9.0 on. What is not laid out for that comes by address all the same.
+        persistent: whether there are as many programs as run at once, each of which loops over tiles, and loads the
+            next one's operands while it writes the last one's result.
     """
 
     rows: int
@@ -69,6 +77,8 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     registers: int = 0
+    descriptors: bool = False
+    persistent: bool = False
 
     @property
     def options(self) -> dict[str, int]:
@@ -168,6 +178,7 @@ def bytes_and_flops(problem: Problem) -> tuple[int, int]:
 
 _MULTIPROCESSORS = 132  # an H100's
 _ACCUMULATORS = 128  # registers of a thread: with more, two tiles of operands beside them spill
+_RESERVED = 1024  # bytes of shared memory that every program takes beside its own
 _SHARED = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
 
 
@@ -178,7 +189,9 @@ def shared_bytes(problem: Problem, tiles: Tiles) -> int:
         operands += tiles.rows * tiles.depth
     if problem.kind == "wgrad" and problem.prologue:
         operands += tiles.rows * tiles.depth
-    return operands * problem.dtype.itemsize * tiles.stages
+    # A persistent program's pipeline runs on while the result passes through shared memory on its way out.
+    result = tiles.rows * tiles.columns if tiles.persistent else 0
+    return (operands * tiles.stages + result) * problem.dtype.itemsize
 
 
 def space(problem: Problem, capability: int = 9) -> list[Tiles]:
@@ -194,6 +207,35 @@ def space(problem: Problem, capability: int = 9) -> list[Tiles]:
                         if _fits(problem, tiles, capability) and _suits(tiles, rows, columns, depth):
                             found.append(tiles)
     return sorted(found, key=lambda tiles: _cost(tiles, rows, columns))
+
+
+def variants(problem: Problem, tiles: Tiles, capability: int = 9) -> list[Tiles]:
+    """Other ways to load the same tiles and to walk over them, which are tried on the best ones.
+
+    None before compute capability 9.0, where the compiler turns descriptors into 64-bit addresses, which spill. And no
+    persistent programs without descriptors: addresses of the next tile take the registers that this one's result needs,
+    and dgrad then loads with fewer tiles in flight.
+    """
+    if capability < 9:
+        return []
+    found = [tiles._replace(descriptors=True)]
+    if _is_short(problem, tiles):
+        found.append(tiles._replace(descriptors=True, persistent=True))
+    return [each for each in found if _fits(problem, each, capability)]
+
+
+def _is_short(problem: Problem, tiles: Tiles) -> bool:
+    """Whether a persistent program has something to gain: more tiles than run at once, and few steps in each."""
+    rows, columns, depth = problem.gemm
+    blocks = math.ceil(rows / tiles.rows) * math.ceil(columns / tiles.columns)
+    return problem.kind != "wgrad" and depth <= 4 * tiles.depth and blocks > _MULTIPROCESSORS * resident(problem, tiles)
+
+
+def resident(problem: Problem, tiles: Tiles, capability: int = 9) -> int:
+    """How many programs share a multiprocessor, by registers and shared memory."""
+    by_registers = 65536 // ((tiles.registers or 255) * 32 * tiles.warps)
+    by_memory = _SHARED.get(capability, _SHARED[8]) // (shared_bytes(problem, tiles) + _RESERVED)
+    return max(1, min(by_registers, by_memory))
 
 
 def _cost(tiles: Tiles, rows: int, columns: int) -> float:
@@ -350,8 +392,16 @@ def record_verdicts(name: str, measured: dict[str, Verdict]) -> Path:
     return _write(name, before._replace(verdicts=before.verdicts | measured))
 
 
-def _write(name: str, table: _Table) -> Path:
-    path = cache_path(name)
+def ship(name: str) -> Path:
+    """Writes all that is known of devices of this name where it is part of the package; returns that path.
+
+    For a release, after :func:`fusedres.tune` has run from a checkout on such a device.
+    """
+    return _write(name, _table(name), _TABLES / f"{name}.json")
+
+
+def _write(name: str, table: _Table, path: Path | None = None) -> Path:
+    path = path or cache_path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = {
         "source": source_hash(),
@@ -392,6 +442,7 @@ def _distance(a: Problem, b: Problem) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 _observers: list[set[Problem]] = []
+_fixed: list[Tiles] = []
 
 
 @contextmanager
@@ -405,10 +456,22 @@ def observed() -> Iterator[set[Problem]]:
         _observers.remove(problems)
 
 
+@contextmanager
+def fixed(tiles: Tiles) -> Iterator[None]:
+    """Every problem runs with these tiles inside the ``with`` block: to compile or check what no table has chosen."""
+    _fixed.append(tiles)
+    try:
+        yield
+    finally:
+        _fixed.pop()
+
+
 def configuration(problem: Problem, device: torch.device) -> Tiles:
     """The tiles to run a problem with."""
     for problems in _observers:
         problems.add(problem)
+    if _fixed:
+        return _fixed[-1]
     with contextlib.suppress(RuntimeError):  # no usable device to name
         entry = lookup(problem, device)
         if entry is not None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fusedres.triton.kernels_doc import _convolutions, table
+from fusedres.triton.kernels_doc import _convolutions, table, ways
 
 
 def test_the_page_is_current():
-    assert (Path(__file__).parents[2] / "docs" / "kernels.md").read_text() == table()
+    assert (Path(__file__).parents[2] / "docs" / "kernels.md").read_text() == table() + ways()
 
 
 def test_the_convolutions_are_those_of_resnet50():

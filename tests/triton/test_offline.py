@@ -21,21 +21,43 @@ RECOMPILED = {"sm_90": None, "sm_80": ("dgrad 1x1", "join 1x1"), "sm_100": ("dgr
 """What is compiled again in every run, by architecture; ``None``: everything. The rest is in the record."""
 
 
+def by_descriptor(name: str) -> bool:
+    return " by descriptor" in name or " persistent" in name
+
+
 @pytest.mark.parametrize("name", RECORD["kernels"])
 def test_the_record_shows_no_spills_and_matrix_instructions(name):
     from fusedres.triton.offline import SHARED_MEMORY
 
-    for arch, (registers, shared, local, matrix) in RECORD["kernels"][name].items():
+    for arch, (registers, shared, local, matrix, bulk, step, _) in RECORD["kernels"][name].items():
         assert local == 0, f"{name} spills on {arch}"
         assert registers <= 255 and shared <= SHARED_MEMORY[int(arch[3:])]
         kernel = name.split(": ")[1]
         assert matrix == (MATRIX[arch] if kernel.startswith("conv_") else FEW_ROWS.get(kernel, ""))
+        assert (bulk > 0) == by_descriptor(name), f"{name} on {arch}: {bulk} copies by tensor descriptor"
+        assert (step > 0) == kernel.startswith("conv_")
 
 
 def test_the_record_is_complete():
     from fusedres.triton.shipped import launches
 
-    assert set(launches()) == set(RECORD["kernels"])
+    found = launches()
+    assert set(found) == set(RECORD["kernels"])
+    for name, launch in found.items():
+        expected = {"sm_90", "sm_100"} if launch.meta.get("DESCRIPTORS") else set(MATRIX)
+        assert set(RECORD["kernels"][name]) == expected, name
+
+
+def test_descriptors_cost_no_register_and_persistent_programs_load_ahead():
+    """On Hopper, of every kernel that has these forms."""
+    hopper = {name: row["sm_90"] for name, row in RECORD["kernels"].items()}
+    compared = 0
+    for name, (registers, *_, ahead) in hopper.items():
+        if " by descriptor" in name:
+            assert registers <= hopper[name.replace(" by descriptor", "")][0], name
+            compared += 1
+        assert ahead == (" persistent" in name), name
+    assert compared >= 12
 
 
 @pytest.mark.parametrize("arch", RECOMPILED)
@@ -48,5 +70,5 @@ def test_kernels_still_need_what_is_recorded(arch):
     if triton.__version__ != RECORD["triton"]:
         pytest.skip(f"recorded with Triton {RECORD['triton']}, this is {triton.__version__}")
     for name, launch in launches().items():
-        if RECOMPILED[arch] is None or name.startswith(RECOMPILED[arch]):
+        if arch in RECORD["kernels"][name] and (RECOMPILED[arch] is None or name.startswith(RECOMPILED[arch])):
             assert list(compiled(launch, int(arch[3:]))) == RECORD["kernels"][name][arch], name

@@ -18,7 +18,7 @@ ONE = ConvGeometry((1, 1), (0, 0), (1, 1), 1)
 THREE = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
 HALF = ConvGeometry((2, 2), (0, 0), (1, 1), 1)
 CPU = torch.device("cpu")
-ENTRY = Entry(Tiles(64, 32, 32, 4, 2), 1.0, 2.0)
+ENTRY = Entry(Tiles(64, 32, 32, 4, 2, descriptors=True), 1.0, 2.0)
 
 
 def problem(
@@ -59,6 +59,34 @@ def test_the_space_fits_the_device(each):
         assert tiles.rows * tiles.columns // (32 * tiles.warps) <= 128
 
 
+@pytest.mark.parametrize("each", PROBLEMS, ids=lambda each: each.key)
+def test_other_ways_over_the_best_tiles(each):
+    each = each._replace(shape=(64, *each.shape[1:]))
+    tiles = tuning.heuristic(each)
+    assert tuning.variants(each, tiles, 8) == []
+    found = tuning.variants(each, tiles, 9)
+    assert found[0] == tiles._replace(descriptors=True)
+    assert all(way.descriptors and way._replace(descriptors=False, persistent=False) == tiles for way in found)
+    short = each.kind != "wgrad" and each.gemm[2] <= 4 * tiles.depth
+    assert [way.persistent for way in found] == [False, True][: 1 + short]
+    for way in found:
+        programs = tuning.resident(each, way)
+        assert programs >= 1 and programs * tuning.shared_bytes(each, way) <= 227 * 1024
+
+
+def test_few_tiles_are_not_walked_over():
+    assert len(tuning.variants(problem(), tuning.heuristic(problem()))) == 2
+    small = problem(shape=(1, 64, 7, 7))
+    assert len(tuning.variants(small, tuning.heuristic(small))) == 1
+
+
+def test_fixed_tiles_come_before_every_table():
+    tuning.record("cpu", {problem().key: ENTRY})
+    with tuning.fixed(Tiles(16, 16, 16, 4, 2)):
+        assert tuning.configuration(problem(), CPU) == Tiles(16, 16, 16, 4, 2)
+    assert tuning.configuration(problem(), CPU) == ENTRY.tiles
+
+
 def test_products_and_traffic_of_a_pointwise_convolution():
     n, pixels = 8, 56 * 56
     assert problem().gemm == (n * pixels, 256, 64)
@@ -89,6 +117,41 @@ def test_the_nearest_shape_of_the_same_family():
     assert tuning.lookup(problem(shape=(16, 128, 56, 56), filters=512), CPU) is None  # too far
     for other in (problem("dgrad"), problem(dtype=torch.float16), problem(g=HALF), problem(prologue=False)):
         assert tuning.lookup(other, CPU) is None
+
+
+@pytest.fixture
+def shipped(monkeypatch, tmp_path):
+    """The folder of the package's tables, empty."""
+    monkeypatch.setattr(tuning, "_TABLES", tmp_path / "package" / "tables")
+    return tuning._TABLES
+
+
+def test_the_users_table_comes_before_the_packages_and_any_before_a_near_shape(shipped):
+    each, near = problem(), problem(shape=(16, 64, 56, 56))
+    theirs, mine = (ENTRY._replace(tiles=Tiles(128, 64, depth, 8, 3, 128)) for depth in (32, 64))
+    tuning.record("cpu", {each.key: theirs})
+    assert tuning.ship("cpu") == shipped / "cpu.json"
+    tuning.cache_path("cpu").unlink()
+    tuning._table.cache_clear(), tuning._looked_up.cache_clear()
+    assert tuning.configuration(each, CPU) == theirs.tiles  # out of the box
+    assert tuning.configuration(near, CPU) == theirs.tiles
+    assert tuning.configuration(problem("dgrad"), CPU) == tuning.heuristic(problem("dgrad"))
+    tuning.record("cpu", {near.key: mine})
+    assert tuning.configuration(near, CPU) == mine.tiles
+    assert tuning.configuration(each, CPU) == theirs.tiles  # the package's own shape before the user's near one
+    tuning.record("cpu", {each.key: mine})
+    assert tuning.configuration(each, CPU) == mine.tiles
+
+
+def test_what_is_shipped_is_all_that_is_known(shipped):
+    tuning.record("cpu", {problem().key: ENTRY})
+    tuning.ship("cpu")
+    tuning.cache_path("cpu").unlink()
+    tuning._table.cache_clear()
+    tuning.record("cpu", {problem("dgrad").key: ENTRY})
+    text = json.loads(tuning.ship("cpu").read_text())
+    assert set(text["entries"]) == {problem().key, problem("dgrad").key}
+    assert text["source"] == tuning.source_hash()
 
 
 def test_tables_of_other_kernels_and_damaged_ones_are_ignored():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from triton_operands import GEOMETRIES, rows
+from triton_operands import GEOMETRIES, WAYS, rows, walked
 
 from fusedres.ops.conv_fused import CONV_FUSED_FPROP, CONV_FUSED_JOIN
 from fusedres.testing import assert_within_budget, channels_last, rms, sliced
@@ -87,16 +89,72 @@ def test_join(device, dtype, geometry, residual):
     assert_within_budget(*case.every(CONV_FUSED_JOIN, *rest))
 
 
+def launched(case, *rest):
+    """The first launch of a forward pass, which does not run."""
+    from fusedres.triton.launch import recorded
+
+    with recorded() as launches:
+        case.run(CONV_FUSED_FPROP.overload("triton"), True, *rest)
+    return launches[0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_way_over_the_tiles(device, geometry, dtype, way):
+    case = Case(device, (2, 40, 9, 7), 45, geometry, dtype)
+    with walked(way):
+        ours, plain, exact = case.every(CONV_FUSED_FPROP, True)
+        launch = launched(case)
+    assert_within_budget(ours[0], plain[0], exact[0])
+    check_statistics(ours[1], ours[0])
+    assert launch.meta["DESCRIPTORS"] == WAYS[way].descriptors
+    if WAYS[way].persistent:
+        tiles = -(-ours[0].numel() // 45 // 32) * 2
+        assert launch.grid == (2,) and tiles > 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_the_join(device, way):
+    case = Case(device, (2, 24, 8, 6), 40, "1x1", torch.bfloat16)
+    side = channels_last((2, 40, 8, 6), torch.bfloat16, 5).to(device)
+    with walked(way):
+        assert_within_budget(*case.every(CONV_FUSED_JOIN, rows(40, 6, device), side, rows(40, 7, device), 1, 0.0))
+
+
+@pytest.mark.parametrize("channels,geometry", [(37, "1x1"), (37, "3x3"), (44, "1x1")])
+def test_what_descriptors_cannot_describe_comes_by_address(device, channels, geometry):
+    case = Case(device, (2, channels, 6, 5), 16, geometry, torch.bfloat16)
+    with walked("persistent"):
+        ours, plain, exact = case.every(CONV_FUSED_FPROP, True)
+        assert not launched(case).meta["DESCRIPTORS"]
+    assert_within_budget(ours[0], plain[0], exact[0])
+
+
+@pytest.mark.parametrize("offset,described", [(8, True), (4, False)])
+def test_slices_by_descriptor(device, offset, described):
+    """What lies beside a slice, NaN here, is never multiplied; nor is one described that begins between 16 bytes."""
+    case = Case(device, (2, 40, 6, 5), 16, "1x1", torch.bfloat16)
+    buffer = channels_last((2, 64, 6, 5), torch.bfloat16, 8).to(device).fill_(float("nan"))
+    case.x = buffer[:, offset : offset + 40].copy_(case.x)
+    with walked("by descriptor"):
+        ours, plain, exact = case.every(CONV_FUSED_FPROP, True)
+        assert launched(case).meta["DESCRIPTORS"] == described
+    assert_within_budget(ours[0], plain[0], exact[0])
+
+
 @relaxed
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 80), st.integers(3, 9), st.integers(3, 9)),
     filters=st.integers(1, 140),
     geometry=st.sampled_from(sorted(GEOMETRIES)),
     normed=st.booleans(),
+    way=st.sampled_from([None, *WAYS]),
 )
-def test_any_shape(device, shape, filters, geometry, normed):
+def test_any_shape(device, shape, filters, geometry, normed, way):
     case = Case(device, shape, filters, geometry, torch.bfloat16, 4, normed)
-    ours, plain, exact = case.every(CONV_FUSED_FPROP, True)
+    with walked(way) if way else nullcontext():
+        ours, plain, exact = case.every(CONV_FUSED_FPROP, True)
     assert_within_budget(ours[0], plain[0], exact[0])
     check_statistics(ours[1], ours[0])
 

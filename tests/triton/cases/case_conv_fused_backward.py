@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from triton_operands import GEOMETRIES, rows
+from triton_operands import GEOMETRIES, WAYS, rows, walked
 
 from fusedres.ops.bn_norm import BN_NORM
 from fusedres.ops.bn_stats import BN_STATS
@@ -143,6 +145,56 @@ def test_wgrad_of_another_dtype_and_layout(device):
         assert torch.equal(case.wgrad(CONV_FUSED_WGRAD.overload("triton"), out=out).bfloat16(), narrow)
 
 
+def launched(run, op):
+    """The first launch of a pass, which does not run."""
+    from fusedres.triton.launch import recorded
+
+    with recorded() as launches:
+        run(op.overload("triton"))
+    return launches[0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("geometry", DGRADS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_way_of_dgrad_over_the_tiles(device, dtype, geometry, way):
+    case = Case(device, (2, 40, 9, 7), 48, geometry, dtype)
+    with walked(way):
+        check_dgrad(case)
+        launch = launched(case.dgrad, CONV_FUSED_DGRAD)
+    assert launch.meta["DESCRIPTORS"] == WAYS[way].descriptors
+    assert launch.grid == (2,) or not WAYS[way].persistent
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("geometry", ["1x1", "1x1 stride 2", "3x3"])
+def test_every_way_of_dgrad_adds_the_skip_in_place(device, geometry, way):
+    case = Case(device, (2, 40, 6, 5), 24, geometry, torch.bfloat16, 0, normed=False, addend=True)
+    _, plain, exact = case.every(case.dgrad, CONV_FUSED_DGRAD)
+    case.addend = case.addend.clone(memory_format=torch.channels_last)
+    with walked(way):
+        case.dgrad(CONV_FUSED_DGRAD.overload("triton"), into=case.addend)
+    assert_within_budget(case.addend, plain[0], exact[0])
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wgrad_by_descriptor(device, dtype, geometry):
+    case = Case(device, (2, 40, 9, 7), 48, geometry, dtype)
+    with walked("by descriptor"):
+        assert_within_budget(*case.every(case.wgrad, CONV_FUSED_WGRAD))
+        assert launched(case.wgrad, CONV_FUSED_WGRAD).meta["DESCRIPTORS"]
+
+
+def test_what_descriptors_cannot_describe_comes_by_address(device):
+    case = Case(device, (2, 40, 6, 5), 37, "1x1", torch.bfloat16)
+    with walked("persistent"):
+        check_dgrad(case)
+        assert_within_budget(*case.every(case.wgrad, CONV_FUSED_WGRAD))
+        assert not launched(case.dgrad, CONV_FUSED_DGRAD).meta["DESCRIPTORS"]
+        assert not launched(case.wgrad, CONV_FUSED_WGRAD).meta["DESCRIPTORS"]
+
+
 @relaxed
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 80), st.integers(3, 8), st.integers(3, 8)),
@@ -150,10 +202,12 @@ def test_wgrad_of_another_dtype_and_layout(device):
     geometry=st.sampled_from(DGRADS),
     normed=st.booleans(),
     behind=st.booleans(),
+    way=st.sampled_from([None, *WAYS]),
 )
-def test_any_shape(device, shape, filters, geometry, normed, behind):
+def test_any_shape(device, shape, filters, geometry, normed, behind, way):
     case = Case(device, shape, filters, geometry, torch.bfloat16, 4, normed, behind)
-    check_dgrad(case)
+    with walked(way) if way else nullcontext():
+        check_dgrad(case)
     assert_within_budget(*case.every(case.wgrad, CONV_FUSED_WGRAD))
 
 

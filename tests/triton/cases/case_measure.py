@@ -37,6 +37,23 @@ def test_candidates_agree_with_the_vendor(device, monkeypatch, kind, kernel, g, 
     assert entry == (CANDIDATES[0], 1.0, 7.0)
 
 
+def test_other_ways_are_tried_on_the_best_tiles(device, monkeypatch):
+    """Three base tiles, then the ways of the second, of which the last is fastest; the vendor comes last."""
+    ways = [CANDIDATES[0]._replace(descriptors=True), CANDIDATES[0]._replace(descriptors=True, persistent=True)]
+    monkeypatch.setattr(tuning, "space", lambda problem, capability: CANDIDATES)
+    asked = []
+    monkeypatch.setattr(tuning, "variants", lambda problem, tiles, capability: asked.append(tiles) or ways)
+    times = iter([3.0, 1.0, 2.0, 1.5, 0.5, 7.0])
+
+    def timer(call):
+        call()
+        return next(times)
+
+    each = Problem("fprop", torch.bfloat16, (2, 16, 6, 5), 24, (1, 1), ONE, True)
+    assert measure(each, torch.device(device), timer) == (ways[1], 0.5, 7.0)
+    assert asked == [CANDIDATES[0]]
+
+
 @pytest.mark.parametrize("ours,expected", [(1.0, "triton"), (2.0, "stock")])
 def test_a_blocks_verdict(device, monkeypatch, ours, expected):
     monkeypatch.setattr(select, "_AUTOMATIC", {})
