@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial, wraps
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from .engine import (
     ExciteSlot,
     GainSlot,
     Link,
+    MaskSlot,
     NormSlot,
     Program,
     execute,
@@ -33,6 +34,7 @@ from .engine import (
     is_constant,
 )
 from .engine.verdict import judged
+from .mask import mask_of
 from .ops.activations import IDENTITY, RELU, Activation
 from .ops.conv import geometry
 from .select import by_measurement, too_small
@@ -45,6 +47,7 @@ __all__ = [
     "Dense",
     "DropPath",
     "Dropout",
+    "Mask",
     "Norm",
     "SqueezeExcite",
     "Step",
@@ -134,7 +137,22 @@ class DropPath:
     path: str
 
 
-Step = Conv | Norm | Act | Dropout | SqueezeExcite | DropPath
+@dataclass(frozen=True)
+class Mask:
+    """Factors by chance that the module at ``path`` draws in training, in its own way: see :mod:`fusedres.mask`.
+
+    Args:
+        channels: whether they are those of a dropout of channels, ``nn.Dropout2d``, rather than one per sample.
+        p: the probability where it is a function that drops channels, ``F.dropout2d(x, p, self.training)``: then
+            ``path`` is that of the module whose mode it asks for.
+    """
+
+    path: str
+    channels: bool = False
+    p: float | None = None
+
+
+Step = Conv | Norm | Act | Dropout | SqueezeExcite | DropPath | Mask
 
 
 @dataclass(frozen=True)
@@ -219,9 +237,15 @@ class _LinkPlan(NamedTuple):
     conv: tuple[str, ...] | None = None
     excite: SqueezeExcite | None = None
     drop_path: tuple[str, ...] | None = None
+    mask: Mask | None = None
     dropout: tuple[str, ...] | None = None
     dropout_p: float | None = None
     bare: bool = False
+
+    @property
+    def chance(self) -> bool:
+        """Whether there are factors by chance."""
+        return self.drop_path is not None or self.mask is not None
 
 
 class _Plan(NamedTuple):
@@ -256,7 +280,7 @@ def link_plans(block: Block) -> _Plan:
             raise UnsupportedBlock(f"the {name} ends with an activation before the addition")
         if chain[-1].dropout is not None:
             raise UnsupportedBlock(f"the {name} ends with a dropout before the addition")
-    if any(link.excite is not None or link.drop_path is not None for link in shortcut):
+    if any(link.excite is not None or link.chance for link in shortcut):
         raise UnsupportedBlock("the shortcut has a gain, squeeze-excitation or stochastic depth")
     if len(shortcut) == 1 and shortcut[0].norm is not None:
         raise UnsupportedBlock("the shortcut is a norm without a convolution")
@@ -283,6 +307,7 @@ def dense_plans(dense: Dense) -> tuple[tuple[_LinkPlan, ...], ...]:
 def _links(steps: tuple[Step, ...]) -> tuple[_LinkPlan, ...]:
     """Groups steps into links, each ``[norm] [excitation] [stochastic depth] [activation] [dropout] [convolution]``.
 
+    A dropout of channels takes the place of stochastic depth, also from behind a ReLU, through which its factors pass.
     An excitation behind an activation begins a link of its own: it needs the mean of what the activation made.
     """
     links: list[_LinkPlan] = []
@@ -296,6 +321,10 @@ def _links(steps: tuple[Step, ...]) -> tuple[_LinkPlan, ...]:
             links.append(link)
             link = _LinkPlan()
     return (*links, link)
+
+
+# act(g * z) = g * act(z) where g is not negative.
+_HOMOGENEOUS = (IDENTITY.name, RELU.name, "leaky_relu")
 
 
 def _with_step(link: _LinkPlan, step: Step) -> _LinkPlan:
@@ -314,10 +343,15 @@ def _with_step(link: _LinkPlan, step: Step) -> _LinkPlan:
         if link != _LinkPlan():
             raise UnsupportedBlock("a norm that follows a norm or an activation, without a convolution between")
         return link._replace(norm=_names(step.path), act=step.act)
-    if link.act != IDENTITY or link.drop_path is not None:
+    passes = isinstance(step, Mask) and step.channels and link.act.name in _HOMOGENEOUS
+    if (link.act != IDENTITY and not passes) or link.chance:
         raise UnsupportedBlock("a gain that follows an activation or another gain")
     if isinstance(step, DropPath):
         return link._replace(drop_path=_names(step.path))
+    if isinstance(step, Mask):
+        if step.channels and link.excite is not None:
+            raise UnsupportedBlock("a dropout of channels that follows an excitation")
+        return link._replace(mask=step)
     if link.excite is not None:
         raise UnsupportedBlock("two excitations in a row")
     return link._replace(excite=step)
@@ -506,8 +540,8 @@ def _call_step(step: Step, root: nn.Module, value: Tensor) -> Tensor:
         if isinstance(step, Conv) and step.bare:
             geometry = module.stride, module.padding, module.dilation, module.groups
             return F.conv2d(value, module.weight, module.bias, *geometry)
-        if isinstance(step, Dropout) and step.p is not None:
-            return F.dropout(value, step.p, module.training)
+        if isinstance(step, (Dropout, Mask)) and step.p is not None:
+            return (F.dropout if isinstance(step, Dropout) else F.dropout2d)(value, step.p, module.training)
         return module(value)
     fc1, fc2 = (_module(root, path.split(".")) for path in (step.fc1, step.fc2))
     squeezed = value.mean((2, 3), keepdim=isinstance(fc1, nn.Conv2d))
@@ -590,7 +624,7 @@ class _Binder:
                 None if plan.norm is None else self._norm(_module(self.root, plan.norm)),
                 plan.act,
                 None if plan.conv is None else self._conv(_module(self.root, plan.conv), plan.bare),
-                None if plan.excite is None and plan.drop_path is None else self._gain(plan),
+                None if plan.excite is None and not plan.chance else self._gain(plan),
                 0.0 if plan.dropout is None else self._dropout(_module(self.root, plan.dropout), plan.dropout_p),
             )
             for plan in plans
@@ -635,7 +669,9 @@ class _Binder:
     def _gain(self, plan: _LinkPlan) -> GainSlot | None:
         drop_path = 0.0 if plan.drop_path is None else self._drop_path(_module(self.root, plan.drop_path))
         excite = None if plan.excite is None else self._excite(plan.excite)
-        return GainSlot(excite, drop_path) if excite is not None or drop_path else None
+        mask = None if plan.mask is None else self._mask(plan.mask)
+        found = excite is not None or drop_path or mask is not None
+        return GainSlot(excite, drop_path, mask) if found else None
 
     def _excite(self, step: SqueezeExcite) -> ExciteSlot:
         first = len(self.tensors)
@@ -661,3 +697,13 @@ class _Binder:
         if settings.get("mode", "row") != "row" or not settings.get("scale_by_keep", True):
             raise _NotOurs
         return float(settings["p"] if "p" in settings else settings["drop_prob"]) if module.training else 0.0
+
+    def _mask(self, step: Mask) -> MaskSlot | None:
+        module = _module(self.root, _names(step.path))
+        if step.p is not None:
+            return MaskSlot(None, step.p, True, 1.0) if module.training and step.p else None
+        _check_unhooked(module)
+        found = mask_of(module)
+        if found is None or found.channels != step.channels:
+            raise _NotOurs
+        return MaskSlot(ref(module), 0.0, found.channels, found.number) if module.training else None

@@ -159,7 +159,7 @@ def test_conv_that_is_not_plain_is_left_and_the_rest_fused(case):
         (lambda: nn.GroupNorm(2, 4), "bn1 is a GroupNorm"),
         (lambda: nn.InstanceNorm2d(4), "bn1 is a InstanceNorm2d"),
         (lambda: ScaledNorm(4), "bn1 is a ScaledNorm"),
-        (lambda: nn.Dropout2d(0.5), "bn1 is a Dropout2d"),
+        (lambda: nn.FeatureAlphaDropout(0.5), "bn1 is a FeatureAlphaDropout"),
         (lambda: nn.Hardtanh(), "bn1 is a Hardtanh"),
     ],
 )
