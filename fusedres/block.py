@@ -52,6 +52,7 @@ __all__ = [
     "SqueezeExcite",
     "Step",
     "dense_plans",
+    "idle_in_training",
     "link_plans",
     "measured_backends",
     "run",
@@ -241,6 +242,7 @@ class _LinkPlan(NamedTuple):
     dropout: tuple[str, ...] | None = None
     dropout_p: float | None = None
     bare: bool = False
+    gains: bool = False
 
     @property
     def chance(self) -> bool:
@@ -346,6 +348,7 @@ def _with_step(link: _LinkPlan, step: Step) -> _LinkPlan:
     passes = isinstance(step, Mask) and step.channels and link.act.name in _HOMOGENEOUS
     if (link.act != IDENTITY and not passes) or link.chance:
         raise UnsupportedBlock("a gain that follows an activation or another gain")
+    link = link._replace(gains=True)
     if isinstance(step, DropPath):
         return link._replace(drop_path=_names(step.path))
     if isinstance(step, Mask):
@@ -394,6 +397,8 @@ def run(
     if small and not by_measurement(x.device.type) and not _synchronised(block, root):
         return _walk(block, root, x, residual)
     plan = link_plans(block)
+    if mode == "training" and not by_measurement(x.device.type) and idle_in_training(block):
+        return _walk(block, root, x, residual)
     binder = _Binder(root)
     try:
         branch, shortcut = binder.chains(plan)
@@ -404,6 +409,21 @@ def run(
     binder.count_batch()
     program = Program(branch, shortcut, block.act, block.in_place, memory, backend, plan.shares)
     return execute(program, x, residual, binder.tensors, _folded(root, block, program.constant))
+
+
+@_once
+def idle_in_training(block: Block) -> bool:
+    """Whether the block is convolutions with ReLUs, or one with another activation: training has no pass to save there.
+
+    Stock PyTorch keeps the activation's result alone, written over what the convolution made. The engine keeps both,
+    and takes a pass of its own for the bias's gradient, which stock's convolution yields beside the weight's. (Where
+    convolutions have prologues of their own, a measurement decides.)
+    """
+    first, *rest = block.branch
+    if block.shortcut is not None or not isinstance(first, Conv):
+        return False
+    alone = all(isinstance(step, Act) for step in rest)
+    return alone or all(isinstance(step, Conv) or step == Act(RELU) for step in rest)
 
 
 def run_dense(dense: Dense, root: nn.Module, x: Tensor, *, backend: str = "auto", memory: str = "auto") -> Tensor:
@@ -624,7 +644,7 @@ class _Binder:
                 None if plan.norm is None else self._norm(_module(self.root, plan.norm)),
                 plan.act,
                 None if plan.conv is None else self._conv(_module(self.root, plan.conv), plan.bare),
-                None if plan.excite is None and not plan.chance else self._gain(plan),
+                self._gain(plan) if plan.gains else None,
                 0.0 if plan.dropout is None else self._dropout(_module(self.root, plan.dropout), plan.dropout_p),
             )
             for plan in plans

@@ -173,7 +173,7 @@ def _group_rows(
 
 
 def survivors(x: Tensor, slot: GainSlot) -> Tensor | None:
-    """The factors by chance, ``[N, 1]`` or ``[N, C]``: stochastic depth's, or those that a module of the user's draws."""
+    """The factors by chance, ``[N, 1]`` or ``[N, C]``: stochastic depth's, or what a module of the user's draws."""
     if slot.mask is not None:
         return _drawn(x, slot.mask)
     if not slot.drop_path:

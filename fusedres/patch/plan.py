@@ -156,12 +156,25 @@ class _Planner:
             cut = [region for region in regions if not _scope(region)]
             if not cut:
                 break
-            needed = _cut_through(module, cut) | idle
-            traced = trace(module, needed.__contains__, traced if traced.inlined == needed else None)
+            traced, idle = self._trace(module, _cut_through(module, cut), idle, traced)
+            needed, idle = traced.inlined, idle & traced.inlined
             view, regions = self._match(module, traced)
             if _cut_through(module, [r for r in regions if not _scope(r)]) | idle == needed:
                 return traced, view, regions
         return None
+
+    @staticmethod
+    def _trace(
+        module: nn.Module, needed: set[nn.Module], idle: set[nn.Module], before: Traced
+    ) -> tuple[Traced, set[nn.Module]]:
+        """The graph with ``needed`` inlined, and ``idle`` ones too unless they do something in training after all."""
+        inlined = needed | idle
+        try:
+            return trace(module, inlined.__contains__, before if before.inlined == inlined else None), idle
+        except Untraceable:
+            if not idle:
+                raise
+        return trace(module, needed.__contains__, before if before.inlined == needed else None), set()
 
     def _learn(self, module: nn.Module, traced: Traced) -> None:
         """Notes which submodules are given nothing but tensors."""

@@ -6,8 +6,8 @@ Preconditions: each value is read by the next step alone, and there are two step
 own gains nothing. A run begins with the norm or the squeeze-excitation before its first convolution, or with that
 convolution. Both ways it stays within one module, as it does where it goes on into the next convolution, so that a
 stack of conv-bn-relu *modules* stays a stack of modules, on which hooks and slices keep their meaning. Modules of
-bn-relu-conv are another matter: the norm of one follows the convolution of the one before it, so that they are entangled
-anyway, and the run goes on.
+bn-relu-conv are another matter: the norm of one follows the convolution of the one before it, so that they are
+entangled anyway, and the run goes on.
 """
 
 from __future__ import annotations
