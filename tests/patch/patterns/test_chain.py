@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fusedres.patch import explain
+from fusedres.patch import explain, patch
 
 from ..blocks import check_patched, images
 from .test_residual import block
