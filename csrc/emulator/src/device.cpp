@@ -23,6 +23,7 @@ cudaError_t set(cudaError_t error) {
 // Few, so that small inputs make threads walk their grid stride. At most 128: so many blocks can run together.
 int processors = 2;
 int l2_bytes = 50 << 20;
+int launches_until_failure = -1;  // negative: none fails
 
 }  // namespace
 
@@ -39,6 +40,8 @@ bool launch_is_valid(const Config& c, const void* kernel) {
     last_error = error;
     return false;
   };
+  if (launches_until_failure >= 0 && launches_until_failure-- == 0)
+    return refuse(cudaErrorLaunchFailure, "launch: refused, as emu_fail asks for");
   const uint64_t threads = uint64_t{c.block.x} * c.block.y * c.block.z;
   const uint64_t blocks = uint64_t{c.grid.x} * c.grid.y * c.grid.z;
   if (threads == 0 || blocks == 0) return refuse(cudaErrorInvalidConfiguration, "launch: an empty grid or block");
@@ -184,6 +187,7 @@ void emu_seed(uint64_t seed) { emu::machine().random.seed(seed); }
 void emu_copies(int mode) { emu::machine().copies = static_cast<emu::Copies>(mode); }
 void emu_processors(int count) { processors = count; }
 void emu_l2_bytes(int bytes) { l2_bytes = bytes; }
+void emu_fail(int after) { launches_until_failure = after; }
 uint64_t emu_launches() { return emu::machine().launches; }
 void emu_count_traffic(int on) { emu::machine().checker.counting = on != 0; }
 void emu_declare(const void* p, size_t bytes, int initialised) {
