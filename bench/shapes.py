@@ -21,7 +21,6 @@ __all__ = [
     "DEPTHWISE",
     "EPILOGUES",
     "GROUPED",
-    "LAYOUTS",
     "MODIFIED",
     "NETWORKS",
     "ODE_STATES",
@@ -99,8 +98,6 @@ MODIFIED: tuple[Shape, ...] = ((8, 256, 56, 56), (8, 1024, 14, 14), (16, 160, 32
 
 CHANNELS = (64, 512, 2048)
 """Of norms of ResNet-50, for what is done to channels alone."""
-
-LAYOUTS = ("channels_last", "contiguous")
 
 ON_GPU: tuple[Shape, ...] = (
     (256, 256, 56, 56),
