@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -188,8 +189,15 @@ def _drawn(x: Tensor, slot: MaskSlot) -> Tensor:
     wide = statistics_dtype(x.dtype)
     factors = slot.drawn(ones).flatten(1).to(wide)
     # Of ones the number is left rounded to x's dtype, by the same error in every value; of x the product is rounded.
-    rounded = torch.tensor(slot.number, dtype=x.dtype).item()
+    rounded = _rounded(slot.number, x.dtype)
     return factors * (slot.number / rounded) if rounded and wide != x.dtype else factors
+
+
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    """A normal number of ``dtype``, to the nearest even; without a tensor, whose value not everything may read."""
+    mantissa, exponent = math.frexp(number)
+    bits = 1 - round(math.log2(torch.finfo(dtype).eps))
+    return math.ldexp(round(math.ldexp(mantissa, bits)), exponent - bits)
 
 
 def gain_of(

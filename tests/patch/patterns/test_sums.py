@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision_shim import torchvision_models
 
+from fusedres.engine.pending import _rounded
 from fusedres.patch import explain, patch, unpatch
 from fusedres.testing import channels_last, compare
 
@@ -334,3 +335,16 @@ def test_a_dropout_that_is_always_on_or_off():
     model = block(lambda self, x: torch.sigmoid(F.dropout(self.conv1(x), 0.5)))
     reasons = {d.path: d.reason for d in explain(model).declined}
     assert "is a dropout that is not switched by its module's mode" in reasons["conv1"]
+
+
+@pytest.mark.parametrize("drop", [DropPath(0.25), nn.Dropout2d(0.25)], ids=["depth", "channels"])
+def test_bytes_of_masks_are_predicted(drop):
+    model = block(lambda self, x: F.relu(self.drop(self.branch(x)) + x), drop=drop)
+    stock, patched = patch(model).bytes_per_image((2, 4, 32, 32))
+    assert patched < stock
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_number_is_rounded_as_a_tensor_is(dtype):
+    for number in (1.0, 1 / 0.75, 1 / 0.9, 2.0, 1 / 0.3, 1 / 3, 0.0):
+        assert _rounded(number, dtype) == torch.tensor(number, dtype=dtype).item()
