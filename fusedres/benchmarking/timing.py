@@ -72,6 +72,7 @@ def interleave(
     warmup: int = 2,
     sample_seconds: float = 0.0,
     device: torch.device | str = "cpu",
+    ready: Callable[[], Any] = lambda: None,
 ) -> dict[str, Timing]:
     """Times the contestants in turn, each turn in another order.
 
@@ -82,15 +83,17 @@ def interleave(
         sample_seconds: a measurement repeats the call, the same number of times for all, until the fastest of them
             takes about this long; a call's share of it is the sample.
         device: what a measurement waits for before it ends.
+        ready: called before every measurement, as part of none: where several processes wait for each other.
     """
     finish = _finisher(torch.device(device))
-    repeats = _repeats(contestants, warmup, sample_seconds, finish)
+    repeats = _repeats(contestants, warmup, sample_seconds, finish, ready)
     names = list(contestants)
     samples: dict[str, list[float]] = {name: [] for name in names}
     with _no_garbage_collection():
         for turn in range(turns):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
+                ready()
                 samples[name].append(_measure(contestants[name], repeats, finish))
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
@@ -100,11 +103,16 @@ def _finisher(device: torch.device) -> Callable[[], Any]:
 
 
 def _repeats(
-    contestants: Mapping[str, Callable[[], Any]], warmup: int, sample_seconds: float, finish: Callable[[], Any]
+    contestants: Mapping[str, Callable[[], Any]],
+    warmup: int,
+    sample_seconds: float,
+    finish: Callable[[], Any],
+    ready: Callable[[], Any],
 ) -> int:
     fastest = math.inf
     for call in contestants.values():
         for _ in range(max(warmup, 1)):
+            ready()
             fastest = min(fastest, _measure(call, 1, finish))
     return max(1, round(sample_seconds / fastest))
 
