@@ -23,7 +23,7 @@ from fusedres.block import unsupported
 from fusedres.ops.activations import IDENTITY, Activation
 from fusedres.testing import INPUTS, Results, compare_results, run_and_collect
 
-__all__ = ["Call", "Case", "Written", "cases", "check", "described_blocks", "written_models"]
+__all__ = ["Call", "Case", "Mode", "Written", "cases", "check", "decides_nothing", "described_blocks", "written_models"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What happens to a module
@@ -187,7 +187,7 @@ def check(case: Case) -> None:
     try:
         _judge(case)
     except AssertionError:
-        if _decides_nothing(case):
+        if decides_nothing(case):
             reject()
         raise
 
@@ -208,7 +208,7 @@ def _judge(case: Case) -> None:
     compare_results(draw).check()
 
 
-def _decides_nothing(case: Case) -> bool:
+def decides_nothing(case: Case) -> bool:
     """Whether rounding alone, or stock PyTorch alone, decides what the case yields.
 
     A norm multiplies the rounding of a channel that is constant by ``1 / sqrt(eps)``, and makes of two values 1 and -1,
