@@ -2,7 +2,7 @@
 # make test      install, linters, tests
 # make tsan      the CPU kernels from several threads under ThreadSanitizer
 # make wheel     dist/*.whl: one wheel for every Python 3 and torch from 2.10 on, CPU and CUDA builds
-# make fuzz      20,000 random blocks with random lives against stock PyTorch; an hour or more
+# make fuzz      20,000 random blocks with random lives against stock PyTorch; an hour or more, goes on where it stopped
 # make gpu       all tests and benchmarks on a GPU, with this machine's own Python and nothing installed: docs/gpu.md
 # make results   measures this machine for bench/results/, then make report; under half an hour
 # make report    docs/benchmarks.md with its figures, and README's tables, from bench/results/
@@ -62,7 +62,7 @@ tsan: install
 	$(PY) tests/csrc/tsan/run.py
 
 fuzz: install
-	$(PY) -m pytest -q tests/engine/test_fuzz.py --hypothesis-profile=fuzz
+	$(PY) -m tools.fuzz $(FUZZ)
 
 bench: install
 	$(PY) -m fusedres bench
