@@ -1,10 +1,11 @@
 """``python -m fusedres engines``: what a patched network keeps of its speed under PyTorch's own engines.
 
-Two questions. *DistributedDataParallel*: several processes, each with its own threads, train stock and patched, with
+Three questions. *DistributedDataParallel*: several processes, each with its own threads, train stock and patched, with
 DDP and without. Without it they run side by side all the same, so that both ratios are of the same share of the
 machine; before every step the processes wait for each other, and a step has taken as long as in the slowest of them.
 The patched step should be as much faster than stock's with DDP as without. *torch.compile*: one process runs a patched
-network compiled and not compiled; compiled should not be slower.
+network compiled and not compiled; compiled should not be slower. *Overhead*: one image of 32 x 32 pixels, so small that
+the interpreter is most of what a step costs; patched should cost no more of it than stock.
 
 All contestants of a question take turns, and a ratio is taken within a turn before its median
 (:mod:`fusedres.benchmarking.timing`). What is outside the error budgets is not timed.
@@ -37,7 +38,7 @@ from .results import Measurement, Results, this_machine
 from .timing import Timing, interleave, speedup
 from .workloads import INFERENCE_BF16, INFERENCE_FP32, TRAIN_BF16, TRAIN_FP32, Batch, Workload, settle
 
-__all__ = ["WITHIN", "add_arguments", "compiled", "run", "spread"]
+__all__ = ["WITHIN", "add_arguments", "compiled", "overhead", "run", "spread"]
 
 WITHIN = 0.05
 """By how much, at most, the ratio with DDP may fall short of the ratio without."""
@@ -199,6 +200,30 @@ def compiled(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Overhead
+# ---------------------------------------------------------------------------------------------------------------------
+
+_SMALL = (1, 32)
+_SMALL_STEPS = (TRAIN_FP32, INFERENCE_FP32)
+_OVERHEAD = {"eager": "eager", "fusedres": "eager"}
+
+
+def overhead(network: str, workload: Workload, turns: int = 45) -> tuple[Measurement, ...]:
+    """Stock and patched on one image of 32 x 32 pixels; arguments and results as those of :func:`compiled`."""
+    plain = _described("overhead", network, workload, _SMALL, "")
+    images = Batch.random(*_SMALL)
+    stock = workload.prepared(_network(network, Batch.random(*_CHECKED)))
+    if (check := _check(network, workload, _CHECKED)) != "ok":
+        return (replace(plain, contestant="fusedres", check=check),)
+    # A norm that sees one value per channel, as the last ones of a ResNet do here, has no batch to train with.
+    for norm in (m for m in stock.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.eval()
+    forms = {"eager": stock, "fusedres": _patched(copy.deepcopy(stock))}
+    steps = {name: workload.stepper(images)(form) for name, form in forms.items()}
+    return tuple(_measurements(plain, interleave(steps, turns=turns, warmup=5), _OVERHEAD, check))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -210,7 +235,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=2, help="of DDP (2)")
     parser.add_argument("--threads", type=int, help="of each of them (the machine's, shared out)")
     parser.add_argument("--turns", type=int, default=15, help="how many times each contestant is timed (15)")
-    parser.add_argument("--only", choices=("ddp", "compile"), help="one of the two questions")
+    parser.add_argument("--only", choices=("ddp", "compile", "overhead"), help="one of the three questions")
     parser.add_argument(
         "--json",
         nargs="?",
@@ -226,7 +251,7 @@ def run(args: Namespace) -> int:
     console.print(str(machine))
     batch, found = (args.batch, args.resolution), []
     threads = args.threads or max(1, (os.cpu_count() or 1) // args.processes)
-    parts = {"ddp": len(_TRAINING), "compile": len(_COMPILED)}
+    parts = {"ddp": len(_TRAINING), "compile": len(_COMPILED), "overhead": len(_SMALL_STEPS)}
     asked = [part for part in parts if args.only in (None, part)]
     with stages(sum(parts[part] for part in asked), "engines") as begin:
         if "ddp" in asked:
@@ -237,6 +262,10 @@ def run(args: Namespace) -> int:
             for workload in _COMPILED:
                 begin(f"torch.compile, {workload.name}")
                 found += compiled(args.network, workload, batch, args.turns)
+        if "overhead" in asked:
+            for workload in _SMALL_STEPS:
+                begin(f"overhead, {workload.name}")
+                found += overhead(args.network, workload, 3 * args.turns)
     for line in said(found):
         console.print(line)
     if args.json is not None:
@@ -254,7 +283,11 @@ def said(found: Sequence[Measurement]) -> Iterator[str]:
             yield f"{m.group}: {m.check}"
     by_name = {(m.group, m.contestant): m for m in found if m.speedup}
     for (group, name), m in by_name.items():
-        if name == "fusedres":
+        if name == "fusedres" and m.suite == "overhead":
+            ratio = m.speedup["eager"]
+            reached = "reached" if ratio >= 1 else "not reached"
+            yield f"{group}: patched over stock: {ratio:.3f}x (at least 1: {reached})"
+        if name == "fusedres" and m.suite == "ddp":
             alone, spread_out = m.speedup["eager"], by_name[group, "fusedres, DDP"].speedup["eager, DDP"]
             difference = spread_out / alone - 1
             yield f"{group}: without DDP, patched over stock: {alone:.3f}x"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fusedres.benchmarking import engines
-from fusedres.benchmarking.engines import compiled, said, spread
+from fusedres.benchmarking.engines import compiled, overhead, said, spread
 from fusedres.benchmarking.results import Measurement, Results
 from fusedres.benchmarking.workloads import INFERENCE_FP32, TRAIN_FP32
 from fusedres.cli import main
@@ -30,6 +30,8 @@ def test_two_processes_with_ddp_and_without(tmp_path, capsys, monkeypatch):
         "fusedres, DDP": ["eager, DDP"],
     }
     assert all(m.seconds["turns"] == 2 and m.variant.startswith("2 processes") for m in found.values())
+    assert main(["report", str(path), "--out", str(tmp_path / "page.md")]) == 0
+    assert "| fusedres, DDP |" in (tmp_path / "page.md").read_text()
     lines = capsys.readouterr().out
     for line in ("without DDP, patched over stock", "with DDP, patched over stock", "difference"):
         assert lines.count(f": {line}: ") == 1
@@ -43,6 +45,14 @@ def test_compiled_beside_not_compiled():
     assert "compiled over uncompiled, patched" in line
 
 
+@pytest.mark.parametrize("workload", [TRAIN_FP32, INFERENCE_FP32], ids=lambda workload: workload.name)
+def test_one_small_image(workload):
+    stock, ours = overhead("resnet50", workload, turns=2)
+    assert stock.shape == (1, 3, 32, 32) and list(ours.speedup) == ["eager"] and ours.check == "ok"
+    (line,) = said((stock, ours))
+    assert "patched over stock" in line and "at least 1" in line
+
+
 def test_inference_has_nothing_to_average():
     with pytest.raises(ValueError, match="must be one that trains, got 'inference, fp32'"):
         spread("resnet18", INFERENCE_FP32, BATCH)
@@ -53,7 +63,8 @@ def test_a_red_check_has_no_times(monkeypatch):
     monkeypatch.setattr(type(TRAIN_FP32), "check", lambda *args, **kwargs: red)
     for name in ("interleave", "in_child"):
         monkeypatch.setattr(engines, name, lambda *args, **kwargs: pytest.fail("timed"))
-    for (only,) in (spread("resnet18", TRAIN_FP32, BATCH), compiled("resnet18", TRAIN_FP32, BATCH)):
+    for question, *batch in ((spread, BATCH), (compiled, BATCH), (overhead,)):
+        (only,) = question("resnet18", TRAIN_FP32, *batch)
         assert only.check.startswith("RED") and only.seconds is None
         (line,) = said([only])
         assert "RED" in line
