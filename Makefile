@@ -28,6 +28,9 @@ FORMATTED = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '
 # Developers build strictly; a user's compiler may warn.
 export FUSEDRES_WERROR := 1
 
+# A process per core, eight at most. Threads that wait sleep, so that those of other processes have the cores.
+TESTED := OMP_WAIT_POLICY=passive $(PY) -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
+
 .PHONY: install demo test tsan fuzz bench bench-quick gpu results report wheel format clean
 .DEFAULT_GOAL := install
 
@@ -55,8 +58,8 @@ test: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(CLANG_FORMAT) --dry-run -Werror $(FORMATTED)
-	$(PY) -m pytest -q
-	$(PY) -m pytest -q bench --benchmark-disable
+	$(TESTED)
+	$(TESTED) bench --benchmark-disable
 
 tsan: install
 	$(PY) tests/csrc/tsan/run.py
