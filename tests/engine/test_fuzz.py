@@ -131,6 +131,13 @@ def test_a_gate_on_an_input_that_needs_no_gradient(training, residual):
         compare(block.train(training), fuse, inputs, input_gradients=False).check()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_inference_of_a_sum_behind_a_grouped_convolution(dtype):
+    """It raised in bfloat16: with groups PyTorch does the sum with ReLU by itself, and has that in float32 alone."""
+    block = Described([conv(8, 8, 3, groups=2)], [conv(8, 8, 1)], "relu").eval()
+    compare(block, fuse, inputs, dtype=dtype, backward=False).check()
+
+
 @pytest.mark.parametrize(("batch", "decides"), [(2, False), (3, True)])
 def test_a_norm_of_two_values_decides_nothing(batch, decides):
     """They become 1 and -1, whatever they were: the gradient is what is left of terms that cancel."""
