@@ -113,12 +113,13 @@ def fused() -> None:
 
 
 def filter3x3(k: Any, x: Tensor, rows: Tensor) -> None:
-    """Minimal filtering: folded, forward and backward."""
+    """Minimal filtering: folded, forward, and both gradients."""
     channels = x.shape[1]
     weight, geometry = torch.randn(channels, channels, 3, 3), ([1, 1], [1, 1], [1, 1])
     k.conv_winograd(x, k.conv_winograd_pack(weight), channels, None, x, 1, 0.0, [1, 1])
     y, _ = k.conv_fused_fprop(x, rows, 1, 0.0, weight, None, *geometry, True)
     k.conv_fused_dgrad(y, y, rows, weight, x, rows, 1, 0.0, *geometry)
+    k.conv_wgrad(y, x, rows, 1, 0.0, *geometry, torch.empty_like(weight))
 
 
 def wgrad() -> None:
