@@ -3,7 +3,7 @@
 # make tsan      the CPU kernels from several threads under ThreadSanitizer
 # make wheel     dist/*.whl: one wheel for every Python 3 and torch from 2.10 on, CPU and CUDA builds
 # make cutlass   CUTLASS's convolutions (FUSEDRES_CUTLASS=1) compiled for sm_90a; fetches the headers, needs no GPU
-# make fuzz      20,000 random blocks with random lives against stock PyTorch; an hour or more
+# make fuzz      20,000 random blocks with random lives against stock PyTorch; an hour or more, goes on where it stopped
 # make gpu       all tests and benchmarks on a GPU, with this machine's own Python and nothing installed: docs/gpu.md
 # make results   measures this machine for bench/results/, then make report; under half an hour
 # make report    docs/benchmarks.md with its figures, and README's tables, from bench/results/
@@ -73,7 +73,7 @@ build/cutlass:
 	$(PIP) install --no-deps --target $@ "$$(sed -n 's/^CUTLASS = "\(.*\)"$$/\1/p' setup.py)"
 
 fuzz: install
-	$(PY) -m pytest -q tests/engine/test_fuzz.py --hypothesis-profile=fuzz
+	$(PY) -m tools.fuzz $(FUZZ)
 
 bench: install
 	$(PY) -m fusedres bench

@@ -75,6 +75,7 @@ def interleave(
     sample_seconds: float = 0.0,
     device: torch.device | str = "cpu",
     left: Callable[[], float] | None = None,
+    ready: Callable[[], Any] = lambda: None,
 ) -> dict[str, Timing]:
     """Times the contestants in turn, each turn in another order.
 
@@ -87,9 +88,10 @@ def interleave(
         device: what a measurement waits for before it ends.
         left: seconds that there are; asked after the warm-up, which says what a turn takes. As many turns are measured
             as fit, :data:`FEWEST_TURNS` at least.
+        ready: called before every measurement, as part of none: where several processes wait for each other.
     """
-    finish = _finisher(torch.device(device))
-    warm = _warm_up(contestants, warmup, finish)
+    measure = partial(_measure, ready=ready, finish=_finisher(torch.device(device)))
+    warm = _warm_up(contestants, warmup, measure)
     repeats = max(1, round(sample_seconds / min(warm.values())))
     if left is not None:
         turns = min(turns, max(FEWEST_TURNS, int(left() / (repeats * sum(warm.values())))))
@@ -99,7 +101,7 @@ def interleave(
         for turn in range(turns):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                samples[name].append(_measure(contestants[name], repeats, finish))
+                samples[name].append(measure(contestants[name], repeats))
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
@@ -107,12 +109,15 @@ def _finisher(device: torch.device) -> Callable[[], Any]:
     return (lambda: None) if device.type == "cpu" else partial(torch.cuda.synchronize, device)
 
 
-def _warm_up(contestants: Mapping[str, Callable[[], Any]], warmup: int, finish: Callable[[], Any]) -> dict[str, float]:
+def _warm_up(
+    contestants: Mapping[str, Callable[[], Any]], warmup: int, measure: Callable[[Callable[[], Any], int], float]
+) -> dict[str, float]:
     """Calls each so many times, once at least; returns what the fastest call of each took."""
-    return {name: min(_measure(call, 1, finish) for _ in range(max(warmup, 1))) for name, call in contestants.items()}
+    return {name: min(measure(call, 1) for _ in range(max(warmup, 1))) for name, call in contestants.items()}
 
 
-def _measure(call: Callable[[], Any], repeats: int, finish: Callable[[], Any]) -> float:
+def _measure(call: Callable[[], Any], repeats: int, ready: Callable[[], Any], finish: Callable[[], Any]) -> float:
+    ready()
     finish()
     start = perf_counter()
     for _ in range(repeats):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fusedres.ops.activations import ACTIVATIONS, Activation
 from fusedres.ops.conv import ConvGeometry, conv_fprop, output_size
-from fusedres.ops.conv_wgrad import CONV_WGRAD
 from fusedres.testing import assert_within_budget, channels_last
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -145,12 +144,3 @@ def test_wrong_input_raises():
     case.x = case.x.double()
     with pytest.raises(RuntimeError, match="one dtype"):
         case.run("conv_wgrad_cpu")
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_opcheck(backend):
-    case = Case((2, 8, 6, 5), 8, *GEOMETRIES["3x3"], torch.float32)
-    op, g = CONV_WGRAD.overload(backend), case.g
-    out = torch.zeros_like(case.weight)
-    args = (case.grad, case.x, case.rows, 1, 0.0, list(g.stride), list(g.padding), list(g.dilation), out)
-    torch.library.opcheck(op, args)

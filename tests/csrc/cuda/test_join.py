@@ -132,9 +132,3 @@ def test_wrong_input():
         JOIN.overload("cuda")(y, None, None, None, 1, 0.0, None, 0.5, None)
     with pytest.raises(RuntimeError, match="gain"):
         JOIN.overload("cuda")(y, None, None, None, 1, 0.0, torch.ones(2, 7))
-
-
-def test_opcheck():
-    for case in (JoinCase((2, 5, 4, 3), residual="affine"), JoinCase((2, 5, 4, 3), gained=True, dropout=0.5)):
-        torch.library.opcheck(JOIN.overload("cuda"), (*case.operands, *case.modifiers))
-        torch.library.opcheck(JOIN_STATS.overload("cuda"), (*case.operands, *case.modifiers))
