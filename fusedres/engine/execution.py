@@ -85,6 +85,8 @@ def _broadcasts(program: Program, x: Tensor, residual: Tensor | None, tensors: O
     if program.shortcut is None:
         return False
     side = x if residual is None else residual
+    if x.shape[0] != side.shape[0] or x.dim() != side.dim():
+        return True
     return _shape(program.branch, x.shape, tensors) != _shape(program.shortcut, side.shape, tensors)
 
 
