@@ -85,8 +85,6 @@ def _broadcasts(program: Program, x: Tensor, residual: Tensor | None, tensors: O
     if program.shortcut is None:
         return False
     side = x if residual is None else residual
-    if x.shape[0] != side.shape[0] or x.dim() != side.dim():
-        return True
     return _shape(program.branch, x.shape, tensors) != _shape(program.shortcut, side.shape, tensors)
 
 
@@ -95,11 +93,11 @@ _output_size = lru_cache(maxsize=4096)(output_size)
 
 
 def _shape(chain: tuple[Link, ...], shape: tuple[int, ...], tensors: Operands) -> tuple[Any, ...]:
-    """Channels and size of what a chain makes of an input of this shape."""
+    """The shape of what a chain makes of an input of this one."""
     channels, size = shape[1], shape[2:]
     for link in chain:
         conv = link.conv
         if conv is not None:
             weight = tensors[conv.first].shape
             channels, size = weight[0], _output_size(size, weight[2:], conv.geometry)
-    return channels, *size
+    return shape[0], channels, *size
