@@ -2,7 +2,8 @@
 # make test      install, linters, tests
 # make tsan      the CPU kernels from several threads under ThreadSanitizer
 # make wheel     dist/*.whl: one wheel for every Python 3 and torch from 2.10 on, CPU and CUDA builds
-# make fuzz      20,000 random blocks with random lives against stock PyTorch; an hour or more
+# make cutlass   CUTLASS's convolutions (FUSEDRES_CUTLASS=1) compiled for sm_90a; fetches the headers, needs no GPU
+# make fuzz      20,000 random blocks with random lives against stock PyTorch; an hour or more, goes on where it stopped
 # make gpu       all tests and benchmarks on a GPU, with this machine's own Python and nothing installed: docs/gpu.md
 # make results   measures this machine for bench/results/, then make report; under half an hour
 # make report    docs/benchmarks.md with its figures, and README's tables, from bench/results/
@@ -28,7 +29,10 @@ FORMATTED = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '
 # Developers build strictly; a user's compiler may warn.
 export FUSEDRES_WERROR := 1
 
-.PHONY: install demo test tsan fuzz bench bench-quick gpu results report wheel format clean
+# A process per core, eight at most. Threads that wait sleep, so that those of other processes have the cores.
+TESTED := OMP_WAIT_POLICY=passive $(PY) -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
+
+.PHONY: install demo test tsan cutlass fuzz bench bench-quick gpu results report wheel format clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.library
@@ -55,14 +59,21 @@ test: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(CLANG_FORMAT) --dry-run -Werror $(FORMATTED)
-	$(PY) -m pytest -q
-	$(PY) -m pytest -q bench --benchmark-disable
+	$(TESTED)
+	$(TESTED) bench --benchmark-disable
 
 tsan: install
 	$(PY) tests/csrc/tsan/run.py
 
+cutlass: install build/cutlass
+	PYTHONPATH=build/cutlass $(PY) -m pytest -q tests/csrc/test_cutlass.py
+
+# The headers alone: what else the package asks for is for its generator of kernels.
+build/cutlass:
+	$(PIP) install --no-deps --target $@ "$$(sed -n 's/^CUTLASS = "\(.*\)"$$/\1/p' setup.py)"
+
 fuzz: install
-	$(PY) -m pytest -q tests/engine/test_fuzz.py --hypothesis-profile=fuzz
+	$(PY) -m tools.fuzz $(FUZZ)
 
 bench: install
 	$(PY) -m fusedres bench

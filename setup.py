@@ -408,8 +408,17 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+def requirements_of_this_run() -> list[str]:
+    """CUTLASS's headers, where pip asks what an isolated build needs (by ``egg_info``).
+
+    Not in other runs: setuptools would fetch them by itself, network or not, where :func:`find_cutlass` says what is
+    missing.
+    """
+    return [CUTLASS] if wants_cutlass() and "egg_info" in sys.argv else []
+
+
 setup(
-    setup_requires=[CUTLASS] if wants_cutlass() else [],  # a requirement of the build where it is isolated
+    setup_requires=requirements_of_this_run(),
     ext_modules=[Extension("fusedres._C", sources=[])],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
 )

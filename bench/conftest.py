@@ -27,7 +27,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def pytest_addoption(parser) -> None:
     parser.addoption(
-        "--results", type=Path, metavar="FILE", help="write the measurements, as fusedres bench --json does"
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="write the measurements, as fusedres bench --json does; a GPU's to FILE with -cuda behind its stem",
     )
 
 
@@ -63,7 +66,8 @@ def groups(request, smoke):
     found = Groups(smoke)
     yield found
     if (path := request.config.getoption("--results")) is not None:
-        found.results().save(path)
+        for device, results in found.results().items():
+            results.save(path if device == "cpu" else path.with_stem(f"{path.stem}-{device}"))
 
 
 @pytest.fixture
@@ -87,10 +91,11 @@ def enter(request, benchmark, groups) -> Callable[..., None]:
         entrants: Callable[[], Sequence[Entrant]],
         turns: int = 9,
         seconds: float = 2e-3,
+        device: str = "cpu",
     ) -> None:
-        finish = groups.finish(group, contestant, entrants, turns, seconds)
+        finish = groups.finish(group, contestant, entrants, turns, seconds, device)
         label = f"{group.group}, {group.layout}" if group.layout != "channels_last" else group.group
-        replay(benchmark, groups, finish, label)
+        replay(benchmark, finish, label, device)
 
     return run
 

@@ -54,13 +54,21 @@ class Groups:
 
     Attributes:
         smoke: whether nothing is timed, so that everything runs once.
+        devices: of the groups, by their keys in ``found``.
     """
 
     smoke: bool
     found: dict[tuple[str, ...], dict[str, Finish]] = field(default_factory=dict)
+    devices: dict[tuple[str, ...], str] = field(default_factory=dict)
 
     def finish(
-        self, group: Measurement, contestant: str, enter: Callable[[], Sequence[Entrant]], turns: int, seconds: float
+        self,
+        group: Measurement,
+        contestant: str,
+        enter: Callable[[], Sequence[Entrant]],
+        turns: int,
+        seconds: float,
+        device: str = "cpu",
     ) -> Finish:
         """The contestant's part in a group; the first question about the group has it race.
 
@@ -69,57 +77,64 @@ class Groups:
             enter: makes the entrants.
             turns: samples of each.
             seconds: about what a sample of the fastest takes.
+            device: where it runs.
         """
         key = group.suite, group.group, group.layout
         if key not in self.found:
             # In a smoke test a single turn, behind a single call.
             how = (1, 1, 0.0) if self.smoke else (turns, 3, seconds)
             settings = dict(zip(("turns", "warmup", "sample_seconds"), how))
-            self.found[key] = {f.measurement.contestant: f for f in race(enter(), **settings)}
+            finishes = race(enter(), device=device, **settings)
+            self.found[key] = {f.measurement.contestant: self._with_roofline(f, device) for f in finishes}
+            self.devices[key] = device
         return self.found[key][contestant]
 
-    def roofline(self, measurement: Measurement) -> Measurement:
-        """With what this device's peaks allow, measured once for each dtype."""
+    def _with_roofline(self, finish: Finish, device: str) -> Finish:
+        """With what the device's peaks allow, where they are known; a CPU's are measured once for each dtype."""
+        measurement = finish.measurement
         if self.smoke or measurement.moved is None or measurement.roofline is not None:
-            return measurement
+            return finish
         dtype = getattr(torch, measurement.dtype)
-        seconds = _this_device(dtype).seconds(measurement.moved, measurement.flops or 0, dtype)
-        return replace(measurement, roofline=seconds)
+        peaks = _peaks(device, dtype)
+        if peaks is None:
+            return finish
+        seconds = peaks.seconds(measurement.moved, measurement.flops or 0, dtype)
+        return replace(finish, measurement=replace(measurement, roofline=seconds))
 
-    def results(self) -> Results:
-        """All measurements, as a file of results holds them."""
-        all_of_them = [self.roofline(f.measurement) for group in self.found.values() for f in group.values()]
-        return Results(_this_machine(), {"suite": "pytest bench"}, measurements=tuple(all_of_them))
+    def results(self) -> dict[str, Results]:
+        """All measurements by device, as files of results hold them."""
+        return {device: self._results(device) for device in dict.fromkeys(self.devices.values())}
+
+    def _results(self, device: str) -> Results:
+        here = [group for key, group in self.found.items() if self.devices[key] == device]
+        measurements = tuple(f.measurement for group in here for f in group.values())
+        return Results(_machine(device), {"suite": "pytest bench"}, measurements=measurements)
 
 
-_this_machine = cache(this_machine)
+_machine = cache(this_machine)
+_peaks: Callable[[str, torch.dtype], Device | None] = cache(device_of)
 
 
-@cache
-def _this_device(dtype: torch.dtype) -> Device:
-    return device_of("cpu", dtype)
-
-
-def replay(benchmark, groups: Groups, finish: Finish, label: str) -> None:
+def replay(benchmark, finish: Finish, label: str, device: str = "cpu") -> None:
     """Gives a contestant's samples to pytest-benchmark; skips the test where it is missing, fails it where it is wrong.
 
     Args:
         label: the group's name in the table.
     """
-    measurement = groups.roofline(finish.measurement)
+    measurement = finish.measurement
     if measurement.missing:
         pytest.skip(measurement.missing)
     if finish.timing is None:
         pytest.fail(measurement.check)
     benchmark.group = label
-    benchmark.extra_info.update(extra_info(measurement))
+    benchmark.extra_info.update(extra_info(measurement, device))
     CLOCK.load(finish.timing.samples)
     benchmark.pedantic(CLOCK.advance, rounds=len(finish.timing.samples))
 
 
-def extra_info(m: Measurement) -> dict[str, object]:
+def extra_info(m: Measurement, device: str = "cpu") -> dict[str, object]:
     """What pytest-benchmark's table has no columns for; the whole measurement is in it, too."""
-    machine = _this_machine()
+    machine = _machine(device)
     derived = {
         "images/s": m.images_per_second,
         "GB/s": None if m.bytes_per_second is None else m.bytes_per_second / 1e9,
@@ -127,8 +142,8 @@ def extra_info(m: Measurement) -> dict[str, object]:
         "fraction of roofline": m.of_roofline,
         "bytes saved for backward": m.saved,
         "peak memory": m.peak,
-        "speed-up over eager": m.speedup.get("eager"),
         "speed-up over compile": m.speedup.get("torch.compile"),
+        **{f"speed-up over {name}": ratio for name, ratio in m.speedup.items() if name != "torch.compile"},
     }
     known = {name: round(value, 3) for name, value in derived.items() if value is not None}
     return {

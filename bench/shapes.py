@@ -11,14 +11,16 @@ from torch import nn
 
 from fusedres import models
 from fusedres.benchmarking.shapes import BATCH, BLOCK_INPUTS, name_of
+from fusedres.benchmarking.shapes import GROUPED as RESNEXT
 
 __all__ = [
     "ACTIVATIONS",
     "BLOCKS",
     "CHANNELS",
     "CONVOLUTIONS",
+    "DEPTHWISE",
     "EPILOGUES",
-    "LAYOUTS",
+    "GROUPED",
     "MODIFIED",
     "NETWORKS",
     "ODE_STATES",
@@ -97,8 +99,6 @@ MODIFIED: tuple[Shape, ...] = ((8, 256, 56, 56), (8, 1024, 14, 14), (16, 160, 32
 CHANNELS = (64, 512, 2048)
 """Of norms of ResNet-50, for what is done to channels alone."""
 
-LAYOUTS = ("channels_last", "contiguous")
-
 ON_GPU: tuple[Shape, ...] = (
     (256, 256, 56, 56),
     (256, 64, 56, 56),
@@ -129,6 +129,7 @@ class Convolution:
     channels: int
     size: int
     stride: int = 1
+    groups: int = 1
 
     @property
     def padding(self) -> list[int]:
@@ -144,15 +145,19 @@ class Convolution:
     def flops(self) -> int:
         """Two per multiply-add."""
         n, channels, h, w = self.out
-        return 2 * n * channels * h * w * self.shape[1] * self.size**2
+        return 2 * n * channels * h * w * self.shape[1] // self.groups * self.size**2
 
     def within(self, most: Shape) -> Convolution:
-        """A smaller one of the same kind."""
-        return Convolution(tuple(map(min, self.shape, most)), min(self.channels, most[1]), self.size, self.stride)
+        """A smaller one of the same kind, with as many channels per group."""
+        shape, groups = tuple(map(min, self.shape, most)), 1
+        if self.groups > 1:
+            groups = shape[1] * self.groups // self.shape[1]
+        return Convolution(shape, min(self.channels, most[1]), self.size, self.stride, groups)
 
     def __str__(self) -> str:
         stride = f", stride {self.stride}" if self.stride > 1 else ""
-        return f"{name_of(self.shape)} to {self.channels}, {self.size}x{self.size}{stride}"
+        groups = f", {self.groups} groups" if self.groups > 1 else ""
+        return f"{name_of(self.shape)} to {self.channels}, {self.size}x{self.size}{stride}{groups}"
 
 
 CONVOLUTIONS: dict[str, tuple[Convolution, ...]] = {
@@ -169,7 +174,15 @@ CONVOLUTIONS: dict[str, tuple[Convolution, ...]] = {
     "DenseNet-121": (Convolution((8, 128, 28, 28), 32, 3),),
     "CIFAR ResNet-20": (Convolution((128, 16, 32, 32), 16, 3),),
 }
-"""By network; those with groups are measured in their blocks."""
+"""By network, those without groups."""
+
+GROUPED: tuple[Convolution, ...] = tuple(
+    Convolution((256, channels, size, size), channels, 3, stride, 32) for channels, size, stride in RESNEXT
+)
+"""ResNeXt-50's, batch 256; a GPU's alone. On a CPU they are measured in their blocks."""
+
+DEPTHWISE = Convolution((256, 240, 28, 28), 240, 3, 1, 240)
+"""Of EfficientNet-B0's channels and size, batch 256."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

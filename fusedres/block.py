@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial, wraps
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from .engine import (
     ExciteSlot,
     GainSlot,
     Link,
+    MaskSlot,
     NormSlot,
     Program,
     execute,
@@ -33,6 +34,7 @@ from .engine import (
     is_constant,
 )
 from .engine.verdict import judged
+from .mask import mask_of
 from .ops.activations import IDENTITY, RELU, Activation
 from .ops.conv import geometry
 from .select import by_measurement, too_small
@@ -45,10 +47,12 @@ __all__ = [
     "Dense",
     "DropPath",
     "Dropout",
+    "Mask",
     "Norm",
     "SqueezeExcite",
     "Step",
     "dense_plans",
+    "idle_in_training",
     "link_plans",
     "measured_backends",
     "run",
@@ -134,7 +138,22 @@ class DropPath:
     path: str
 
 
-Step = Conv | Norm | Act | Dropout | SqueezeExcite | DropPath
+@dataclass(frozen=True)
+class Mask:
+    """Factors by chance that the module at ``path`` draws in training, in its own way: see :mod:`fusedres.mask`.
+
+    Args:
+        channels: whether they are those of a dropout of channels, ``nn.Dropout2d``, rather than one per sample.
+        p: the probability where it is a function that drops channels, ``F.dropout2d(x, p, self.training)``: then
+            ``path`` is that of the module whose mode it asks for.
+    """
+
+    path: str
+    channels: bool = False
+    p: float | None = None
+
+
+Step = Conv | Norm | Act | Dropout | SqueezeExcite | DropPath | Mask
 
 
 @dataclass(frozen=True)
@@ -219,9 +238,16 @@ class _LinkPlan(NamedTuple):
     conv: tuple[str, ...] | None = None
     excite: SqueezeExcite | None = None
     drop_path: tuple[str, ...] | None = None
+    mask: Mask | None = None
     dropout: tuple[str, ...] | None = None
     dropout_p: float | None = None
     bare: bool = False
+    gains: bool = False
+
+    @property
+    def chance(self) -> bool:
+        """Whether there are factors by chance."""
+        return self.drop_path is not None or self.mask is not None
 
 
 class _Plan(NamedTuple):
@@ -256,7 +282,7 @@ def link_plans(block: Block) -> _Plan:
             raise UnsupportedBlock(f"the {name} ends with an activation before the addition")
         if chain[-1].dropout is not None:
             raise UnsupportedBlock(f"the {name} ends with a dropout before the addition")
-    if any(link.excite is not None or link.drop_path is not None for link in shortcut):
+    if any(link.excite is not None or link.chance for link in shortcut):
         raise UnsupportedBlock("the shortcut has a gain, squeeze-excitation or stochastic depth")
     if len(shortcut) == 1 and shortcut[0].norm is not None:
         raise UnsupportedBlock("the shortcut is a norm without a convolution")
@@ -283,6 +309,7 @@ def dense_plans(dense: Dense) -> tuple[tuple[_LinkPlan, ...], ...]:
 def _links(steps: tuple[Step, ...]) -> tuple[_LinkPlan, ...]:
     """Groups steps into links, each ``[norm] [excitation] [stochastic depth] [activation] [dropout] [convolution]``.
 
+    A dropout of channels takes the place of stochastic depth, also from behind a ReLU, through which its factors pass.
     An excitation behind an activation begins a link of its own: it needs the mean of what the activation made.
     """
     links: list[_LinkPlan] = []
@@ -296,6 +323,10 @@ def _links(steps: tuple[Step, ...]) -> tuple[_LinkPlan, ...]:
             links.append(link)
             link = _LinkPlan()
     return (*links, link)
+
+
+# act(g * z) = g * act(z) where g is not negative.
+_HOMOGENEOUS = (IDENTITY.name, RELU.name, "leaky_relu")
 
 
 def _with_step(link: _LinkPlan, step: Step) -> _LinkPlan:
@@ -314,10 +345,16 @@ def _with_step(link: _LinkPlan, step: Step) -> _LinkPlan:
         if link != _LinkPlan():
             raise UnsupportedBlock("a norm that follows a norm or an activation, without a convolution between")
         return link._replace(norm=_names(step.path), act=step.act)
-    if link.act != IDENTITY or link.drop_path is not None:
+    passes = isinstance(step, Mask) and step.channels and link.act.name in _HOMOGENEOUS
+    if (link.act != IDENTITY and not passes) or link.chance:
         raise UnsupportedBlock("a gain that follows an activation or another gain")
+    link = link._replace(gains=True)
     if isinstance(step, DropPath):
         return link._replace(drop_path=_names(step.path))
+    if isinstance(step, Mask):
+        if step.channels and link.excite is not None:
+            raise UnsupportedBlock("a dropout of channels that follows an excitation")
+        return link._replace(mask=step)
     if link.excite is not None:
         raise UnsupportedBlock("two excitations in a row")
     return link._replace(excite=step)
@@ -360,6 +397,8 @@ def run(
     if small and not by_measurement(x.device.type) and not _synchronised(block, root):
         return _walk(block, root, x, residual)
     plan = link_plans(block)
+    if mode == "training" and not by_measurement(x.device.type) and idle_in_training(block):
+        return _walk(block, root, x, residual)
     binder = _Binder(root)
     try:
         branch, shortcut = binder.chains(plan)
@@ -370,6 +409,21 @@ def run(
     binder.count_batch()
     program = Program(branch, shortcut, block.act, block.in_place, memory, backend, plan.shares)
     return execute(program, x, residual, binder.tensors, _folded(root, block, program.constant))
+
+
+@_once
+def idle_in_training(block: Block) -> bool:
+    """Whether the block is convolutions with ReLUs, or one with another activation: training has no pass to save there.
+
+    Stock PyTorch keeps the activation's result alone, written over what the convolution made. The engine keeps both,
+    and takes a pass of its own for the bias's gradient, which stock's convolution yields beside the weight's. (Where
+    convolutions have prologues of their own, a measurement decides.)
+    """
+    first, *rest = block.branch
+    if block.shortcut is not None or not isinstance(first, Conv):
+        return False
+    alone = all(isinstance(step, Act) for step in rest)
+    return alone or all(isinstance(step, Conv) or step == Act(RELU) for step in rest)
 
 
 def run_dense(dense: Dense, root: nn.Module, x: Tensor, *, backend: str = "auto", memory: str = "auto") -> Tensor:
@@ -506,8 +560,8 @@ def _call_step(step: Step, root: nn.Module, value: Tensor) -> Tensor:
         if isinstance(step, Conv) and step.bare:
             geometry = module.stride, module.padding, module.dilation, module.groups
             return F.conv2d(value, module.weight, module.bias, *geometry)
-        if isinstance(step, Dropout) and step.p is not None:
-            return F.dropout(value, step.p, module.training)
+        if isinstance(step, (Dropout, Mask)) and step.p is not None:
+            return (F.dropout if isinstance(step, Dropout) else F.dropout2d)(value, step.p, module.training)
         return module(value)
     fc1, fc2 = (_module(root, path.split(".")) for path in (step.fc1, step.fc2))
     squeezed = value.mean((2, 3), keepdim=isinstance(fc1, nn.Conv2d))
@@ -590,7 +644,7 @@ class _Binder:
                 None if plan.norm is None else self._norm(_module(self.root, plan.norm)),
                 plan.act,
                 None if plan.conv is None else self._conv(_module(self.root, plan.conv), plan.bare),
-                None if plan.excite is None and plan.drop_path is None else self._gain(plan),
+                self._gain(plan) if plan.gains else None,
                 0.0 if plan.dropout is None else self._dropout(_module(self.root, plan.dropout), plan.dropout_p),
             )
             for plan in plans
@@ -635,7 +689,9 @@ class _Binder:
     def _gain(self, plan: _LinkPlan) -> GainSlot | None:
         drop_path = 0.0 if plan.drop_path is None else self._drop_path(_module(self.root, plan.drop_path))
         excite = None if plan.excite is None else self._excite(plan.excite)
-        return GainSlot(excite, drop_path) if excite is not None or drop_path else None
+        mask = None if plan.mask is None else self._mask(plan.mask)
+        found = excite is not None or drop_path or mask is not None
+        return GainSlot(excite, drop_path, mask) if found else None
 
     def _excite(self, step: SqueezeExcite) -> ExciteSlot:
         first = len(self.tensors)
@@ -661,3 +717,13 @@ class _Binder:
         if settings.get("mode", "row") != "row" or not settings.get("scale_by_keep", True):
             raise _NotOurs
         return float(settings["p"] if "p" in settings else settings["drop_prob"]) if module.training else 0.0
+
+    def _mask(self, step: Mask) -> MaskSlot | None:
+        module = _module(self.root, _names(step.path))
+        if step.p is not None:
+            return MaskSlot(None, step.p, True, 1.0) if module.training and step.p else None
+        _check_unhooked(module)
+        found = mask_of(module)
+        if found is None or found.channels != step.channels:
+            raise _NotOurs
+        return MaskSlot(ref(module), 0.0, found.channels, found.number) if module.training else None

@@ -27,6 +27,7 @@ COMMANDS: dict[str, Command] = {
     "degradation": Command("fusedres.analysis.degradation", "training error by depth, with the skip and without"),
     "demo": Command("fusedres.demo", "real images, stock beside fused: report, agreement, speed, memory, training"),
     "depth": Command("fusedres.analysis.depth", "some real steps of networks of a thousand layers, in little memory"),
+    "engines": Command("fusedres.benchmarking.engines", "the speed-up under DDP, compiled, and on one small image"),
     "env": Command("fusedres.env", "versions, backends and why one is absent, hardware"),
     "explain": Command("fusedres.explain_cli", "what would be fused in a model, and what not, and why"),
     "gradient-flow": Command("fusedres.analysis.gradient_flow", "the gradient at every block's output, by depth"),

@@ -444,7 +444,7 @@ def _without_chance(program: Program | DenseProgram) -> Program | DenseProgram:
         links = [link._replace(dropout=0.0) for link in chain]
         for i, link in enumerate(links):
             if link.gain is not None:
-                gain = link.gain._replace(drop_path=0.0) if link.gain.excite is not None else None
+                gain = link.gain._replace(drop_path=0.0, mask=None) if link.gain.excite is not None else None
                 links[i] = link._replace(gain=gain)
         return tuple(links)
 

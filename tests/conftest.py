@@ -16,7 +16,7 @@ from torch.utils import deterministic
 
 from fusedres import env, select
 
-settings.register_profile("fuzz", max_examples=10_000, print_blob=True)  # of each fuzz test; see ``make fuzz``
+settings.register_profile("fuzz", max_examples=500, print_blob=True)  # of each fuzz test: a slice of ``make fuzz``
 
 
 class WithoutHypothesis(MetaPathFinder):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -33,11 +36,20 @@ needs_emulator = pytest.mark.skipif(
 )
 
 
+@contextmanager
+def building() -> Iterator[None]:
+    """One of several test processes builds, and the others find it built."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @cache
 def program(source: Path, mode: str) -> Path:
     """A program built from one source, once."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    return emulator().build([source], CACHE / f"{source.stem}_{mode}", mode=mode, program=True, cache=CACHE)
+    with building():
+        return emulator().build([source], CACHE / f"{source.stem}_{mode}", mode=mode, program=True, cache=CACHE)
 
 
 def run(executable: Path, *arguments: str, **environment: object) -> subprocess.CompletedProcess[str]:
@@ -57,16 +69,16 @@ def library(mode: str = "check") -> ctypes.CDLL:
     """
     torch_folder = Path(torch.__file__).parent
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    CACHE.mkdir(parents=True, exist_ok=True)
-    path = emulator().build(
-        sources,
-        CACHE / f"fusedres_cuda_{mode}.so",
-        mode=mode,
-        includes=[ROOT / "csrc"],
-        system_includes=[torch_folder / "include"],
-        defines=["TORCH_TARGET_VERSION=0x020A000000000000"],
-        libraries=[f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu"],
-        cache=CACHE,
-    )
+    with building():
+        path = emulator().build(
+            sources,
+            CACHE / f"fusedres_cuda_{mode}.so",
+            mode=mode,
+            includes=[ROOT / "csrc"],
+            system_includes=[torch_folder / "include"],
+            defines=["TORCH_TARGET_VERSION=0x020A000000000000"],
+            libraries=[f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu"],
+            cache=CACHE,
+        )
     torch.ops.load_library(str(path))
     return ctypes.CDLL(str(path))

@@ -49,8 +49,8 @@ def nvcc_version() -> str | None:
 
 
 def kernels(tool: str, path: Path) -> dict[str, dict[str, int | bool]]:
-    """By kernel: registers, bytes of stack and of shared memory, and whether it has 128-bit loads, to registers or
-    straight to shared memory, and HMMA."""
+    """By kernel: registers, bytes of stack and of shared memory; whether it has 128-bit loads, to registers or straight
+    to shared memory, and HMMA; and how many 128-bit loads to registers a thread starts before it waits for one."""
 
     def dump(what: str) -> str:
         return subprocess.run([tool, what, "-arch", ARCH, str(path)], capture_output=True, text=True, check=True).stdout
@@ -63,10 +63,32 @@ def kernels(tool: str, path: Path) -> dict[str, dict[str, int | bool]]:
         name, _, code = part.partition("\n")
         loads = {
             "loads_128_bits": bool(re.search(r"\bLDG(STS)?\.E\S*\.128", code)),
+            "loads_in_flight": _in_flight(code),
             "hmma": bool(re.search(r"\bHMMA", code)),
         }
         found[_short(name.strip())] |= loads
     return found
+
+
+def _in_flight(code: str) -> int:
+    """The most 128-bit loads between whose first and last nothing reads what one of them loads.
+
+    Straight along the code, so that a loop counts once; a jump over a load, as at a tensor's end, changes nothing.
+    """
+    most, loading = 0, []
+    for line in code.splitlines():
+        instruction = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
+        if instruction is None:
+            continue
+        text = re.sub(r"\.reuse|\.64", "", instruction[1])
+        load = re.search(r"\bLDG\.E\S*\.128\S* R(\d+), (.*)", text)
+        read = {int(r) for r in re.findall(r"\bR(\d+)", load[2] if load else text)}
+        if any(first <= register < first + 4 for register in read for first in loading):
+            loading = []
+        if load:
+            loading.append(int(load[1]))
+            most = max(most, len(loading))
+    return most
 
 
 def _short(mangled: str) -> str:

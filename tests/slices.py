@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["empty_slice", "far_apart"]
+__all__ = ["empty_slice", "far", "far_apart"]
 
 
 def empty_slice(
@@ -34,3 +34,8 @@ def far_apart(dtype: torch.dtype = torch.float32) -> Tensor:
     flat = torch.frombuffer(mmap.mmap(-1, pixels * pitch * dtype.itemsize, flags=flags), dtype=dtype)
     assert (pixels - 1) * pitch >= 2**31
     return flat.as_strided((1, channels, 1, pixels), (pixels * pitch, 1, pixels * pitch, pitch))
+
+
+def far(t: Tensor) -> Tensor:
+    """The values of a tensor of :func:`far_apart`'s shape, there."""
+    return far_apart(t.dtype).copy_(t)

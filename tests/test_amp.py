@@ -41,10 +41,15 @@ def halved(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def whole(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return model.bfloat16() if dtype == torch.bfloat16 else model.half()
+
+
 @pytest.mark.parametrize("mode", ["train", "frozen", "infer"])
 @pytest.mark.parametrize("first", ["patched", "cast"])
+@pytest.mark.parametrize("halved", [halved, whole], ids=["norms in float32", "whole"])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_norms_in_float32(dtype, first, mode):
+def test_models_in_half_precision(dtype, halved, first, mode):
     """Every gradient and statistic has its parameter's dtype, whether the model was patched or cast first."""
 
     def draw(seed: int) -> tuple[Results, Results, Results]:

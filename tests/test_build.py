@@ -125,6 +125,16 @@ def test_cutlass_is_refused_without_its_architecture(project):
     result = project.build(FUSEDRES_CUDA="1", FUSEDRES_CUTLASS="1", CUDACXX=str(nvcc), FUSEDRES_CUDA_ARCHS="80")
     assert result.returncode != 0
     assert "FUSEDRES_CUTLASS=1 needs 90a among the architectures" in result.stderr
+    assert not (project.root / ".eggs").exists(), "the build has fetched something"
+
+
+@pytest.mark.parametrize("wanted", ["0", "1"])
+def test_cutlass_s_headers_are_required_of_its_own_build_alone(project, wanted):
+    code = "from setuptools import build_meta; print(build_meta.get_requires_for_build_wheel())"
+    environment = {**os.environ, "FUSEDRES_CUTLASS": wanted}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=project.root, env=environment, capture_output=True, text=True, check=True)
+    assert ("nvidia-cutlass==4.2" in result.stdout.splitlines()[-1]) is (wanted == "1")
 
 
 @needs_cxx

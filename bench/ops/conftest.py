@@ -14,7 +14,11 @@ from bench.ops.contestants import Contest
 def race(enter, smoke) -> Callable[..., None]:
     """``race(group, contestant, contest)``: makes the contest when its group has not raced, reports the contestant."""
 
-    def run(group, contestant: str, contest: Callable[[], Contest]) -> None:
-        enter(group, contestant, lambda: replace(contest(), memory=not smoke).entrants())
+    def run(group, contestant: str, contest: Callable[[], Contest], device: str = "cpu") -> None:
+        def entrants():
+            made = contest()
+            return replace(made, memory=made.memory and not smoke).entrants()
+
+        enter(group, contestant, entrants, device=device)
 
     return run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,19 +22,20 @@ def on_device(t: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=DEVICE).copy_(t)
 
 
-def graphed(call: Callable[[], object]) -> Callable[[], object]:
-    """A function that replays a CUDA graph of :func:`repeats` calls and waits for it."""
+def graphed(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """A function that replays a CUDA graph of :func:`repeats` calls, of these in turn, and waits for it."""
     if DEVICE == "cpu":
-        return call
+        return calls[0]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        call()
+        for call in calls:
+            call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(repeats()):
-            call()
+        for i in range(repeats()):
+            calls[i % len(calls)]()
 
     def replay() -> None:
         graph.replay()

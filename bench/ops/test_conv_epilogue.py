@@ -41,12 +41,12 @@ def test_conv_epilogue(race, smoke, shape, contestant):
             return torch.relu(torch.addcmul(bias.to(dtype)[:, None, None], scale.to(dtype)[:, None, None], y) + side)
 
         def tile(number):
-            return lambda _: graphed(lambda: OP.overload("cutlass")(*arguments, number))
+            return lambda _: graphed([lambda: OP.overload("cutlass")(*arguments, number)])
 
-        calls = {"eager": lambda _: graphed(eager)} | {name: tile(number) for name, number in TILES.items()}
+        calls = {"eager": lambda _: graphed([eager])} | {name: tile(number) for name, number in TILES.items()}
         checks = {name: lambda number=n: check(OP, "cutlass", [*arguments, number]) for name, n in TILES.items()}
         absent = dict.fromkeys(TILES, conv_epilogue_refuses(x, weight))
         flops = repeats() * 2 * 9 * channels * x.numel()
         return Contest(group, (), calls, checks, flops=flops, absent=absent, memory=False)
 
-    race(group, contestant, contest)
+    race(group, contestant, contest, DEVICE)

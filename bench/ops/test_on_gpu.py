@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -17,6 +18,7 @@ from bench.ops.contestants import Contest, check, group_of, nbytes
 from bench.ops.gpu import DEVICE, graphed, on_device, repeats
 from bench.shapes import ON_GPU
 from fusedres import select
+from fusedres.benchmarking.rotation import copies
 from fusedres.ops.activations import RELU
 from fusedres.ops.registry import OPS
 from fusedres.testing import channels_last
@@ -98,15 +100,18 @@ def test_on_gpu(race, smoke, shape, dtype, name, contestant):
 
     def contest():
         row = rows(shape, dtype)[name]
-        op, target = OPS[row.op], torch.empty(row.touched // 2, dtype=torch.uint8, device=DEVICE)
-        source = torch.empty_like(target)
+        # So many that none of a call's operands is left in the L2 cache; in one graph.
+        others = (rows(shape, dtype)[name] for _ in range(copies(row.touched, DEVICE, most=repeats()) - 1))
+        sets = [row, *others] if DEVICE != "cpu" else [row]
+        op = OPS[row.op]
+        room = [torch.empty(2, row.touched // 2, dtype=torch.uint8, device=DEVICE) for _ in sets]
         calls = {
-            "copy": lambda _: graphed(lambda: target.copy_(source)),
-            "eager": lambda _: graphed(row.eager),
-            "cuda": lambda _: graphed(lambda: op.overload("cuda")(*row.arguments)),
+            "copy": lambda _: graphed([partial(target.copy_, source) for target, source in room]),
+            "eager": lambda _: graphed([each.eager for each in sets]),
+            "cuda": lambda _: graphed([partial(op.overload("cuda"), *each.arguments) for each in sets]),
         }
         checks = {"cuda": lambda: check(op, "cuda", row.arguments)}
         absent = {"cuda": select.why_not("cuda", DEVICE, dtype)}
         return Contest(group, (), calls, checks, repeats() * row.touched, absent=absent, memory=False)
 
-    race(group, contestant, contest)
+    race(group, contestant, contest, DEVICE)

@@ -101,14 +101,15 @@ FR_INLINE void stats_of_stretch(const Source<T, kCopies>& source, int64_t n, con
     }
     square = square + run_square;
   }
-  float m2 = horizontal_sum(square);
+  // In double: each of these few would be rounded to the whole sum, which the vectors' lanes share.
+  double m2 = horizontal_sum(square);
   for (int64_t i = whole; i < n; ++i) {
-    const float d = to_float(x[i]) - mean;
+    const double d = to_float(x[i]) - mean;
     m2 += d * d;
   }
   *out.mean = mean;
   *out.correction = correction;
-  *out.m2 = m2 - static_cast<float>(n) * correction * correction;
+  *out.m2 = static_cast<float>(m2 - static_cast<double>(n) * correction * correction);
 }
 
 template <class T, bool kCopies>

@@ -4,6 +4,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/winograd_plan.h"
 
 namespace fusedres {
 namespace {
@@ -94,6 +95,29 @@ void run_tasks(const WgradArgs& a) {
   });
 }
 
+// Filters, channels and tiles from which on minimal filtering is ahead.
+constexpr int64_t kFewestOfWinograd = 32;
+
+// Computes the gradient by minimal filtering where that suits, and says whether it has.
+bool run_winograd(const char* op, const WgradArgs& a, const Tensor& x) {
+  const bool suits = a.dtype == DType::kFloat && a.out_dtype == DType::kFloat && a.kernel_h == 3 && a.kernel_w == 3 &&
+                     a.stride_h == 1 && a.stride_w == 1 && a.dilation_h == 1 && a.dilation_w == 1;
+  if (!suits || std::min(a.filters, a.channels) < kFewestOfWinograd) return false;
+  WinogradWgradArgs w{};
+  set_geometry(w.conv, op, x, a.filters, a.pad_h, a.pad_w);
+  if (w.conv.tiles < kFewestOfWinograd) return false;
+  w.conv.source = a.pending ? WinogradSource::kPending : WinogradSource::kPlain;
+  w.conv.act = a.act;
+  w.conv.act_param = a.act_param;
+  w.conv.scale = a.scale, w.conv.shift = a.shift;
+  w.conv.x = {static_cast<const float*>(a.x), a.channels};
+  w.grad = {static_cast<const float*>(a.grad), a.filters};
+  w.out = static_cast<float*>(a.out);
+  w.out_stride_k = a.out_stride_k, w.out_stride_c = a.out_stride_c;
+  w.out_stride_h = a.out_stride_h, w.out_stride_w = a.out_stride_w;
+  return run_winograd_wgrad(op, w);
+}
+
 // The kernel walks the operands by these sizes, so they are checked to the last.
 void check_convolution(const char* op, const Tensor& grad, const Tensor& x, const std::vector<int64_t>& stride,
                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, const Tensor& out) {
@@ -133,7 +157,7 @@ void conv_wgrad_cpu(const Tensor& grad, const Tensor& x, std::optional<Tensor> n
   args.kernel_h = out.size(2), args.kernel_w = out.size(3);
   set_geometry(args, x, grad, stride, padding, dilation);
   set_output(args, out, kOp);
-  run_tasks(args);
+  if (!run_winograd(kOp, args, x)) run_tasks(args);
 }
 
 }  // namespace

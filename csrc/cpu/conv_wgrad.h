@@ -3,7 +3,8 @@
 // In channels_last a pixel's channels are contiguous in both operands, so dW[k, tap, c] += dY[p, k] X[p + tap, c] needs
 // no transposition: a tile of kTileK x kTileC sums stays in registers while pixels stream by. Output rows are taken a
 // block at a time and packed into panels that fit a core's cache: X with a halo of zeros, and with the pending norm and
-// activation applied on the way; dY in strips of kTileK channels.
+// activation applied on the way; dY in strips of kTileK channels. What Winograd's filtering suits goes there instead,
+// see winograd.h.
 #pragma once
 
 #include "cpu/types.h"

@@ -86,9 +86,31 @@ struct WinogradPackArgs {
   float* packed;
 };
 
+// The weight gradient by the same filtering:
+//
+//   dW = G^T [ sum over tiles of (A dy A^T) * (B^T d B) ] G        dy: the gradient of a tile's 2x2 results
+//
+// A task has filters [k_begin, k_end) and channels [c_begin, c_end) to itself, all tiles, and room for a block of
+// transformed windows and gradients, [point][tile][winograd_pitch], and for the sums, [point][filter][winograd_pitch].
+struct WinogradWgradArgs {
+  WinogradArgs conv;  // what the source is, and the geometry
+  Pixels grad;
+  float* out;  // of any strides, in elements
+  int64_t out_stride_k, out_stride_c, out_stride_h, out_stride_w;
+};
+
+struct WinogradWgradTask {
+  int64_t k_begin, k_end, c_begin, c_end;
+  float *window, *grads, *sums;
+};
+
+constexpr int64_t kWgradTiles = 56;  // of a block: what it makes stays in a core's cache, and no result depends on more
+
 constexpr int64_t winograd_panel_size(int64_t channels) { return kPoints * channels * kPanel; }
 
 }  // namespace fusedres
 
 FR_DECLARE_FOR_EACH_ISA(void winograd_task(const WinogradArgs& args, const WinogradTask& task))
 FR_DECLARE_FOR_EACH_ISA(bool winograd_pack(const WinogradPackArgs& args, int64_t begin, int64_t end))
+// Says whether all that was written is finite.
+FR_DECLARE_FOR_EACH_ISA(bool winograd_wgrad_task(const WinogradWgradArgs& args, const WinogradWgradTask& task))

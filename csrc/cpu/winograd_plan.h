@@ -42,6 +42,10 @@ Tensor set_output(WinogradArgs& args, const char* op, const Tensor& x, const std
 // is multiplied by `rstd`.
 void run_winograd(const char* op, WinogradArgs args, float* stats, float* sums, const float* rstd);
 
+// Computes a weight gradient, and says whether all of it is finite: where it is not, NaN may have spread to weights
+// that did not read one.
+bool run_winograd_wgrad(const char* op, const WinogradWgradArgs& args);
+
 // An uninitialised float32 tensor [n, c, h, w] in channels_last.
 Tensor new_channels_last(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w);
 

@@ -36,7 +36,11 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocksPerProcessor) bn_stats_
         if (column >= columns) continue;
         x[k] = a.x.load<T, kWidth>(row, column * kWidth);
         ++count;
-        if (a.into.data != nullptr) a.into.store(row, column * kWidth, x[k]);
+      }
+      if (a.into.data != nullptr) {  // behind all loads, which would otherwise wait for each other
+#pragma unroll
+        for (int k = 0; k < kStatsUnroll; ++k)
+          if (k < count) a.into.store(row, (at + k * kWarpSize) * kWidth, x[k]);
       }
       accumulate(x, count, n, zero, total);
       n += static_cast<float>(count);

@@ -14,9 +14,11 @@
 // Lives in libtorch_cuda.so. Weak, so that one library loads in CPU builds of torch too, where it is null.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
+// Raises what a call of the run time says, and takes it back: else the next call's check would find it again.
 #define FR_CUDA_CHECK(call)                                                                        \
   do {                                                                                             \
     const cudaError_t status = (call);                                                             \
+    if (status != cudaSuccess) (void)cudaGetLastError();                                           \
     STD_TORCH_CHECK(status == cudaSuccess, "fusedres: ", #call, ": ", cudaGetErrorString(status)); \
   } while (0)
 

@@ -215,7 +215,8 @@ def _run_resnet50(report: _Report) -> None:
         begin("the model of memory traffic")
         modelled = _modelled(model, batches[0])
         report.traffic += modelled.values()
-        report.rows += [_contest_row(report, w, goal, model, batches, modelled[w], begin) for w, goal in _GOALS.items()]
+        for workload, goal in _GOALS.items():
+            report.rows.append(_contest_row(report, workload, goal, model, batches, modelled[workload], begin))
         begin("bytes saved for backward")
         checked = next(row.check for row in report.rows if row.name == TRAIN_FP32.name)
         report.rows += [*_bytes_rows(model, batches[0], checked), patch_row]
@@ -261,7 +262,12 @@ def _contest_row(
     modelled: Traffic | None,
     begin: Callable[[str], None],
 ) -> Row:
+    needed = report.settings.needed(workload)
+    if report.rows and (reason := report.budget.refuses("a contest", needed)):
+        report.left_out.append(f"{workload.name}: {reason}")
+        return Row(workload.name, "ms", goal)
     begin(f"{workload.name}: agreement with float64, then time")
+    start = perf_counter()
     order = list(_GOALS)
     behind = sum(map(report.settings.needed, order[order.index(workload) + 1 :])) + report.settings.reserve
     finishes = contest(
@@ -279,12 +285,20 @@ def _contest_row(
     found = {f.measurement.contestant: f.measurement for f in finishes}
     report.measurements += found.values()
     report.left_out += [f"{workload.name}, {m.contestant}: {m.missing}" for m in found.values() if _no_time(m)]
+    report.left_out += _turns_left_out(workload, report.settings.turns(workload), found)
+    report.budget.spent("a contest", needed, perf_counter() - start)
     report.save()
     return _row(workload.name, goal, found)
 
 
 def _no_time(measurement: Measurement) -> bool:
     return measurement.missing.startswith("no time")
+
+
+def _turns_left_out(workload: Workload, turns: int, found: dict[str, Measurement]) -> list[str]:
+    """What to say where a contest had time for fewer turns: all of its contestants have had as many."""
+    taken = min((m.seconds["turns"] for m in found.values() if m.seconds is not None), default=turns)
+    return [f"{workload.name}: no time for {turns - taken} of {turns} turns"] if taken < turns else []
 
 
 def _row(name: str, goal: Goal, found: dict[str, Measurement]) -> Row:

@@ -43,7 +43,7 @@ def contest(
     """Prepares, checks and times copies of a network, one for each peer; the network itself stays as it is.
 
     Args:
-        turns: samples of each contestant.
+        turns: samples of each contestant; fewer where the budget has no time for them.
 
     The other arguments are those of :func:`enter_all`.
     """
@@ -59,7 +59,8 @@ def contest(
         depth=depth,
         checked=checked,
     )
-    finishes = race(entrants, turns=turns, device=batches[0].images.device)
+    left = None if budget is None else budget.left
+    finishes = race(entrants, turns=turns, device=batches[0].images.device, left=left)
     del entrants
     gc.collect()
     return finishes

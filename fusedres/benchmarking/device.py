@@ -31,7 +31,7 @@ from ..analysis.traffic import Cost, traffic
 from ..capture import capture
 from ..patch import patch
 from ..testing import compare
-from . import kernels
+from . import grouped, kernels
 from .agreement import verdict
 from .memory import peak_allocated
 from .peers import BASELINE, COMPILE, PEERS
@@ -49,7 +49,7 @@ EAGER, COMPILED, AUTOTUNED = BASELINE.name, COMPILE.name, f"{COMPILE.name}, max-
 _PEERS = {peer.name: peer for peer in PEERS if peer.foreign}
 """All but stock PyTorch and this library."""
 
-_SECONDS = {"plain": 15.0, "compiled": 75.0, "autotuned": 260.0, "peers": 60.0, "kernels": 25.0}
+_SECONDS = {"plain": 15.0, "compiled": 75.0, "autotuned": 260.0, "peers": 60.0, "kernels": 25.0, "grouped": 20.0}
 """What a job takes, about, until one of its kind has been run here: with the compiling that its contestants need."""
 
 _HANGS = 3.0
@@ -64,7 +64,7 @@ _CHECKED = (8, 96)
 
 @dataclass(frozen=True)
 class Job:
-    """A network's workload on a batch of images, or (without a network) the table of single kernels."""
+    """A network's workload on a batch of images; or, without a network, single kernels or grouped convolutions."""
 
     kind: str
     network: str = ""
@@ -87,7 +87,7 @@ def jobs(networks: tuple[str, ...] = NETWORKS, large: int = 256, resolution: int
         return both + single if small else both
 
     first, *others = networks
-    found = [*of("plain", first), Job("kernels"), *of("compiled", first), *of("peers", first)]
+    found = [*of("plain", first), Job("kernels"), Job("grouped"), *of("compiled", first), *of("peers", first)]
     found += [job for network in others for job in of("plain", network)]
     found += [job for network in others for job in of("compiled", network, small=False)]
     return found + [job for network in networks for job in of("autotuned", network, small=False)]
@@ -95,7 +95,9 @@ def jobs(networks: tuple[str, ...] = NETWORKS, large: int = 256, resolution: int
 
 def smoke_jobs() -> list[Job]:
     """A small network's, of the kinds that take no compiler."""
-    return [job for job in jobs(("cifar_resnet",), large=2, resolution=32) if job.kind in ("plain", "kernels")]
+    return [
+        job for job in jobs(("cifar_resnet",), large=2, resolution=32) if job.kind in ("plain", "kernels", "grouped")
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,7 +197,7 @@ class Bench:
         print(f"begin: {job} (up to {limit:.0f} s)", flush=True)
         self._save(begun=str(job))
         began = perf_counter()
-        self._put(list(self._kernels() if job.workload is None else self._networks(job)))
+        self._put(list(self._kernels(job) if job.workload is None else self._networks(job)))
         self._expected[job.kind] = perf_counter() - began
         faulthandler.cancel_dump_traceback_later()
         self._save(begun="", done=[*self.results.settings["done"], str(job)])
@@ -222,10 +224,14 @@ class Bench:
 
     # -- single kernels ------------------------------------------------------------------------------------------------
 
-    def _kernels(self) -> Iterator[Measurement]:
-        shapes, batch = (kernels.SMOKE_SHAPES, 2) if self.smoke else (kernels.SHAPES, 256)
+    def _kernels(self, job: Job) -> Iterator[Measurement]:
+        (batch, turns), how = (2, 3) if self.smoke else (256, 9), (torch.bfloat16, self.device)
+        if job.kind == "grouped":
+            found = grouped.measure(batch, kernels.SMOKE_SHAPES[0] if self.smoke else None, *how, turns)
+        else:
+            found = kernels.measure(batch, kernels.SMOKE_SHAPES if self.smoke else kernels.SHAPES, *how, turns)
         roofline = self._roofline()
-        for measured in kernels.measure(batch, shapes, torch.bfloat16, self.device, 3 if self.smoke else 9):
+        for measured in found:
             yield replace(measured, roofline=roofline(measured.moved, measured.flops or 0))
 
     def _roofline(self) -> Callable[[int, int], float | None]:

@@ -1,4 +1,4 @@
-"""Single kernels on a device: how close each comes to its bandwidth and its arithmetic.
+"""Single kernels on a device: how close each comes to a copy's bandwidth, and to the device's arithmetic.
 
 The passes are those of a ResNet-50's training step. Bytes are those of a single pass over every operand and result;
 batch norm's and the joins' passes have no matrix product, so theirs is a fraction of the bandwidth alone.
@@ -6,7 +6,8 @@ batch norm's and the joins' passes have no matrix product, so theirs is a fracti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +21,8 @@ from ..ops.registry import OPS
 from ..testing import assert_within_budget, rms
 from ..tune import contestants as convolution_contestants
 from .results import Measurement
-from .timing import interleave
+from .rotation import copies, rotating
+from .timing import interleave, speedup
 
 __all__ = ["SHAPES", "SMOKE_SHAPES", "measure"]
 
@@ -29,6 +31,7 @@ SHAPES = ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))
 
 SMOKE_SHAPES = ((16, 6),)
 
+_MOST_SETS = 8
 _RELU = 1
 _BACKENDS = ("cpu", "cuda", "triton", "reference")
 _ONE, _THREE = ConvGeometry((1, 1), (0, 0), (1, 1), 1), ConvGeometry((1, 1), (1, 1), (1, 1), 1)
@@ -54,10 +57,13 @@ class _Pass:
 def measure(
     batch: int, shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device, turns: int
 ) -> Iterator[Measurement]:
-    """Every pass on every backend that runs here, then the convolutions, ours and the vendor's."""
+    """Every pass on every backend that runs here, and a copy of as many bytes; then the convolutions, ours and the
+    vendor's."""
     for channels, size in shapes:
-        for each in _passes((batch, channels, size, size), dtype, device):
-            yield from _measure_pass(each, (batch, channels, size, size), dtype, device, turns)
+        shape = (batch, channels, size, size)
+        sets = [list(_passes(shape, dtype, device, seed)) for seed in range(_sets(shape, dtype, device))]
+        for same in zip(*sets):
+            yield from _measure_pass(same, shape, dtype, device, turns)
     if select.why_not("triton", device.type, dtype) is None:
         for channels, size, filters, kernel, geometry in _CONVOLUTIONS:
             for kind in ("fprop", "dgrad", "wgrad"):
@@ -70,8 +76,13 @@ def measure(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _passes(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Iterator[_Pass]:
-    grad, y, residual = (_image(shape, dtype, device, seed) for seed in range(3))
+def _sets(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> int:
+    """How many sets of operands, so that a call finds none of its own in a cache."""
+    return copies(math.prod(shape) * dtype.itemsize, device, most=_MOST_SETS)
+
+
+def _passes(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, seed: int) -> Iterator[_Pass]:
+    grad, y, residual = (_image(shape, dtype, device, 3 * seed + i) for i in range(3))
     count = float(y.numel() // shape[1])
     norm = _rows(y, count)
     operands = (y, norm, residual, None, _RELU, 0.0)
@@ -94,8 +105,10 @@ def _rows(y: Tensor, count: float) -> Tensor:
 
 
 def _measure_pass(
-    each: _Pass, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, turns: int
+    same: Sequence[_Pass], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, turns: int
 ) -> Iterator[Measurement]:
+    """One pass, of which there are several sets of operands."""
+    each = same[0]
     op = OPS[each.op]
     plain = _measurement(each.op, "", shape, dtype, moved=each.moved)
     checks, calls = {}, {}
@@ -106,7 +119,10 @@ def _measure_pass(
             continue
         checks[backend] = _check(op, backend, each.arguments)
         if checks[backend] == "ok":
-            calls[backend] = partial(op.overload(backend), *each.arguments)
+            calls[backend] = rotating([partial(op.overload(backend), *one.arguments) for one in same])
+    checks["copy"] = ""
+    source, target = torch.zeros(2, max(each.moved // 2, 1), dtype=torch.uint8, device=device)
+    calls["copy"] = lambda: target.copy_(source)
     yield from _timed(plain, checks, calls, "reference", device, turns)
 
 
@@ -189,5 +205,11 @@ def _timed(
 ) -> Iterator[Measurement]:
     times = interleave(calls, turns=turns, warmup=3, sample_seconds=2e-3, device=device) if calls else {}
     for name, check in checks.items():
-        seconds = times[name].to_dict() if name in times else None
-        yield plain(contestant=name, check=check, seconds=seconds, baseline=name == baseline)
+        own = times.get(name)
+        yield plain(
+            contestant=name,
+            check=check,
+            seconds=None if own is None else own.to_dict(),
+            speedup={other: speedup(times[other], own) for other in times if other != name} if own else {},
+            baseline=name == baseline,
+        )

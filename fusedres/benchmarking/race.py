@@ -44,6 +44,7 @@ def race(
     warmup: int = 2,
     sample_seconds: float = 0.0,
     device: torch.device | str = "cpu",
+    left: Callable[[], float] | None = None,
 ) -> tuple[Finish, ...]:
     """Checks all entrants, then times those whose results are right, in turns (:func:`.timing.interleave`).
 
@@ -58,7 +59,7 @@ def race(
     able = {m.contestant: e.call for e, m in checked if e.call is not None and m.check in ("", "ok")}
     times: dict[str, Timing] = {}
     if able:
-        times = interleave(able, turns=turns, warmup=warmup, sample_seconds=sample_seconds, device=device)
+        times = interleave(able, turns=turns, warmup=warmup, sample_seconds=sample_seconds, device=device, left=left)
     return tuple(Finish(_measured(m, times), times.get(m.contestant)) for _, m in checked)
 
 

@@ -158,7 +158,8 @@ class Measurement:
     A group is a subject, a workload, a dtype and a shape; its contestants were timed in turns.
 
     Attributes:
-        suite: ``"op"``, ``"block"``, ``"model"`` or ``"ode"``.
+        suite: ``"op"``, ``"block"``, ``"model"``, ``"ode"``, or that of a command: ``"growth"``, ``"first step"``,
+            ``"ddp"``, ``"compiled"``, ``"overhead"``.
         subject: the op, block or network.
         workload: ``"train step"``, ``"inference"``, or what an op does (``"forward"``, ``"backward"``).
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: what convolutions compute in.

@@ -7,7 +7,6 @@ turn before its median: slow drifts cancel.
 from __future__ import annotations
 
 import gc
-import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["Timing", "interleave", "speedup"]
+__all__ = ["FEWEST_TURNS", "Timing", "interleave", "speedup"]
+
+FEWEST_TURNS = 3
+"""Whatever the time that is left: the median of fewer is an outlier's to move."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ def interleave(
     warmup: int = 2,
     sample_seconds: float = 0.0,
     device: torch.device | str = "cpu",
+    left: Callable[[], float] | None = None,
+    ready: Callable[[], Any] = lambda: None,
 ) -> dict[str, Timing]:
     """Times the contestants in turn, each turn in another order.
 
@@ -82,16 +86,22 @@ def interleave(
         sample_seconds: a measurement repeats the call, the same number of times for all, until the fastest of them
             takes about this long; a call's share of it is the sample.
         device: what a measurement waits for before it ends.
+        left: seconds that there are; asked after the warm-up, which says what a turn takes. As many turns are measured
+            as fit, :data:`FEWEST_TURNS` at least.
+        ready: called before every measurement, as part of none: where several processes wait for each other.
     """
-    finish = _finisher(torch.device(device))
-    repeats = _repeats(contestants, warmup, sample_seconds, finish)
+    measure = partial(_measure, ready=ready, finish=_finisher(torch.device(device)))
+    warm = _warm_up(contestants, warmup, measure)
+    repeats = max(1, round(sample_seconds / min(warm.values())))
+    if left is not None:
+        turns = min(turns, max(FEWEST_TURNS, int(left() / (repeats * sum(warm.values())))))
     names = list(contestants)
     samples: dict[str, list[float]] = {name: [] for name in names}
     with _no_garbage_collection():
         for turn in range(turns):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                samples[name].append(_measure(contestants[name], repeats, finish))
+                samples[name].append(measure(contestants[name], repeats))
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
@@ -99,17 +109,15 @@ def _finisher(device: torch.device) -> Callable[[], Any]:
     return (lambda: None) if device.type == "cpu" else partial(torch.cuda.synchronize, device)
 
 
-def _repeats(
-    contestants: Mapping[str, Callable[[], Any]], warmup: int, sample_seconds: float, finish: Callable[[], Any]
-) -> int:
-    fastest = math.inf
-    for call in contestants.values():
-        for _ in range(max(warmup, 1)):
-            fastest = min(fastest, _measure(call, 1, finish))
-    return max(1, round(sample_seconds / fastest))
+def _warm_up(
+    contestants: Mapping[str, Callable[[], Any]], warmup: int, measure: Callable[[Callable[[], Any], int], float]
+) -> dict[str, float]:
+    """Calls each so many times, once at least; returns what the fastest call of each took."""
+    return {name: min(measure(call, 1) for _ in range(max(warmup, 1))) for name, call in contestants.items()}
 
 
-def _measure(call: Callable[[], Any], repeats: int, finish: Callable[[], Any]) -> float:
+def _measure(call: Callable[[], Any], repeats: int, ready: Callable[[], Any], finish: Callable[[], Any]) -> float:
+    ready()
     finish()
     start = perf_counter()
     for _ in range(repeats):

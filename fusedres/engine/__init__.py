@@ -15,7 +15,7 @@ activation. Every op here comes from :func:`fusedres.select.kernels`.
 from ..ops.excite import GATES
 from .dense import DenseProgram
 from .execution import execute, execute_dense
-from .program import IDENTITY_SHORTCUT, ConvSlot, ExciteSlot, GainSlot, Link, NormSlot, Program, is_constant
+from .program import IDENTITY_SHORTCUT, ConvSlot, ExciteSlot, GainSlot, Link, MaskSlot, NormSlot, Program, is_constant
 from .stock import execute_stock
 from .synchronised import group_of
 
@@ -27,6 +27,7 @@ __all__ = [
     "ExciteSlot",
     "GainSlot",
     "Link",
+    "MaskSlot",
     "NormSlot",
     "Program",
     "execute",

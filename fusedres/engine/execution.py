@@ -93,11 +93,11 @@ _output_size = lru_cache(maxsize=4096)(output_size)
 
 
 def _shape(chain: tuple[Link, ...], shape: tuple[int, ...], tensors: Operands) -> tuple[Any, ...]:
-    """Channels and size of what a chain makes of an input of this shape."""
+    """The shape of what a chain makes of an input of this one."""
     channels, size = shape[1], shape[2:]
     for link in chain:
         conv = link.conv
         if conv is not None:
             weight = tensors[conv.first].shape
             channels, size = weight[0], _output_size(size, weight[2:], conv.geometry)
-    return channels, *size
+    return shape[0], channels, *size

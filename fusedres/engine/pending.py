@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from ..ops.bn_stats import statistics_dtype
 from ..ops.dropout import draw_seed
 from ..ops.excite import EXCITE, GATES, squeezed
 from ..ops.layout import like
-from .program import ExciteSlot, Link, NormSlot, Operands, Program, weight_indices
+from .program import ExciteSlot, GainSlot, Link, MaskSlot, NormSlot, Operands, Program, weight_indices
 from .synchronised import GroupStatistics, merge, merge_samples
 
 
@@ -25,7 +26,7 @@ class Raw(NamedTuple):
     Attributes:
         rows: ``(mean, rstd, scale, shift)`` of the norm, ``[4, C]``.
         gain: ``[N, C]``.
-        mask: stochastic depth's part of the gain, ``[N, 1]``.
+        mask: the part of the gain that is by chance, ``[N, 1]`` or ``[N, C]``.
         means: of every sample's channels, ``[N, C]``, where the gain is made from them.
         seed: of the dropout.
         total: how many values per channel all processes have that the norm is synchronised with; a number in float64.
@@ -90,7 +91,7 @@ def pend(link: Link, tensor: Tensor, tensors: Operands, k: SimpleNamespace, stat
     if link.gain is None:
         return Raw(tensor, rows, seed=draw_seed() if link.dropout else None, total=total)
     means = stats.own[0] if link.excites else None
-    mask = survivors(tensor, link.gain.drop_path)
+    mask = survivors(tensor, link.gain)
     gain = gain_of(link.gain.excite, rows, means, mask, tensors, tensor, k)
     return Raw(tensor, rows, gain, mask, means, draw_seed() if link.dropout else None, total)
 
@@ -172,12 +173,31 @@ def _group_rows(
     return k.bn_norm(as_of_one, 1.0, gamma, beta, None, None, 0.0, norm.eps)
 
 
-def survivors(x: Tensor, drop_path: float) -> Tensor | None:
-    """Stochastic depth's mask, ``[N, 1]``, drawn as torchvision's and timm's modules draw it."""
-    if not drop_path:
+def survivors(x: Tensor, slot: GainSlot) -> Tensor | None:
+    """The factors by chance, ``[N, 1]`` or ``[N, C]``: stochastic depth's, or what a module of the user's draws."""
+    if slot.mask is not None:
+        return _drawn(x, slot.mask)
+    if not slot.drop_path:
         return None
-    kept = torch.empty((x.shape[0], 1), dtype=x.dtype, device=x.device).bernoulli_(1 - drop_path)
-    return kept.to(statistics_dtype(x.dtype)) / (1 - drop_path if drop_path < 1 else 1)
+    # As torchvision's and timm's modules draw it.
+    kept = torch.empty((x.shape[0], 1), dtype=x.dtype, device=x.device).bernoulli_(1 - slot.drop_path)
+    return kept.to(statistics_dtype(x.dtype)) / (1 - slot.drop_path if slot.drop_path < 1 else 1)
+
+
+def _drawn(x: Tensor, slot: MaskSlot) -> Tensor:
+    ones = torch.ones((x.shape[0], x.shape[1] if slot.channels else 1, 1, 1), dtype=x.dtype, device=x.device)
+    wide = statistics_dtype(x.dtype)
+    factors = slot.drawn(ones).flatten(1).to(wide)
+    # Of ones the number is left rounded to x's dtype, by the same error in every value; of x the product is rounded.
+    rounded = _rounded(slot.number, x.dtype)
+    return factors * (slot.number / rounded) if rounded and wide != x.dtype else factors
+
+
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    """A normal number of ``dtype``, to the nearest even; without a tensor, whose value not everything may read."""
+    mantissa, exponent = math.frexp(number)
+    bits = 1 - round(math.log2(torch.finfo(dtype).eps))
+    return math.ldexp(round(math.ldexp(mantissa, bits)), exponent - bits)
 
 
 def gain_of(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from weakref import ReferenceType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.activations import IDENTITY, Activation
@@ -48,16 +50,42 @@ class ExciteSlot(NamedTuple):
     gate: str
 
 
+class MaskSlot(NamedTuple):
+    """Factors that stock PyTorch's own code draws, when it is called on ones.
+
+    Attributes:
+        module: a reference to the module that draws them, so that what is kept by program keeps no module.
+        p: the probability where there is no such module but ``F.dropout2d``.
+        channels: whether there is a factor per sample and channel, rather than one per sample.
+        number: that the module multiplies by apart from its mask; see :class:`fusedres.mask.Mask`.
+    """
+
+    module: ReferenceType | None
+    p: float
+    channels: bool
+    number: float
+
+    def drawn(self, x: Tensor) -> Tensor:
+        """``x`` times the factors."""
+        return F.dropout2d(x, self.p, True) if self.module is None else self.module()(x)
+
+
 class GainSlot(NamedTuple):
     """A multiplier per sample and channel.
 
     Attributes:
         excite: makes it from the mean over height and width, or ``None``.
         drop_path: the probability with which a sample is dropped; what survives is scaled by ``1 / (1 - drop_path)``.
+        mask: other factors by chance, or ``None``; per sample alone where there is an excitation.
     """
 
     excite: ExciteSlot | None
     drop_path: float
+    mask: MaskSlot | None = None
+
+    @property
+    def by_chance(self) -> bool:
+        return bool(self.drop_path) or self.mask is not None
 
 
 class Link(NamedTuple):
@@ -129,7 +157,7 @@ class Program(NamedTuple):
 def is_constant(links: tuple[Link, ...]) -> bool:
     """Whether nothing but the input and the parameters counts: no batch statistics, no chance."""
     for norm, _, _, gain, dropout in links:
-        if (norm is not None and norm.batch_statistics) or dropout or (gain is not None and gain.drop_path):
+        if (norm is not None and norm.batch_statistics) or dropout or (gain is not None and gain.by_chance):
             return False
     return True
 

@@ -57,7 +57,9 @@ def _stock_gain(slot: GainSlot, x: Tensor, tensors: Operands) -> Tensor:
     if slot.excite is not None:
         gate = excitation(slot.excite, x.mean((2, 3)), tensors[slot.excite.first : slot.excite.first + 4])
         x = x * gate[:, :, None, None]
-    mask = survivors(x, slot.drop_path)
+    if slot.mask is not None:
+        return slot.mask.drawn(x)
+    mask = survivors(x, slot)
     return x if mask is None else x * mask[:, :, None, None].to(x.dtype)
 
 

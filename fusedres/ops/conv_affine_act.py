@@ -68,11 +68,12 @@ class FoldedConv(NamedTuple):
             unary = _ONEDNN_UNARY[act.name](act.param)
             return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *shape, *unary)
         bias = None if self.bias is None else self.bias.to(x.dtype)  # the form with a sum takes no other
-        relu = "relu" if act == RELU else None  # the only activation that it takes behind the sum
+        # The only activation behind the sum. With groups PyTorch adds by itself, with an activation in float32 alone.
+        relu = "relu" if act == RELU and (g.groups == 1 or x.dtype == torch.float32) else None
         out = torch.ops.mkldnn._convolution_pointwise.binary(
             x, residual, self.weight, bias, *shape, "add", 1.0, relu, [], ""
         )
-        return out if act in (RELU, IDENTITY) else join(out, None, None, None, act.code, act.param)
+        return out if relu is not None or act == IDENTITY else join(out, None, None, None, act.code, act.param)
 
 
 def fold(weight: Tensor, bias: Tensor | None, norm: Tensor | None, g: ConvGeometry, x: Tensor) -> FoldedConv:

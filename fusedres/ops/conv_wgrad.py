@@ -7,6 +7,10 @@
 tensor of :mod:`fusedres.ops.bn_norm`, or ``None`` for no norm. The result is written to ``out``, ``[K, C, R, S]`` of
 any floating dtype: that of the parameter, where autocast made the operands narrower. No groups. ``z`` is rounded to the
 dtype of ``x``, as the forward's convolution read it; sums are in float32.
+
+On a CPU these are outer products of pixels, or, of 3x3 taps of step one in float32, Winograd's minimal filtering (Lavin
+and Gray 2016, section 4.1), transposed: ``dW = G^T [sum of (A dy A^T) * (B^T z B)] G`` over tiles of 2x2 results, 16
+products where the definition has 36.
 """
 
 from __future__ import annotations

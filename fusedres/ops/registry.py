@@ -53,7 +53,8 @@ def declare(
     """Registers ``fusedres::<name>`` with its reference and fake, and the schema of each backend's kernel."""
     op = OPS[name] = Op(name, schema, reference, kernels)
     _LIBRARY.define(f"{name}{schema}")
-    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    # Autograd would record what the reference is made of, but no kernel has a gradient: the engine's nodes have it.
+    _LIBRARY.impl(name, torch.no_grad()(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fusedres::{name}", fake, lib=_LIBRARY)
     for backend in kernels:
         _LIBRARY.define(f"{name}_{backend}{schema}")

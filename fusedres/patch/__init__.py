@@ -144,7 +144,9 @@ def _entries(module: nn.Module, paths: dict[nn.Module, str], template: Template,
     for (pattern, block), remark in zip(template.blocks, template.remarks):
         inner = [module.get_submodule(path) for path in _inner(block)]
         convs = [m for m in inner if isinstance(m, nn.Conv2d)]
-        weight = next(m.weight for m in (*inner, *module.modules()) if isinstance(m, (nn.Conv2d, nn.Linear)))
+        layers = (m for m in (*inner, *module.modules()) if isinstance(m, (nn.Conv2d, nn.Linear)))
+        # Not the attribute: a parametrization computes one anew, and spectral norm's moves on by a step.
+        weight = next(w for w in (m._parameters.get("weight") for m in layers) if w is not None)
         forced = dict(template.options).get("backend", "auto")
         backend = select.backend_for(weight.device, weight.dtype, forced)
         if select.by_measurement(weight.device.type, forced) and not isinstance(block, GatedJoin):
@@ -171,7 +173,7 @@ def _notes(convolutions: dict[str, nn.Conv2d]) -> tuple[str, ...]:
     """Hints that concern the whole model."""
     if not convolutions:
         return ("the model has no Conv2d",)
-    weights = [m.weight for m in convolutions.values() if type(m.weight) is nn.Parameter]
+    weights = [w for w in (m._parameters.get("weight") for m in convolutions.values()) if type(w) is nn.Parameter]
     if any(not w.is_contiguous(memory_format=torch.channels_last) for w in weights):
         return ("the model is in NCHW (contiguous) layout: call model.to(memory_format=torch.channels_last)",)
     return ()

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .. import block
-from ..block import Act, Block, Conv, Dense, Dropout, DropPath, Norm, SqueezeExcite, Step
+from ..block import Act, Block, Conv, Dense, Dropout, DropPath, Mask, Norm, SqueezeExcite, Step
 from ..ops.activations import IDENTITY
 from . import watch
 from .gated_join import GatedJoin
@@ -158,6 +158,10 @@ def _step(step: Step) -> str:
         return f"{step.path} -> {step.act}"
     if isinstance(step, Dropout) and step.p is not None:
         return f"dropout of {step.p:g}"
+    if isinstance(step, Mask):
+        if step.p is not None:
+            return f"dropout of {step.p:g} of the channels"
+        return f"{step.path} ({'dropout of channels' if step.channels else 'stochastic depth'})"
     return f"{step.path} ({_KINDS[type(step)]})" if type(step) in _KINDS else step.path
 
 

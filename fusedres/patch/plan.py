@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..block import unsupported
+from ..mask import mask_of
 from .codegen import generate
 from .modules import (
     bare_conv_problem,
@@ -77,6 +78,8 @@ class _Planner:
         self._options = options
         self._visited: set[nn.Module] = set()
         self._given_tensors = {model: True}
+        # Known before anything is traced: what they are is seen by running them.
+        self._masks = set(filter(_draws_mask, model.modules()))
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 
@@ -146,18 +149,32 @@ class _Planner:
             # Taken for tensors, they might turn out to be lists at every call, and the forward would always be stock's.
             raise Untraceable("its forward asks for the type of a value, which is not known")
         self._learn(module, traced)
+        idle = _without_code(module, traced)
         regions = self._match(module, traced)[1]
         # Inlining less can undo a region, which can make less inlining needed, and so on; it settles at once or never.
         for _ in range(4):
             cut = [region for region in regions if not _scope(region)]
             if not cut:
                 break
-            needed = _cut_through(module, cut)
-            traced = trace(module, needed.__contains__, traced if traced.inlined == needed else None)
+            traced, idle = self._trace(module, _cut_through(module, cut), idle, traced)
+            needed, idle = traced.inlined, idle & traced.inlined
             view, regions = self._match(module, traced)
-            if _cut_through(module, [r for r in regions if not _scope(r)]) == needed:
+            if _cut_through(module, [r for r in regions if not _scope(r)]) | idle == needed:
                 return traced, view, regions
         return None
+
+    @staticmethod
+    def _trace(
+        module: nn.Module, needed: set[nn.Module], idle: set[nn.Module], before: Traced
+    ) -> tuple[Traced, set[nn.Module]]:
+        """The graph with ``needed`` inlined, and ``idle`` ones too unless they do something in training after all."""
+        inlined = needed | idle
+        try:
+            return trace(module, inlined.__contains__, before if before.inlined == inlined else None), idle
+        except Untraceable:
+            if not idle:
+                raise
+        return trace(module, needed.__contains__, before if before.inlined == needed else None), set()
 
     def _learn(self, module: nn.Module, traced: Traced) -> None:
         """Notes which submodules are given nothing but tensors."""
@@ -167,7 +184,7 @@ class _Planner:
             self._given_tensors[child] = self._given_tensors.get(child, True) and known
 
     def _may_inline(self, module: nn.Module) -> bool:
-        if template_of(module) is not None or is_drop_path(module):
+        if template_of(module) is not None or is_drop_path(module) or module in self._masks:
             return False
         return self._convolutions(module) <= _SMALL and hook_problem(module) is None
 
@@ -236,6 +253,18 @@ def _scope(region: Region) -> tuple[tuple[str, str], ...]:
         while scope[: len(common)] != common:
             common = common[:-1]
     return common
+
+
+def _draws_mask(module: nn.Module) -> bool:
+    """Whether a module of the user's is a factor by chance."""
+    return not is_builtin(module) and hook_problem(module) is None and mask_of(module) is not None
+
+
+def _without_code(module: nn.Module, traced: Traced) -> set[nn.Module]:
+    """The inlined submodules that leave no node in the graph: they hand on what they are given, in evaluation."""
+    stacks = (node.meta.get("nn_module_stack", {}).values() for node in traced.graph.nodes)
+    with_code = {module.get_submodule(path) for path in {path for stack in stacks for path, _ in stack}}
+    return set(traced.inlined - with_code)
 
 
 def _cut_through(module: nn.Module, regions: list[Region]) -> set[nn.Module]:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..block import Act, Conv, Dropout, DropPath, Norm, SqueezeExcite, Step, is_norm_act
+from ..block import Act, Conv, Dropout, DropPath, Mask, Norm, SqueezeExcite, Step, is_norm_act
+from ..mask import mask_of
 from ..ops.activations import IDENTITY, Activation
 from .modules import (
     bare_conv_problem,
@@ -64,7 +65,7 @@ Reading = Step | Pass | Stop
 
 def paths(step: Step) -> tuple[str, ...]:
     """The modules whose parameters and settings a step reads."""
-    if isinstance(step, Act) or (isinstance(step, Dropout) and step.p is not None):
+    if isinstance(step, Act) or (isinstance(step, (Dropout, Mask)) and step.p is not None):
         return ()
     return (step.fc1, step.fc2) if isinstance(step, SqueezeExcite) else (step.path,)
 
@@ -182,8 +183,11 @@ def _read_module(path: str, module: nn.Module, excluded: Callable[[nn.Module], s
     if is_drop_path(module):
         problem = drop_path_problem(module)
         return Stop(f"{path} {problem}") if problem else DropPath(path)
-    if type(module).forward is nn.Dropout.forward:
-        return PASS if module.p == 0 else Dropout(path)
+    if type(module).forward in (nn.Dropout.forward, nn.Dropout2d.forward):
+        drops = Dropout(path) if type(module).forward is nn.Dropout.forward else Mask(path, channels=True)
+        return PASS if module.p == 0 else drops
+    if not is_builtin(module) and (mask := mask_of(module)) is not None:
+        return Mask(path, mask.channels)
     activation = _module_activation(module)
     return Act(activation) if activation else Stop(f"{path} is a {type(module).__name__}, which no block has")
 
@@ -221,7 +225,7 @@ def _does_nothing(module: nn.Module) -> bool:
 def _read_function(node: fx.Node) -> Reading:
     if node.target in ("clone", torch.clone):
         return PASS
-    if node.target is F.dropout:
+    if node.target in (F.dropout, F.dropout2d):
         return _read_dropout(node)
     known = _FUNCTION_ACTIVATIONS.get(node.target)
     if known is None:
@@ -273,12 +277,13 @@ def _pair(value: Any) -> Any:
 
 
 def _read_dropout(node: fx.Node) -> Reading:
-    """``F.dropout(x, p, self.training)``, whose keyword arguments tracing has filled in."""
+    """``F.dropout(x, p, self.training)``, or of channels, whose keyword arguments tracing has filled in."""
     p, training = node.kwargs.get("p"), node.kwargs.get("training")
     if p == 0 or training is False:
         return PASS
     if isinstance(training, fx.Node) and training.op == "get_attr" and isinstance(p, (int, float)):
-        return Dropout(training.target.rpartition(".")[0], float(p))
+        path, p = training.target.rpartition(".")[0], float(p)
+        return Dropout(path, p) if node.target is F.dropout else Mask(path, True, p)
     return Stop(f"{node.name} is a dropout that is not switched by its module's mode")
 
 

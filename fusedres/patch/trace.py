@@ -13,12 +13,11 @@ from __future__ import annotations
 import inspect
 import operator
 import os
-import random
 import sys
 import sysconfig
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -32,6 +31,7 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from ..mask import undone_draws
 from .modules import has_own_conv_forward, is_builtin
 
 __all__ = ["IN_PLACE_OPERATORS", "Traced", "Untraceable", "is_users_function", "survey", "trace"]
@@ -88,30 +88,49 @@ def trace(module: nn.Module, inline: Inline, surveyed: Traced | None = None) -> 
         Untraceable: where the graph would not do what the forward does.
     """
     opaque: set[nn.Module] = set()
-    evaluating = surveyed or _trace_around(module, inline, opaque, training=False)
-    while True:
-        known = len(opaque)
-        training = _trace_around(module, inline, opaque, training=True)
-        if len(opaque) == known:
-            break
-        evaluating = _trace_around(module, inline, opaque, training=False)
-    _read_the_mode(evaluating.graph, training.graph)
-    if _comparable(evaluating.graph) != _comparable(training.graph):
+    called: list[Lookup] = []
+    evaluating, training = _in_both_modes(module, inline, opaque, called, surveyed)
+    if not _same(evaluating, training) and (functions := _functions_of(module, *training.inlined)):
+        # One of them may be what differs, as a stochastic depth that is written as a function: it is called instead.
+        called += functions
+        evaluating, training = _in_both_modes(module, inline, opaque, called)
+    if not _same(evaluating, training):
         raise Untraceable("its forward does different things in train and in eval mode")
     return evaluating
 
 
+def _in_both_modes(
+    module: nn.Module, inline: Inline, opaque: set[nn.Module], called: list[Lookup], surveyed: Traced | None = None
+) -> tuple[Traced, Traced]:
+    """Both graphs, with the same submodules and functions called from them."""
+    evaluating = surveyed or _trace_around(module, inline, opaque, called, training=False)
+    while True:
+        known = len(opaque), len(called)
+        training = _trace_around(module, inline, opaque, called, training=True)
+        if (len(opaque), len(called)) == known:
+            break
+        evaluating = _trace_around(module, inline, opaque, called, training=False)
+    _read_the_mode(evaluating.graph, training.graph)
+    return evaluating, training
+
+
+def _same(evaluating: Traced, training: Traced) -> bool:
+    return _comparable(evaluating.graph) == _comparable(training.graph)
+
+
 def survey(module: nn.Module, inline: Inline) -> Traced:
     """As :func:`trace`, in eval mode alone: half the time, to see whether there is anything worth tracing."""
-    return _trace_around(module, inline, set(), training=False)
+    return _trace_around(module, inline, set(), [], training=False)
 
 
-def _trace_around(module: nn.Module, inline: Inline, opaque: set[nn.Module], training: bool) -> Traced:
+def _trace_around(
+    module: nn.Module, inline: Inline, opaque: set[nn.Module], called: list[Lookup], training: bool
+) -> Traced:
     """Traces, adding to ``opaque`` each submodule that turns out to be untraceable, until none is left inlined.
 
-    Before a module, functions of the user's that the failure came through are called instead of traced.
+    Before a module, functions of the user's that the failure came through are called instead of traced: they are added
+    to ``called``.
     """
-    called: list[Lookup] = []
     while True:
         try:
             return _trace_once(module, lambda child: child not in opaque and inline(child), training, called)
@@ -125,7 +144,7 @@ def _trace_around(module: nn.Module, inline: Inline, opaque: set[nn.Module], tra
                 raise
 
 
-def _trace_once(module: nn.Module, inline: Inline, training: bool, called: Sequence[Lookup] = ()) -> Traced:
+def _trace_once(module: nn.Module, inline: Inline, training: bool, called: Sequence[Lookup]) -> Traced:
     signature = _signature(module)
     tracer = _Tracer(signature, inline)
     with _unchanged(module), _no_random_numbers(), _mode(module, training):
@@ -336,6 +355,15 @@ def _innermost_function(error: BaseException | None, called: Sequence[Lookup]) -
     return None
 
 
+def _functions_of(*modules: nn.Module) -> list[Lookup]:
+    """The functions of the user's that the forwards of ``modules`` may call by name."""
+    found = []
+    for forward in {type(m).forward for m in modules}:
+        scope, code = getattr(forward, "__globals__", {}), getattr(forward, "__code__", None)
+        found += [(scope, n) for n in getattr(code, "co_names", ()) if is_users_function(scope.get(n))]
+    return found
+
+
 @contextmanager
 def _as_calls(tracer: _Tracer, lookups: Sequence[Lookup]) -> Iterator[None]:
     """Makes each function a node of the graph where it is given a value that is known only at run time."""
@@ -371,19 +399,32 @@ _DROPOUTS = (F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout)
 def _read_the_mode(evaluating: fx.Graph, training: fx.Graph) -> None:
     """Makes ``F.dropout(x, p, self.training)``, whose last argument tracing has fixed, read it again in both graphs.
 
-    It is that of the module whose code makes the call.
+    It is that of the module whose code makes the call. So it is for functions of the user's that are called.
     """
-    calls = [[n for n in graph.nodes if n.target in _DROPOUTS] for graph in (evaluating, training)]
-    if len(calls[0]) != len(calls[1]):
+    calls = [
+        [n for n in graph.nodes if n.target in _DROPOUTS or is_users_function(n.target)]
+        for graph in (evaluating, training)
+    ]
+    if [node.target for node in calls[0]] != [node.target for node in calls[1]]:
         return
     for pair in zip(*calls):
-        if [node.kwargs.get("training") for node in pair] == [False, True]:
-            for graph, node in zip((evaluating, training), pair):
+        of_mode = [_differing(list(node.args) for node in pair), _differing(node.kwargs for node in pair)]
+        for graph, node in zip((evaluating, training), pair):
+            if any(of_mode):
                 stack = list(node.meta.get("nn_module_stack", {}).values())
                 with graph.inserting_before(node):
                     mode = graph.get_attr(".".join([*(path for path, _ in stack[-1:] if path), "training"]))
                 mode.meta = dict(node.meta)
-                node.update_kwarg("training", mode)
+                for i in of_mode[0]:
+                    node.update_arg(i, mode)
+                for name in of_mode[1]:
+                    node.update_kwarg(name, mode)
+
+
+def _differing(pair: Iterable[Any]) -> list[Any]:
+    """The keys with ``False`` in evaluation and ``True`` in training."""
+    evaluating, training = (dict(enumerate(v)) if isinstance(v, list) else v for v in pair)
+    return [key for key, value in evaluating.items() if value is False and training.get(key) is True]
 
 
 def _comparable(graph: fx.Graph) -> list[tuple]:
@@ -413,18 +454,9 @@ class _Watch(TorchDispatchMode):
 @contextmanager
 def _no_random_numbers() -> Iterator[None]:
     """Declines a forward that draws from Python's or NumPy's generator, and gives the draw back."""
-    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
-    before, numpy_before = random.getstate(), numpy_random and numpy_random.get_state(legacy=False)
-    yield
-    drawn = random.getstate() != before
-    if numpy_random is not None:
-        now = numpy_random.get_state(legacy=False)["state"]
-        then = numpy_before["state"]
-        drawn |= now["pos"] != then["pos"] or bool((now["key"] != then["key"]).any())
+    with undone_draws() as drawn:
+        yield
     if drawn:
-        random.setstate(before)
-        if numpy_random is not None:
-            numpy_random.set_state(numpy_before)
         raise Untraceable("its forward draws random numbers")
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import fx, nn
 
-from ..block import Act, Block, Conv, Dense, Norm, SqueezeExcite, Step
+from ..block import Act, Block, Conv, Dense, Norm, SqueezeExcite, Step, idle_in_training
 from .gated_join import GatedJoin
 from .gates import Gate, find_gate
 from .modules import has_own_conv_forward
@@ -293,9 +293,11 @@ class View:
             self.reasons.setdefault(node, reason)
 
     def why_no_more(self, region: Region) -> str:
-        """Why the addition that follows a chain is not fused with it; nothing where none follows."""
+        """Why the addition that follows a chain is not fused with it, or what it is not fused for; mostly nothing."""
         if not isinstance(region.block, Block) or region.block.shortcut is not None:
             return ""
+        if idle_in_training(region.block):
+            return "fused in inference alone: in training there is nothing to save"
         said = [self.reasons[node] for node in region.nodes if node in self.reasons]
         if said and said[0].startswith("the addition"):
             return said[0]

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fusedres import env
+from fusedres import env, select
 from fusedres.analysis.devices import DEVICES
-from fusedres.benchmarking import device
+from fusedres.benchmarking import device, grouped
 from fusedres.benchmarking.device import AUTOTUNED, COMPILED, Bench, Job, contestants_of, jobs, smoke_jobs
 from fusedres.benchmarking.results import Results
 from fusedres.benchmarking.workloads import INFERENCE_BF16, TRAIN_BF16
@@ -39,7 +39,8 @@ def test_jobs_are_different_and_the_most_important_comes_first():
     assert {job.batch for job in found if job.network == "densenet121" and job.kind == "plain"} == {1, 256}
     order = [job.kind for job in found]
     assert order.index("kernels") < order.index("compiled") < order.index("autotuned")
-    assert {job.kind for job in smoke_jobs()} == {"plain", "kernels"}
+    assert order.index("kernels") < order.index("grouped") < order.index("compiled")
+    assert {job.kind for job in smoke_jobs()} == {"plain", "kernels", "grouped"}
 
 
 def test_contestants():
@@ -146,3 +147,30 @@ def test_the_kernels_are_checked(path):
     found = [m for m in Results.load(path).measurements if m.contestant == "cpu"]
     assert {m.subject for m in found} == {"bn_stats", "join", "join_backward_reduce", "join_backward_apply"}
     assert all(m.check == "ok" and m.bytes_per_second > 0 for m in found)
+    assert all(m.speedup["copy"] > 0 for m in found)  # the bandwidth that there is, of as many bytes
+
+
+def test_grouped_convolutions_stand_beside_the_vendor_s(path):
+    Bench(path, "cpu", 600, smoke=True).run([Job("grouped")])
+    found = Results.load(path).measurements
+    assert {m.subject for m in found} == {"conv fprop", "conv dgrad", "conv wgrad"}
+    assert len(found) == 3 * 3 * len(grouped.GROUPED) and len({(m.group, m.contestant) for m in found}) == len(found)
+    by_name = {name: [m for m in found if m.contestant == name] for name in grouped.CONTESTANTS}
+    assert all(m.seconds and m.baseline for m in by_name["vendor"])
+    assert all(m.speedup["vendor"] > 0 for m in by_name["eager"])
+    assert all(m.missing == select.why_not("cuda", "cpu", torch.bfloat16) for m in by_name["cuda"])
+
+
+@pytest.mark.parametrize("kind", grouped.KINDS)
+def test_a_grouped_convolution_is_checked_on_a_few_images(kind, monkeypatch):
+    convolved = grouped.Convolved((3, 16, 5, 5), 2, 4, torch.float32, "cpu")
+    assert grouped.check(convolved, kind, "reference") == "ok"
+    original = grouped._results
+
+    def wrong(op, backend, arguments):
+        found = original(op, backend, arguments)
+        return [2 * t for t in found] if backend == "cuda" else found
+
+    monkeypatch.setattr(grouped, "_results", lambda op, backend, given: wrong(op, backend, given))
+    monkeypatch.setattr(type(convolved.op(kind)), "overload", lambda self, backend: self.reference)
+    assert grouped.check(convolved, kind, "cuda").startswith("RED: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fusedres.benchmarking.agreement import verdict
 from fusedres.benchmarking.race import Entrant, race
 from fusedres.benchmarking.referee import Referee
 from fusedres.benchmarking.results import Measurement
+from fusedres.benchmarking.timing import FEWEST_TURNS
 
 
 def entrant(name: str, seconds: float = 1e-3, check: str | None = None) -> Entrant:
@@ -54,6 +56,14 @@ def test_who_is_missing_keeps_its_reason():
     present, absent = race([entrant("eager"), Entrant(about)], turns=2)
     assert present.timing is not None
     assert absent.timing is None and absent.measurement.missing == "not installed"
+
+
+def test_the_time_that_is_left_is_asked_for_after_the_checks():
+    order = []
+    checked = replace(entrant("right"), verdict=lambda: order.append("checked") or "ok")
+    found = race([entrant("eager"), checked], turns=9, left=lambda: order.append("asked") or 0.0)
+    assert order == ["checked", "asked"]
+    assert {f.measurement.seconds["turns"] for f in found} == {FEWEST_TURNS}
 
 
 def test_names_must_differ():

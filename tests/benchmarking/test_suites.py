@@ -5,21 +5,23 @@ from __future__ import annotations
 import ast
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from fusedres.analysis.devices import DEVICES
 from fusedres.benchmarking import grid
 from fusedres.benchmarking.race import Entrant
-from fusedres.benchmarking.results import Measurement
+from fusedres.benchmarking.results import Measurement, this_machine
 from fusedres.ops.registry import OPS
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench import shapes  # noqa: E402
+from bench import racing, shapes  # noqa: E402
 from bench.racing import Groups, ReplayClock, extra_info  # noqa: E402
 
 SUITES = ROOT / "bench"
@@ -53,14 +55,17 @@ class Seen:
     def _see(self, module, args, out) -> None:
         if isinstance(module, nn.BatchNorm2d):
             self.normalised.add(tuple(args[0].shape[1:]))
-        if isinstance(module, nn.Conv2d) and module.groups == 1:
+        if isinstance(module, nn.Conv2d):
             found = (tuple(args[0].shape[1:]), module.out_channels, module.kernel_size[0], module.stride[0])
-            self.convolutions.add((*found, tuple(out.shape[1:])))
+            self.convolutions.add((*found, module.groups, tuple(out.shape[1:])))
+
+
+OF_NETWORKS = {**shapes.CONVOLUTIONS, "ResNeXt-50": shapes.GROUPED}
 
 
 @pytest.fixture(scope="module")
 def seen():
-    return {name: Seen(shapes.NETWORKS[name]) for name in {*shapes.ACTIVATIONS, *shapes.CONVOLUTIONS}}
+    return {name: Seen(shapes.NETWORKS[name]) for name in {*shapes.ACTIVATIONS, *OF_NETWORKS}}
 
 
 def test_the_networks_of_the_suites_are_all_kinds():
@@ -73,10 +78,15 @@ def test_every_activation_occurs_in_its_network(seen, name):
     assert {shape[1:] for shape in shapes.ACTIVATIONS[name]} <= seen[name].normalised
 
 
-@pytest.mark.parametrize("name", shapes.CONVOLUTIONS)
+@pytest.mark.parametrize("name", OF_NETWORKS)
 def test_every_convolution_occurs_in_its_network(seen, name):
-    found = {(c.shape[1:], c.channels, c.size, c.stride, c.out[1:]) for c in shapes.CONVOLUTIONS[name]}
+    found = {(c.shape[1:], c.channels, c.size, c.stride, c.groups, c.out[1:]) for c in OF_NETWORKS[name]}
     assert found <= seen[name].convolutions
+
+
+def test_all_grouped_convolutions_of_resnext_are_measured(seen):
+    grouped = {c for c in seen["ResNeXt-50"].convolutions if c[4] > 1}
+    assert grouped == {(c.shape[1:], c.channels, c.size, c.stride, c.groups, c.out[1:]) for c in shapes.GROUPED}
 
 
 def test_modified_activations_are_of_a_network(seen):
@@ -96,6 +106,9 @@ def test_a_convolution_knows_its_work():
     conv = shapes.Convolution((8, 128, 56, 56), 128, 3, 2)
     assert conv.out == (8, 128, 28, 28) and conv.flops == 2 * 8 * 28 * 28 * 128 * 128 * 9
     assert conv.within((2, 16, 7, 7)) == shapes.Convolution((2, 16, 7, 7), 16, 3, 2)
+    grouped = shapes.Convolution((8, 128, 56, 56), 128, 3, 2, 32)
+    assert grouped.flops == conv.flops // 32
+    assert grouped.within((2, 16, 7, 7)) == shapes.Convolution((2, 16, 7, 7), 16, 3, 2, 4)
 
 
 @pytest.mark.parametrize("path", sorted(SUITES.rglob("test_*.py")), ids=lambda path: path.stem)
@@ -151,6 +164,20 @@ def test_another_layout_is_another_group():
     for group in (GROUP, other):
         groups.finish(group, "eager", lambda: [entrant("eager", [])], 2, 0.0)
     assert len(groups.found) == 2
+
+
+def test_a_gpu_s_group_says_so_and_has_its_roofline(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(racing, "_machine", lambda device: replace(this_machine(), gpu="H100" * (device == "cuda")))
+    monkeypatch.setattr(racing, "_peaks", lambda device, dtype: DEVICES["H100"])
+    groups, other = Groups(smoke=False), replace(GROUP, subject="another")
+    gpu = groups.finish(GROUP, "eager", lambda: [entrant("eager", [])], 2, 0.0, "cuda").measurement
+    groups.finish(other, "eager", lambda: [entrant("eager", [])], 2, 0.0)
+    assert gpu.roofline == pytest.approx(8 / 3.35e12)
+    assert extra_info(gpu, "cuda")["device"] == "H100" != extra_info(gpu)["device"]
+    found = groups.results()
+    assert {device: results.machine.gpu for device, results in found.items()} == {"cuda": "H100", "cpu": ""}
+    assert all(len(results.measurements) == 1 for results in found.values())
 
 
 def test_extra_info_is_all_that_was_asked_for():

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from fusedres.benchmarking import Timing, interleave, speedup
+from fusedres.benchmarking.timing import FEWEST_TURNS
 
 
 def test_a_timing_sums_up_its_samples():
@@ -41,6 +42,19 @@ def test_contestants_take_turns_and_the_first_changes():
 def test_a_short_call_is_repeated_and_its_share_counts():
     times = interleave({"": lambda: time.sleep(1e-3)}, turns=3, sample_seconds=1e-2)
     assert 1e-3 <= times[""].minimum < 5e-3
+
+
+def test_as_many_turns_as_there_is_time_for():
+    sleeping = {name: lambda: time.sleep(1e-3) for name in "ab"}
+
+    def turns(seconds: float) -> set[int]:
+        found = interleave(sleeping, turns=9, left=lambda: seconds)
+        return {len(timing.samples) for timing in found.values()}
+
+    assert turns(60.0) == {9}
+    assert turns(-1.0) == {FEWEST_TURNS}
+    (some,) = turns(6 * 2.2e-3)
+    assert FEWEST_TURNS <= some <= 6  # a call takes a millisecond and more
 
 
 def test_garbage_collection_is_as_it_was():

@@ -11,6 +11,7 @@ from fusedres import models
 from fusedres.analysis import devices
 from fusedres.benchmarking import cli, grid
 from fusedres.benchmarking.agreement import summaries, verdict
+from fusedres.benchmarking.budget import TimeBudget
 from fusedres.benchmarking.contest import contest
 from fusedres.benchmarking.peers import BASELINE, COMPILE, OURS
 from fusedres.benchmarking.peers.tensorrt import TensorRT
@@ -139,9 +140,22 @@ def test_the_command_writes_everything(small, tmp_path, capsys):
 def test_what_there_is_no_time_for_is_named(small, tmp_path, capsys):
     path = tmp_path / "results.json"
     assert main(["bench", "--quick", "--budget", "0", "--json", str(path)]) == 0
-    left_out = Results.load(path).settings["left_out"]
+    results = Results.load(path)
+    left_out = results.settings["left_out"]
+    first, *others = results.rows[:4]
+    assert first.name == TRAIN_BF16.name and first.ratio is not None  # what matters most is always measured
+    for row in others:
+        assert row.ratio is None and any(text.startswith(f"{row.name}: no time: needs about ") for text in left_out)
     assert any(text.startswith("2 of 2 blocks: no time") for text in left_out)
     assert "left out: 2 of 2 blocks" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_contest_takes_as_many_turns_as_it_has_time_for(network):
+    batches = [Batch.random(4, 16, num_classes=10)]
+    found = contest("tiny", INFERENCE_FP32, network, batches, turns=9, budget=TimeBudget.of(0.0))
+    measured = {f.measurement.contestant: f.measurement for f in found}
+    assert cli._turns_left_out(INFERENCE_FP32, 9, measured) == [f"{INFERENCE_FP32.name}: no time for 6 of 9 turns"]
+    assert cli._turns_left_out(INFERENCE_FP32, 3, measured) == []
 
 
 def test_a_full_run_leaves_every_contest_the_time_to_compile():

@@ -30,6 +30,19 @@ def test_vector_kernels_load_16_bytes(stem):
     assert {name for name in vectors if not BUILT[stem][name]["loads_128_bits"]} == set()
 
 
+# A thread's 128-bit loads under way at once: with the hundreds of threads of a processor, more than a memory's latency.
+IN_FLIGHT = {"bn_stats_rows": 8, "bn_stats_planes": 8, "bn_join": 8, "join_fwd": 2, "join_stats": 2}
+IN_FLIGHT |= {"join_reduce": 3, "join_apply": 4, "join_backward": 4}
+
+
+@pytest.mark.parametrize("prefix", IN_FLIGHT)
+def test_enough_loads_are_in_flight(prefix):
+    kernels = {name: k for stem in BUILT for name, k in BUILT[stem].items() if name.startswith(prefix)}
+    vectors = {name: k["loads_in_flight"] for name, k in kernels.items() if any(w in name for w in VECTOR_WIDTHS)}
+    assert vectors
+    assert {name: count for name, count in vectors.items() if count < IN_FLIGHT[prefix]} == {}
+
+
 @pytest.mark.parametrize("stem", [stem for stem in BUILT if stem.startswith("conv_fused")])
 def test_convolutions_load_16_bytes_and_multiply_matrices(stem):
     convolutions = {n: k for n, k in BUILT[stem].items() if n.startswith(("conv_grouped", "conv_wgrad_kernel"))}

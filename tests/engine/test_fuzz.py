@@ -10,14 +10,14 @@ import pickle
 import pytest
 import torch
 from described import Described, Gate, conv, fuse, norm
-from fuzzed import Case, Written, cases, check, described_blocks, written_models
+from fuzzed import Call, Case, Mode, Written, cases, check, decides_nothing, described_blocks, written_models
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import nn
 
 import fusedres
 from fusedres.block import Act, Block, Conv, Norm, unsupported
 from fusedres.ops.activations import RELU
-from fusedres.testing import channels_last, compare, contiguous
+from fusedres.testing import channels_last, compare, contiguous, expanded
 
 FUZZING = settings.get_current_profile_name() == "fuzz"
 
@@ -129,3 +129,24 @@ def test_a_gate_on_an_input_that_needs_no_gradient(training, residual):
         branch = [*first, Gate(8, 2), "relu", conv(8, 8, 3), norm(8)]
         block = Described(branch, [conv(8, 8, 1)], residual=residual)
         compare(block.train(training), fuse, inputs, input_gradients=False).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_inference_of_a_sum_behind_a_grouped_convolution(dtype):
+    """It raised in bfloat16: with groups PyTorch does the sum with ReLU by itself, and has that in float32 alone."""
+    block = Described([conv(8, 8, 3, groups=2)], [conv(8, 8, 1)], "relu").eval()
+    compare(block, fuse, inputs, dtype=dtype, backward=False).check()
+
+
+@pytest.mark.parametrize(("batch", "decides"), [(2, False), (3, True)])
+def test_a_norm_of_two_values_decides_nothing(batch, decides):
+    """They become 1 and -1, whatever they were: the gradient is what is left of terms that cancel."""
+    block = Described([conv(2, 4, 1), norm(4)])
+    call = Call((batch, 1, 1), "contiguous", "grad", False, None)
+    assert decides_nothing(Case(block, fuse, 2, 1, torch.float32, (Mode(True), call))) is not decides
+
+
+def test_the_variance_of_values_that_repeat():
+    """What was left of a plane behind its whole vectors was added to the sum of squares in float32, one by one."""
+    block = Described([norm(17, momentum=1.0), conv(17, 1, 1)]).train()
+    compare(block, fuse, lambda seed: [expanded((2, 17, 6, 5), seed=seed)], input_gradients=False).check()

@@ -100,7 +100,6 @@ def test_inference_and_training_are_two_verdicts():
         ((16, 24, 8, 8), channels_last, False),
         ((4, 24, 8, 8), contiguous, False),
     ],
-    ids=str,
 )
 def test_a_near_size_stands_for_another(shape, make, expected):
     block = fused()

@@ -29,12 +29,3 @@ def test_is_batch_norm_sum_and_activation(make, residual, affine):
     torch.testing.assert_close(rows[0], y.mean((0, 2, 3)))
     for ours, theirs in zip(buffers, expected_buffers):
         torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_opcheck_of_bn_join(dropout):
-    y, side = channels_last((2, 5, 4, 3)), channels_last((2, 5, 4, 3), seed=1)
-    vectors = torch.rand(4, 5).unbind(0)
-    seed = torch.tensor([7]) if dropout else None
-    args = (y, *vectors, MOMENTUM, EPS, side, torch.rand(4, 5), 1, 0.0, dropout, seed)
-    torch.library.opcheck(torch.ops.fusedres.bn_join.default, args)

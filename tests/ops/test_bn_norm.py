@@ -122,13 +122,3 @@ def test_wrong_length_raises():
     ):
         with pytest.raises(RuntimeError, match="stats"):
             torch.ops.fusedres.bn_norm_cpu(stats, 1.0, *vectors(), 0.1, 1e-5)
-
-
-@pytest.mark.parametrize("name", ["bn_norm", "bn_norm_cpu"])
-@pytest.mark.parametrize("training", [True, False])
-def test_opcheck(name, training):
-    stats = torch.ops.fusedres.bn_stats(channels_last((3, C, 5, 4))) if training else None
-    op = getattr(torch.ops.fusedres, name).default
-    torch.library.opcheck(op, (stats, 60.0, *vectors(), 0.1, 1e-5))
-    if training:
-        torch.library.opcheck(op, (stats[:, None].expand(2, 3, C).contiguous(), 60.0, *vectors(), 0.1, 1e-5))

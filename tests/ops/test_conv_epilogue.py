@@ -39,7 +39,7 @@ def test_is_convolution_norm_sum_and_relu(stride, dilation, residual):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("residual", [True, False])
-def test_opcheck_of_conv_epilogue(dtype, residual):
+def test_opcheck_of_a_strided_conv_epilogue(dtype, residual):
     torch.library.opcheck(torch.ops.fusedres.conv_epilogue.default, operands(dtype, 2, residual=residual))
 
 

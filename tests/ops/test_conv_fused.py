@@ -1,5 +1,5 @@
-"""References of the fused convolutions: against stock PyTorch's functions, and opcheck of conv_fused_fprop and
-conv_fused_join. The kernels' tests are under tests/triton/cases."""
+"""References of the fused convolutions, conv_fused_fprop and conv_fused_join, against stock PyTorch's functions. The
+kernels' tests are under tests/triton/cases."""
 
 from __future__ import annotations
 
@@ -54,18 +54,9 @@ def test_join(into):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
+def test_opcheck_of_strided_convolutions(dtype):
     x, norm, weight, bias, out_norm = operands(dtype)
     args = (x, norm, 4, 0.0, weight, bias, *GEOMETRY)
     torch.library.opcheck(torch.ops.fusedres.conv_fused_fprop.default, (*args, True))
     torch.library.opcheck(torch.ops.fusedres.conv_fused_fprop.default, (*args, False))
     torch.library.opcheck(torch.ops.fusedres.conv_fused_join.default, (*args, out_norm, None, None, 1, 0.0))
-
-
-def test_opcheck_into():
-    x, norm, weight, bias, out_norm = operands(torch.float32)
-    shape = F.conv2d(x, weight, None, *GEOMETRY).shape
-    args = (x, norm, 4, 0.0, weight, bias, *GEOMETRY)
-    into = channels_last((2, 9, *shape[2:]))[:, 2:7]
-    torch.library.opcheck(torch.ops.fusedres.conv_fused_fprop.default, (*args, True, into))
-    torch.library.opcheck(torch.ops.fusedres.conv_fused_join.default, (*args, out_norm, None, None, 1, 0.0, into))

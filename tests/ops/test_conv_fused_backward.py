@@ -1,5 +1,5 @@
-"""References of the fused convolutions' gradients against autograd in float64, and opcheck of bn_grad_rows,
-conv_fused_dgrad and conv_fused_wgrad. The kernels' tests are under tests/triton/cases."""
+"""References of the fused convolutions' gradients against autograd in float64: bn_grad_rows, conv_fused_dgrad
+and conv_fused_wgrad. The kernels' tests are under tests/triton/cases."""
 
 from __future__ import annotations
 
@@ -73,16 +73,3 @@ def test_rows_without_the_raw_output_are_refused():
     case = Case()
     with pytest.raises(ValueError, match="y must be given"):
         CONV_FUSED_DGRAD.reference(case.g, None, case.grad_rows, case.weight, case.x, None, 0, 0.0, *GEOMETRY)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
-    case = Case(True, dtype)
-    operands, input_norm = (case.g, case.y, case.grad_rows), (case.x, case.norm, 4, 0.0)
-    dgrad, wgrad = torch.ops.fusedres.conv_fused_dgrad.default, torch.ops.fusedres.conv_fused_wgrad.default
-    into = torch.zeros_like(case.x)
-    torch.library.opcheck(dgrad, (*operands, case.weight, *input_norm, *GEOMETRY))
-    torch.library.opcheck(dgrad, (case.g, None, None, case.weight, case.x, None, 0, 0.0, *GEOMETRY, into.clone(), into))
-    torch.library.opcheck(wgrad, (*operands, *input_norm, *GEOMETRY, torch.zeros_like(case.weight)))
-    torch.library.opcheck(torch.ops.fusedres.bn_grad_rows.default, (case.norm, None, 1.0))
-    torch.library.opcheck(torch.ops.fusedres.bn_grad_rows.default, (case.norm, case.norm[:2].clone(), 7.0))

@@ -257,14 +257,6 @@ def test_wrong_operands_raise():
         CONV_WINOGRAD.overload("cpu")(channels_last((2, 8, 6, 5)), randn(2, 16, 8, 32), 8, None, None, 0, 0.0, [1, 1])
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_opcheck(backend):
-    torch.library.opcheck(CONV_WINOGRAD_PACK.overload(backend), (weights(35, 6),))
-    torch.library.opcheck(CONV_WINOGRAD.overload(backend), tuple(folded((2, 6, 6, 5), 8)))
-    torch.library.opcheck(CONV_FUSED_FPROP.overload(backend), tuple(fprop((2, 6, 6, 5), 8)))
-    torch.library.opcheck(CONV_FUSED_DGRAD.overload(backend), tuple(dgrad((2, 6, 6, 5), 8)))
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("backward", [True, False])
 def test_a_network_runs_by_it(training, backward):

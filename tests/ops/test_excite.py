@@ -1,4 +1,4 @@
-"""The excitation's reference against stock PyTorch's layers, and opcheck; the kernel runs in tests/triton/cases."""
+"""The excitation's reference against stock PyTorch's layers; the kernel runs in tests/triton/cases."""
 
 from __future__ import annotations
 
@@ -34,10 +34,3 @@ def test_against_stocks_layers(case, name, gate):
     squeeze = means if norm is None else norm[2] * means + norm[3]
     expected = GATES[gate](F.linear(act(F.linear(squeeze, w1.flatten(1), b1)), w2.flatten(1), b2))
     torch.testing.assert_close(ours, expected if mask is None else expected * mask)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bare", [True, False])
-def test_opcheck(dtype, bare):
-    *layers, mask = operands(dtype, not bare, not bare, not bare)
-    torch.library.opcheck(torch.ops.fusedres.excite.default, (*layers, 1, 0.0, "sigmoid", mask))

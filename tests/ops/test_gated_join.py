@@ -153,16 +153,6 @@ def test_kernels_refuse_what_does_not_fit():
         torch.ops.fusedres.gated_join_cpu(f, f, f.contiguous(memory_format=torch.channels_last), None)
 
 
-@pytest.mark.parametrize("threshold", [None, 0.5])
-@pytest.mark.parametrize("suffix", ["", "_cpu"])
-def test_opcheck(suffix, threshold):
-    f, logits, x, grad = operands(channels_last, (2, 5, 4, 3), torch.bfloat16)
-    torch.library.opcheck(getattr(torch.ops.fusedres, f"gated_join{suffix}").default, (f, logits, x, threshold))
-    backward = getattr(torch.ops.fusedres, f"gated_join_backward{suffix}").default
-    torch.library.opcheck(backward, (grad, logits, f, x, threshold, True, True))
-    torch.library.opcheck(backward, (grad, logits, None, None, threshold, True, False))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The public function
 # ---------------------------------------------------------------------------------------------------------------------

@@ -195,14 +195,3 @@ def test_statistics_are_those_of_the_result(gained):
     out, stats = torch.ops.fusedres.join_stats(*args)
     assert torch.equal(out, torch.ops.fusedres.join(*args))
     assert torch.equal(stats, torch.ops.fusedres.bn_stats(out))
-
-
-@pytest.mark.parametrize("name", ["join", "join_stats", "join_cpu"])
-@pytest.mark.parametrize("residual", RESIDUALS)
-def test_opcheck(name, residual):
-    op = getattr(torch.ops.fusedres, name).default
-    for make in (channels_last, sliced):
-        y, norm, r, side = operands(make, (2, 5, 4, 3), torch.bfloat16, residual)
-        args = (y, rows_of(norm), r, rows_of(side), 1, 0.0)
-        torch.library.opcheck(op, args)
-        torch.library.opcheck(op, (*args, gain_of(y), 0.5, torch.tensor([3])))

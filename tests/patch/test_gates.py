@@ -102,9 +102,7 @@ def squeezed(self, x):
 LINEARS = [unpacked_sizes, sizes_one_by_one, wildcards, flattened, flattened_by_module, means, squeezed]
 
 
-@pytest.mark.parametrize(
-    ("forward", "linear"), [(f, False) for f in CONVOLUTIONS] + [(f, True) for f in LINEARS], ids=lambda v: str(v)
-)
+@pytest.mark.parametrize(("forward", "linear"), [(f, False) for f in CONVOLUTIONS] + [(f, True) for f in LINEARS])
 def test_forms(forward, linear):
     report = check_patched(gated(forward, linear))
     assert [site.pattern for site in report.fused] == ["conv-se"]

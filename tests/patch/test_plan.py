@@ -159,7 +159,7 @@ def test_conv_that_is_not_plain_is_left_and_the_rest_fused(case):
         (lambda: nn.GroupNorm(2, 4), "bn1 is a GroupNorm"),
         (lambda: nn.InstanceNorm2d(4), "bn1 is a InstanceNorm2d"),
         (lambda: ScaledNorm(4), "bn1 is a ScaledNorm"),
-        (lambda: nn.Dropout2d(0.5), "bn1 is a Dropout2d"),
+        (lambda: nn.FeatureAlphaDropout(0.5), "bn1 is a FeatureAlphaDropout"),
         (lambda: nn.Hardtanh(), "bn1 is a Hardtanh"),
     ],
 )
@@ -618,3 +618,32 @@ def test_models_without_convolutions():
         assert report.fused == ()
         assert unpatch(model) == 0
         assert report.coverage == 0.0
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_looking_at_a_spectral_norm_does_not_move_it_on(norm):
+    model = nn.Sequential(Layers(), norm(nn.Conv2d(4, 4, 3)), nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    before = {name: value.clone() for name, value in model.train().state_dict().items()}
+    assert patch(model).covered == 3
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Helped(nn.Module):
+    """Its forward asks for the mode, and does nothing in evaluation, but something in training."""
+
+    def forward(self, x):
+        return x * 2 if self.training else x
+
+
+def test_a_module_that_does_nothing_in_evaluation_alone():
+    class Block(Layers):
+        def __init__(self):
+            super().__init__()
+            self.helped = Helped()
+
+        def forward(self, x):
+            return torch.relu(self.helped(self.branch(x)) + x)
+
+    report = check_patched(Block())
+    assert report.coverage == 1.0
+    assert "self.helped(" in report.source("")

@@ -91,3 +91,25 @@ def test_an_image_that_fits():
     before = copy.deepcopy(model := Network()).state_dict()
     fitting_input(model.double(), batch=3)
     assert all(torch.equal(value.double(), before[name].double()) for name, value in model.state_dict().items())
+
+
+class Amplifying(nn.Module):
+    """All but equal values behind a norm: every rounding error comes out a million times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.norm = nn.BatchNorm2d(4, eps=1e-30)
+
+    def forward(self, x):
+        return self.norm(self.network(x) * 1e-9 + 1.0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 + 1e-3])
+def test_rounding_that_stock_amplifies_is_no_difference(scale):
+    def fuse(model):
+        report = patch(model)
+        model.norm.weight.data.mul_(scale)
+        return report
+
+    assert agreement(Amplifying(), fuse=fuse).ok == (scale == 1.0)

@@ -20,9 +20,10 @@ cudaError_t set(cudaError_t error) {
   return error;
 }
 
-// Few, so that small inputs make threads walk their grid stride. At most 128: so many blocks can run together.
+// Few, so that small inputs make threads walk their grid stride.
 int processors = 2;
 int l2_bytes = 50 << 20;
+int launches_until_failure = -1;  // negative: none fails
 
 }  // namespace
 
@@ -33,16 +34,22 @@ void set_launch_failure(const std::string& message) {
   last_error = cudaErrorLaunchFailure;
 }
 
+size_t most_shared(const void* kernel) {
+  return shared_limits.count(kernel) ? kDynamicSharedLimit : kStaticSharedLimit;
+}
+
 bool launch_is_valid(const Config& c, const void* kernel) {
   const auto refuse = [](cudaError_t error, const std::string& why) {
     launch_failure = why;
     last_error = error;
     return false;
   };
+  if (launches_until_failure >= 0 && launches_until_failure-- == 0)
+    return refuse(cudaErrorLaunchFailure, "launch: refused, as emu_fail asks for");
   const uint64_t threads = uint64_t{c.block.x} * c.block.y * c.block.z;
   const uint64_t blocks = uint64_t{c.grid.x} * c.grid.y * c.grid.z;
   if (threads == 0 || blocks == 0) return refuse(cudaErrorInvalidConfiguration, "launch: an empty grid or block");
-  if (threads > 1024 || c.block.z > 64)
+  if (threads > kThreadsPerBlock || c.block.z > 64)
     return refuse(cudaErrorInvalidConfiguration, "launch: a block has at most 1024 threads, 64 of them in z");
   if (c.grid.y > 65535 || c.grid.z > 65535 || c.grid.x > 0x7fffffffu)
     return refuse(cudaErrorInvalidConfiguration, "launch: a grid has at most 2^31-1, 65535 and 65535 blocks");
@@ -52,6 +59,9 @@ bool launch_is_valid(const Config& c, const void* kernel) {
                                              " bytes of dynamic shared memory, " + std::to_string(allowed) +
                                              " are allowed (cudaFuncSetAttribute raises that to 227 KiB)");
   if (!c.cooperative) return true;
+  if (blocks > kBlocksTogether)
+    return refuse(cudaErrorCooperativeLaunchTooLarge,
+                  "launch: " + std::to_string(blocks) + " cooperative blocks; the emulator runs at most 128 together");
   int resident = 0;
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, static_cast<int>(threads), c.dynamic_shared);
   if (blocks > uint64_t(resident) * uint64_t(processors))
@@ -184,6 +194,7 @@ void emu_seed(uint64_t seed) { emu::machine().random.seed(seed); }
 void emu_copies(int mode) { emu::machine().copies = static_cast<emu::Copies>(mode); }
 void emu_processors(int count) { processors = count; }
 void emu_l2_bytes(int bytes) { l2_bytes = bytes; }
+void emu_fail(int after) { launches_until_failure = after; }
 uint64_t emu_launches() { return emu::machine().launches; }
 void emu_count_traffic(int on) { emu::machine().checker.counting = on != 0; }
 void emu_declare(const void* p, size_t bytes, int initialised) {

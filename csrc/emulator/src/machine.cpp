@@ -87,7 +87,7 @@ void run_thread() {
 }
 
 unsigned char* stack_number(size_t i) {
-  constexpr size_t kRegion = size_t{8} << 30;
+  constexpr size_t kRegion = Fibre::kStackBytes * kThreadsPerBlock * kBlocksTogether;  // of addresses, not of memory
   Machine& m = machine();
   if (m.stacks_begin == 0) {
     void* p = mmap(nullptr, kRegion, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -149,7 +149,7 @@ std::unique_ptr<Block> make_block(const Config& c, unsigned number, size_t place
     t.linear = i;
     t.block = block.get();
     t.groups.resize(1);
-    unsigned char* stack = stack_number(place * 1024 + i);
+    unsigned char* stack = stack_number(place * kThreadsPerBlock + i);
     t.stack = reinterpret_cast<uintptr_t>(stack);
 #if defined(EMU_ASAN)
     __asan_unpoison_memory_region(stack, Fibre::kStackBytes);
@@ -259,10 +259,15 @@ void run_live_blocks() {
   }
 }
 
-void check_static_limit(const Block& b) {
-  const size_t bytes = b.static_end - kBaseAddress - (b.dynamic_bytes + kGap + 127) / 128 * 128;
-  if (bytes > kStaticSharedLimit + b.statics.size() * kGap)
+// Static memory is known once a block has run. With the dynamic it must fit into what the kernel may have.
+void check_shared_limits(const Block& b, size_t most) {
+  const size_t used = b.static_end - kBaseAddress - (b.dynamic_bytes + kGap + 127) / 128 * 128;
+  const size_t bytes = used - std::min(used, b.statics.size() * kGap);
+  if (bytes > kStaticSharedLimit)
     record("a block has " + std::to_string(bytes) + " bytes of static shared memory; the limit is 48 KiB");
+  else if (bytes > 0 && bytes + b.dynamic_bytes > most)
+    record("a block has " + std::to_string(bytes) + " bytes of static and " + std::to_string(b.dynamic_bytes) +
+           " of dynamic shared memory; the limit of both is " + std::to_string(most >> 10) + " KiB");
 }
 
 }  // namespace
@@ -298,7 +303,7 @@ void run(const Config& config, const void* kernel, void (*entry)(void*), void* c
     run_live_blocks();
     tsan_acquire(&launch.closure);
     for (auto& b : launch.blocks) {
-      if (!launch.failed) check_static_limit(*b);
+      if (!launch.failed) check_shared_limits(*b, most_shared(kernel));
       if (kChecks) m.checker.end_block(b->number);
       // Those of a failed launch are in the middle of something.
       for (Thread& t : b->threads)

@@ -56,11 +56,15 @@ _TITLES = {
     "ode": "Differential equations",
     "growth": "Cost as batch and depth grow",
     "first step": "Time to the first step",
+    "ddp": "Side by side, and in DistributedDataParallel",
+    "compiled": "Patched, and compiled as well",
+    "overhead": "One small image",
 }
 
 _HEAD = ("", "contestant", "time", "images/s", "over eager", "over compile", "GB/s", "TFLOP/s", "of roofline", "check")
 _GROWTH_HEAD = ("", "contestant", "time", "over eager", "saved for backward", "check")
 _FIRST_HEAD = ("", "contestant", "first step")
+_ENGINES_HEAD = ("", "contestant", "time", "images/s", "over", "check")
 _MEMORY_HEAD = ("", "form", "saved for backward", "of stock", "peak", "of stock")
 
 
@@ -73,6 +77,9 @@ def tables_of(source: Source) -> list[Table]:
             head, cells = {
                 "growth": (_GROWTH_HEAD, _growth_cells),
                 "first step": (_FIRST_HEAD, _first_cells),
+                "ddp": (_ENGINES_HEAD, _engine_cells),
+                "compiled": (_ENGINES_HEAD, _engine_cells),
+                "overhead": (_ENGINES_HEAD, _engine_cells),
             }.get(suite, (_HEAD, _cells))
             found.append((title, head, [cells(m) for m in measured]))
     if source.memory:
@@ -114,6 +121,11 @@ def _cells(m: Measurement) -> tuple[str, ...]:
         "" if m.of_roofline is None else f"{100 * m.of_roofline:.0f}%",
         m.check,
     )
+
+
+def _engine_cells(m: Measurement) -> tuple[str, ...]:
+    over = ", ".join(f"{name}: {times(ratio)}" for name, ratio in m.speedup.items())
+    return (m.group, m.contestant, _median(m), _number(m.images_per_second), over, m.check)
 
 
 def _growth_cells(m: Measurement) -> tuple[str, ...]:

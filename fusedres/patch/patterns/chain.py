@@ -5,7 +5,9 @@ Becomes ``Block(branch, shortcut=None)``.
 Preconditions: each value is read by the next step alone, and there are two steps or more, since a convolution on its
 own gains nothing. A run begins with the norm or the squeeze-excitation before its first convolution, or with that
 convolution. Both ways it stays within one module, as it does where it goes on into the next convolution, so that a
-stack of conv-bn-relu *modules* stays a stack of modules, on which hooks and slices keep their meaning.
+stack of conv-bn-relu *modules* stays a stack of modules, on which hooks and slices keep their meaning. Modules of
+bn-relu-conv are another matter: the norm of one follows the convolution of the one before it, so that they are
+entangled anyway, and the run goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from ...block import Act, Block, Conv, Dropout, DropPath, Norm, SqueezeExcite, Step
+from ...block import Act, Block, Conv, Dropout, DropPath, Mask, Norm, SqueezeExcite, Step
 from ...ops.activations import IDENTITY
 from ..view import Chain, ChainLink, Region, View
 
@@ -53,7 +55,14 @@ def _beginning(view: View, run: Chain) -> Region | None:
 
 def _run(view: View, start: fx.Node) -> Chain:
     home = view.home(start)
-    behind = view.chain_from(start, lambda node, step: not isinstance(step, Conv) or view.home(node) == home)
+
+    def goes_on(node: fx.Node, step: Step) -> bool:
+        if not isinstance(step, Conv):
+            return True
+        place = view.home(node)
+        return place in (home, view.home(view.input_of(node)))
+
+    behind = view.chain_from(start, goes_on)
     before = view.chain_into(behind.entry, frozenset((start,)))
     links = []
     for link in reversed(before.links):
@@ -84,5 +93,7 @@ _WORDS = {Conv: "conv", Norm: "bn", Dropout: "dropout", SqueezeExcite: "se", Dro
 def _word(step: Step) -> str:
     if isinstance(step, Act):
         return str(step.activation)
+    if isinstance(step, Mask):
+        return "dropout2d" if step.channels else "stochastic depth"
     act = f"-{step.act}" if isinstance(step, Norm) and step.act != IDENTITY else ""
     return _WORDS[type(step)] + act

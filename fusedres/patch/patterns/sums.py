@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ...block import Act, Block, Conv, Dropout, DropPath, Norm, SqueezeExcite, Step
+from ...block import Act, Block, Conv, Dropout, DropPath, Mask, Norm, SqueezeExcite, Step
 from ...ops.activations import IDENTITY, Activation
 from ..steps import Addition
 from ..view import Chain, Region, View
@@ -123,14 +123,15 @@ def _keeps_dtype(found: Sum, branch: Chain) -> bool:
     return found.in_place and branch.end is found.left.end
 
 
-_EXTRAS: tuple[tuple[type[Step], str], ...] = (
-    (SqueezeExcite, "squeeze-excitation"),
-    (DropPath, "stochastic depth"),
-    (Dropout, "dropout"),
+_EXTRAS: tuple[tuple[Callable[[Step], bool], str], ...] = (
+    (lambda s: isinstance(s, SqueezeExcite), "squeeze-excitation"),
+    (lambda s: isinstance(s, DropPath) or (isinstance(s, Mask) and not s.channels), "stochastic depth"),
+    (lambda s: isinstance(s, Mask) and s.channels, "dropout of channels"),
+    (lambda s: isinstance(s, Dropout), "dropout"),
 )
 
 
 def _name(family: str, kind: str, block: Block) -> str:
     """``family (kind, what else is in the branch)``"""
-    extras = [name for step, name in _EXTRAS if any(isinstance(s, step) for s in block.branch)]
+    extras = [name for is_one, name in _EXTRAS if any(map(is_one, block.branch))]
     return f"{family} ({', '.join([kind, *extras])})"

@@ -22,4 +22,5 @@ def emulated(request) -> ctypes.CDLL:
     controls.emu_processors(2)
     controls.emu_l2_bytes(50 << 20)
     controls.emu_copies(0)
+    controls.emu_fail(-1)
     return controls

@@ -101,10 +101,3 @@ def test_wrong_input():
         BN_JOIN.overload("cuda")(y, None, None, None, None, 0.1, 1e-5, y[:1], None, 1, 0.0)
     with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
         BN_JOIN.overload("cuda")(y.double(), None, None, None, None, *rest)
-
-
-def test_opcheck():
-    case = JoinCase((2, 5, 4, 3), residual="affine", dropout=0.5)
-    vectors = torch.rand(4, 5).unbind(0)
-    ending = (case.act.code, case.act.param, case.dropout, case.seed)
-    torch.library.opcheck(BN_JOIN.overload("cuda"), (case.y, *vectors, 0.1, 1e-5, case.side, case.res_norm, *ending))

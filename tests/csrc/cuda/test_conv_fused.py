@@ -10,7 +10,8 @@ import torch
 from cuda_convs import ACTS, DTYPES, GEOMETRIES, GROUPS, GroupedCase
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from slices import empty_slice
+from slices import empty_slice, far, far_apart
+from torch import Tensor
 
 from fusedres.ops.conv import ConvGeometry
 from fusedres.ops.conv_fused import CONV_FUSED_FPROP, CONV_FUSED_JOIN, conv_fused_refuses
@@ -84,6 +85,23 @@ def test_into_a_slice(dtype):
     out = CONV_FUSED_JOIN.overload("cuda")(*args, None, None, None, 0, 0.0, into)
     assert out.numel() == 0 and torch.equal(into, expected)
     untouched()
+
+
+@pytest.mark.parametrize("groups", [2, 8], ids=["groups", "depthwise"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offsets_beyond_32_bits(dtype, groups):
+    """Of the input, the residual and the result."""
+    case = GroupedCase((1, 8, 1, 5), 8, groups, dtype, kernel=(1, 3), padding=(0, 1))
+    side = case.tensor(case.out_shape, 5)
+    found = []
+    for move, room in ((Tensor.clone, torch.empty_like(case.x)), (far, far_apart(dtype))):
+        x, *rest = case.pending
+        args = (move(x), *rest, case.weight, case.bias, *case.geometry)
+        _, stats = CONV_FUSED_FPROP.overload("cuda")(*args, True, room)
+        y = room.clone()
+        CONV_FUSED_JOIN.overload("cuda")(*args, None, move(side), None, 1, 0.0, room)
+        found.append((y, stats, room))
+    assert all(torch.equal(ours, expected) for ours, expected in zip(*found))
 
 
 @pytest.mark.parametrize("groups", [4, 2, 16])

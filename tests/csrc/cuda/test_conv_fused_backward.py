@@ -10,7 +10,8 @@ from cuda_convs import ACTS, DTYPES, GEOMETRIES, GROUPS, GroupedCase
 from cuda_ops import compare, generator
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from slices import empty_slice
+from slices import empty_slice, far, far_apart
+from torch import Tensor
 
 from fusedres.ops.conv_fused_backward import BN_GRAD_ROWS, CONV_FUSED_DGRAD, CONV_FUSED_WGRAD
 
@@ -99,6 +100,23 @@ def test_into_a_slice_and_onto_the_addend(dtype):
     untouched()
     CONV_FUSED_DGRAD.overload("cuda")(*args, addend, addend)
     assert torch.equal(addend, expected)
+
+
+@pytest.mark.parametrize("groups", [2, 8], ids=["groups", "depthwise"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offsets_beyond_32_bits(dtype, groups):
+    """Of every operand, and of the input's gradient."""
+    case = GroupedCase((1, 8, 1, 5), 8, groups, dtype, kernel=(1, 3), padding=(0, 1))
+    addend = case.tensor(case.shape, 11)
+    found = []
+    for move, room in ((Tensor.clone, torch.empty_like(case.x)), (far, far_apart(dtype))):
+        (g, y, rows), (x, *pending) = case.gradient, case.pending
+        gradient, operands = (move(g), move(y), rows), (move(x), *pending, *case.geometry)
+        _, sums = CONV_FUSED_DGRAD.overload("cuda")(*gradient, case.weight, *operands, move(addend), room)
+        weight = torch.empty_like(case.weight)
+        CONV_FUSED_WGRAD.overload("cuda")(*gradient, *operands, weight)
+        found.append((room, sums, weight))
+    assert all(torch.equal(ours, expected) for ours, expected in zip(*found))
 
 
 @pytest.mark.parametrize("groups", [4, 2, 16])

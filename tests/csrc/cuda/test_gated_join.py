@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fusedres.ops.gated_join import GATED_JOIN, GATED_JOIN_BACKWARD
-from fusedres.testing import channels_last, contiguous
+from fusedres.testing import contiguous
 
 relaxed = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -73,9 +73,3 @@ def test_wrong_input():
         GATED_JOIN.overload("cuda")(f, f, f.contiguous(memory_format=torch.channels_last), None)
     with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
         GATED_JOIN.overload("cuda")(f.double(), f.double(), f.double(), None)
-
-
-def test_opcheck():
-    grad, logits, f, x = gated_operands(channels_last, (2, 5, 4, 3), torch.bfloat16, "cpu")
-    torch.library.opcheck(GATED_JOIN.overload("cuda"), (f, logits, x, THRESHOLD))
-    torch.library.opcheck(GATED_JOIN_BACKWARD.overload("cuda"), (grad, logits, f, x, None, True, False))

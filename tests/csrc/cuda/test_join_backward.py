@@ -195,15 +195,3 @@ def test_empty():
     flags = (True, 1.0, True, False, True)
     sums, *tensors = JOIN_BACKWARD.overload("cuda")(case.grad, *case.operands, *flags)
     assert torch.equal(sums, torch.zeros(3, 5)) and all(t.shape == case.shape for t in tensors)
-
-
-def test_opcheck():
-    for gained, dropout in ((False, 0.0), (True, 0.5)):
-        case = JoinCase((2, 5, 4, 3), residual="affine", act=Activation("silu"), gained=gained, dropout=dropout)
-        args = (case.grad, *case.operands)
-        torch.library.opcheck(JOIN_BACKWARD_REDUCE.overload("cuda"), (*args, True, *case.modifiers))
-        flags = (case.sums(), 24.0, True, True, True)
-        torch.library.opcheck(JOIN_BACKWARD_APPLY.overload("cuda"), (*args, *flags, *case.modifiers))
-    into, _ = empty_slice(case.shape)
-    flags = (True, case.count, True, True, True, 0.5, case.seed, None)
-    torch.library.opcheck(JOIN_BACKWARD.overload("cuda"), (*args, *flags, into.zero_()))

@@ -90,10 +90,3 @@ def test_wrong_input():
         RK_COMBINE_BACKWARD.overload("cuda")(y, [1.0] * 129)
     with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
         RK_COMBINE.overload("cuda")(y.double(), [], [])
-
-
-def test_opcheck():
-    y0, y1, stages, weights = rk_operands(channels_last, (2, 5, 4, 3), 3, torch.bfloat16, "cpu")
-    torch.library.opcheck(RK_COMBINE.overload("cuda"), (y0, stages, weights))
-    torch.library.opcheck(RK_COMBINE_BACKWARD.overload("cuda"), (y0, weights))
-    torch.library.opcheck(RK_ERROR.overload("cuda"), (y0, y1, stages, weights, *TOLERANCES))

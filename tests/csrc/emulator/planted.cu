@@ -147,6 +147,20 @@ __global__ void dynamic(float* out) {
   out[threadIdx.x] = bytes[threadIdx.x];
 }
 
+__global__ void one(float* out) { out[0] = 0.f; }
+__global__ void __launch_bounds__(32) wasteful(float* out) {
+  __shared__ float tile[(48 << 8) + 1];
+  tile[threadIdx.x] = 0.f;
+  out[threadIdx.x] = tile[threadIdx.x];
+}
+
+__global__ void __launch_bounds__(32) both(float* out) {
+  extern __shared__ float bytes[];
+  __shared__ float tile[10 << 8];
+  tile[threadIdx.x] = bytes[threadIdx.x] = 0.f;
+  out[threadIdx.x] = tile[threadIdx.x] + bytes[threadIdx.x];
+}
+
 struct Case {
   std::vector<float> in, expected;
   float *device_in, *device_out;
@@ -206,15 +220,14 @@ void run_barriers() {
   c.finish();
 }
 template <Bug kBug>
-void run_grids() {
-  constexpr int kBlocks = 4;
-  Case c(kBlocks, kBlocks);
-  c.expected.assign(kBlocks, kBlocks);
+void run_grids(int blocks = 4) {
+  Case c(blocks, blocks);
+  c.expected.assign(blocks, static_cast<float>(blocks));
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(kBlocks);
+  config.gridDim = dim3(blocks);
   config.blockDim = dim3(32);
   config.attrs = &attribute;
   config.numAttrs = 1;
@@ -224,6 +237,37 @@ void run_grids() {
 void run_misaligned_twice() {
   run_simple<kMisaligned>();
   run_simple<kMisaligned>();
+}
+template <int kBlocks>
+void run_many_grids() {
+  run_grids<kNone>(kBlocks);
+}
+// A launch with one of the sizes beyond what compute capability 9.0 has.
+void run_shape(dim3 grid, dim3 block) {
+  Case c(1, kThreads);
+  one<<<grid, block>>>(c.device_out);
+  c.finish();
+}
+void run_too_large_a_block() { run_shape(1, 1056); }
+void run_too_deep_a_block() { run_shape(1, dim3(1, 1, 65)); }
+void run_too_tall_a_grid() { run_shape(dim3(1, 65536), 1); }
+void run_empty_grid() { run_shape(0, 1); }
+void run_too_much_static_shared() {
+  Case c(1, kThreads);
+  wasteful<<<1, 32>>>(c.device_out);
+  c.finish();
+}
+void run_static_and_dynamic_shared() {
+  Case c(1, kThreads);
+  both<<<1, 32, 40 << 10>>>(c.device_out);
+  c.finish();
+}
+void run_more_shared_than_there_is() {
+  Case c(1, kThreads);
+  const cudaError_t refused =
+      cudaFuncSetAttribute(dynamic, cudaFuncAttributeMaxDynamicSharedMemorySize, (227 << 10) + 1);
+  printf("%s: ", refused == cudaSuccess ? "allowed" : "refused");
+  c.finish();
 }
 void run_too_many_threads() {
   Case c(1, kThreads);
@@ -269,8 +313,17 @@ int main(int, char** arguments) {
       {"blocks race", run_blocks<kBlocksRace>},
       {"barriers", run_barriers<kNone>},
       {"missing arrival", run_barriers<kMissingArrival>},
-      {"grids", run_grids<kNone>},
-      {"missing grid sync", run_grids<kMissingGridSync>},
+      {"grids", run_many_grids<4>},
+      {"many grids", run_many_grids<2 * 32>},
+      {"too many cooperative blocks", run_many_grids<2 * 32 + 1>},
+      {"missing grid sync", [] { run_grids<kMissingGridSync>(); }},
+      {"too large a block", run_too_large_a_block},
+      {"too deep a block", run_too_deep_a_block},
+      {"too tall a grid", run_too_tall_a_grid},
+      {"empty grid", run_empty_grid},
+      {"too much static shared", run_too_much_static_shared},
+      {"static and dynamic shared", run_static_and_dynamic_shared},
+      {"more shared than there is", run_more_shared_than_there_is},
       {"too many threads", run_too_many_threads},
       {"too much shared", run_too_much_shared},
       {"much shared", run_much_shared},

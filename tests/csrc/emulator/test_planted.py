@@ -11,7 +11,7 @@ from emulated import needs_emulator, program, run
 pytestmark = needs_emulator
 
 SOURCE = Path(__file__).with_name("planted.cu")
-RIGHT = ("pipeline", "simple", "warps", "blocks", "barriers", "grids", "much shared")
+RIGHT = ("pipeline", "simple", "warps", "blocks", "barriers", "grids", "many grids", "much shared")
 
 # By name, what "check" mode says.
 BUGS = {
@@ -32,6 +32,14 @@ BUGS = {
     "blocks race": r"write after write at global address",
     "missing arrival": r"divergence: .* an mbarrier",
     "missing grid sync": r"race|uninitialised read",
+    "too large a block": r"at most 1024 threads",
+    "too deep a block": r"64 of them in z",
+    "too tall a grid": r"at most 2\^31-1, 65535 and 65535 blocks",
+    "empty grid": r"an empty grid or block",
+    "too many cooperative blocks": r"65 cooperative blocks, but only 64 run at once",
+    "too much static shared": r"49156 bytes of static shared memory; the limit is 48 KiB",
+    "static and dynamic shared": r"10240 bytes of static and 40960 of dynamic shared memory; .* 48 KiB",
+    "more shared than there is": r"refused: .*invalid",
     "too many threads": r"64 threads per block, but __launch_bounds__ allows 32",
     "too much shared": r"65536 bytes of dynamic shared memory, 49152 are allowed",
 }
@@ -39,7 +47,15 @@ BUGS = {
 WRONG_NUMBERS = {"missing barrier": 0, "missing wait": 0, "write after read": 1, "missing warp sync": 0}
 WRONG_NUMBERS |= {"uninitialised shared": 0, "missing grid sync": 0}
 STRUCTURAL = ("divergent barrier", "exited at barrier", "mask without caller", "mask of exited", "reads unnamed lane")
-STRUCTURAL += ("missing arrival", "too many threads", "too much shared")
+LIMITS = ("too large a block", "too deep a block", "too tall a grid", "empty grid", "too many cooperative blocks")
+LIMITS += (
+    "too much static shared",
+    "static and dynamic shared",
+    "more shared than there is",
+    "too many threads",
+    "too much shared",
+)
+STRUCTURAL += ("missing arrival", *LIMITS)
 OVERFLOWS = ("global out of bounds", "shared out of bounds")
 RACES = ("missing barrier", "write after read", "missing warp sync", "missing grid sync")
 

@@ -1,7 +1,7 @@
 """What ``run.py`` runs under ThreadSanitizer: every CPU kernel, from several threads at once.
 
-``exercise.py fused``: eight threads infer with one model, and train copies of it on one input. ``exercise.py planted
-LIBRARY``: a race.
+``exercise.py fused``: eight threads infer with one model, and train copies of it on one input. ``exercise.py wgrad``:
+eight threads compute one weight gradient. ``exercise.py planted LIBRARY``: a race.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import faulthandler
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -102,11 +103,36 @@ def fused() -> None:
         # Which sizes go this way depends on the instruction set.
         k, own_weight = kernels("cpu", torch.float32, "cpu"), torch.empty_like(weight)
         k.conv_wgrad(filters, wide, rows, 1, 0.0, [1, 1], [0, 0], [1, 1], own_weight)
+        filter3x3(k, wide, rows)
 
     net.eval()
     at_once(infer)
     at_once(train)
     assert not (missing := {name for name, op in OPS.items() if "cpu" in op.kernels} - called), missing
+    print("ran")
+
+
+def filter3x3(k: Any, x: Tensor, rows: Tensor) -> None:
+    """Minimal filtering: folded, forward, and both gradients."""
+    channels = x.shape[1]
+    weight, geometry = torch.randn(channels, channels, 3, 3), ([1, 1], [1, 1], [1, 1])
+    k.conv_winograd(x, k.conv_winograd_pack(weight), channels, None, x, 1, 0.0, [1, 1])
+    y, _ = k.conv_fused_fprop(x, rows, 1, 0.0, weight, None, *geometry, True)
+    k.conv_fused_dgrad(y, y, rows, weight, x, rows, 1, 0.0, *geometry)
+    k.conv_wgrad(y, x, rows, 1, 0.0, *geometry, torch.empty_like(weight))
+
+
+def wgrad() -> None:
+    """The first call is alone, so that all memory that a kernel keeps is there when the others come."""
+    x, grad = (torch.randn(2, c, 12, 12).contiguous(memory_format=torch.channels_last) for c in (32, 48))
+    k, geometry = kernels("cpu", torch.float32, "cpu"), ([1, 1], [0, 0], [1, 1])
+
+    def compute(_: int) -> None:
+        for _ in range(4):
+            k.conv_wgrad(grad, x, None, 0, 0.0, *geometry, torch.empty(48, 32, 1, 1))
+
+    compute(0)
+    at_once(compute)
     print("ran")
 
 
@@ -116,8 +142,22 @@ def planted(library: str) -> None:
     print("ran")
 
 
+def main(name: str, *arguments: str) -> int:
+    """The exit status."""
+    # Whoever watches ends the process, with the stacks that it finds; these are Python's.
+    faulthandler.dump_traceback_later(300)
+    try:
+        {"fused": fused, "wgrad": wgrad, "planted": planted}[name](*arguments)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(200, exit=True)
-    {"fused": fused, "planted": planted}[sys.argv[1]](*sys.argv[2:])
+    status = main(*sys.argv[1:])
     sys.stdout.flush()
-    os._exit(0)  # without libtorch's end, in which the sanitizer has been seen to hang
+    sys.stderr.flush()
+    # Without libtorch's end, in which the sanitizer has been seen to hang; and after an error, too, for a hang there
+    # is not even watched: the interpreter's end takes faulthandler's watchdog away first.
+    os._exit(status)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fusedres.patch import explain
+from fusedres.patch import explain, patch
 
 from ..blocks import check_patched, images
 from .test_residual import block
@@ -65,3 +65,34 @@ def test_what_the_model_does_around_it_stays():
 
     report = check_patched(block(forward))
     assert [site.convolutions for site in report.fused] == [("conv1",)]
+
+
+def test_modules_that_begin_with_their_norm_are_one_run():
+    """As in DPN, whose last convolution's output is sliced."""
+
+    class Pre(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = Pre(), Pre(), Pre()
+
+        def forward(self, x):
+            y = self.c(self.b(self.a(x)))
+            return x[:, :2] + y[:, :2], torch.cat([x[:, 2:], y[:, 2:]], 1)
+
+    report = check_patched(Block())
+    assert [(site.path, site.pattern) for site in report.fused] == [("", "bn-relu-conv x 3")]
+
+
+def test_a_convolution_and_an_activation_are_stock_in_training():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3), nn.ReLU(inplace=True))
+    report = patch(model)
+    assert report.coverage == 1.0
+    assert "in training there is nothing to save" in report.fused[0].remark
+    stock, patched = report.bytes_per_image((2, 3, 64, 64))
+    assert patched == stock
+    out = model(torch.randn(2, 3, 64, 64, requires_grad=True))
+    assert "Relu" in type(out.grad_fn).__name__

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision_shim import torchvision_models
 
+from fusedres.engine.pending import _rounded
 from fusedres.patch import explain, patch, unpatch
+from fusedres.testing import channels_last, compare
 
 from ..blocks import assert_same, check_patched, images, settled
 from ..chance import check_seeded, counter_dropout
@@ -150,16 +152,138 @@ def test_a_mode_that_changes_later_is_honoured(package, option, value):
     assert called == [1]
 
 
-def test_somebody_elses_stays_outside():
-    class DropPath(nn.Module):
-        def forward(self, x):
-            if not self.training:
-                return x
-            return x * torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype).bernoulli_(0.5)
+def drop_path(x, drop_prob=0.0, training=False):
+    """As most repositories write it."""
+    if drop_prob == 0.0 or not training:
+        return x
+    keep_prob = 1 - drop_prob
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+    random_tensor = keep_prob + torch.rand(shape, dtype=x.dtype, device=x.device)
+    random_tensor.floor_()
+    return x.div(keep_prob) * random_tensor
 
-    report = check_seeded(block(lambda self, x: F.relu(self.drop(self.branch(x)) + x), drop=DropPath()))
+
+class DropPath(nn.Module):
+    def __init__(self, drop_prob=0.5):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x):
+        return drop_path(x, self.drop_prob, self.training)
+
+
+class Bernoulli(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x * torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype).bernoulli_(0.5)
+
+
+class DropPixels(nn.Module):
+    """One mask for all channels, but another factor for every pixel."""
+
+    def forward(self, x):
+        return x * (torch.rand(x.shape[0], 1, *x.shape[2:], dtype=x.dtype) > 0.5) if self.training else x
+
+
+@pytest.mark.parametrize("drop", [DropPath, Bernoulli])
+@pytest.mark.parametrize(
+    ("forward", "pattern"),
+    [
+        (
+            lambda self, x: F.relu(self.drop(self.branch(x)) + x),
+            "post-activation residual (identity, stochastic depth)",
+        ),
+        (
+            lambda self, x: x + self.drop(self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))),
+            "pre-activation residual (identity, stochastic depth)",
+        ),
+        (
+            lambda self, x: self.drop(self.se(self.branch(x))) + x,
+            "linear residual (identity, squeeze-excitation, stochastic depth)",
+        ),
+    ],
+)
+def test_stochastic_depth_of_the_users(drop, forward, pattern):
+    report = check_seeded(block(forward, drop=drop(), se=SEBlock()))
+    assert only_site(report).pattern == pattern
+    assert "drop (stochastic depth)" in report.source("")
+
+
+def test_stochastic_depth_of_nothing_is_an_identity():
+    report = check_patched(block(lambda self, x: F.relu(self.drop(self.branch(x)) + x), drop=DropPath(0.0)))
+    assert only_site(report).pattern == "post-activation residual (identity)"
+
+
+def test_the_users_probability_may_change():
+    model = block(lambda self, x: F.relu(self.drop(self.branch(x)) + x), drop=DropPath())
+    check_seeded(model)
+    stock = copy.deepcopy(model)
+    unpatch(stock)
+    for p in (0.25, 0.0, 0.9):
+        model.drop.drop_prob = stock.drop.drop_prob = p
+        assert_same(model, stock, images())
+    model.drop.forward = stock.drop.forward = lambda x: x * 3
+    assert_same(model, stock, images())
+
+
+def test_somebody_elses_stays_outside():
+    report = check_seeded(block(lambda self, x: F.relu(self.drop(self.branch(x)) + x), drop=DropPixels()))
     assert only_site(report).pattern == "conv-bn-relu-conv-bn"
     assert "self.drop(" in report.source("")
+
+
+def test_a_function_that_drops_stays_outside_with_its_mode():
+    model = block(lambda self, x: F.relu(drop_path(self.branch(x), self.p, self.training) + x))
+    model.p = 0.5
+    report = check_seeded(model)
+    assert only_site(report).pattern == "conv-bn-relu-conv-bn"
+    assert "drop_path(" in report.source("")
+    stock = copy.deepcopy(model)
+    unpatch(stock)
+    model.p = stock.p = 0.1
+    assert_same(model, stock, images())
+
+
+@pytest.mark.parametrize(
+    ("forward", "pattern"),
+    [
+        (
+            lambda self, x: F.relu(self.drop(self.branch(x)) + x),
+            "post-activation residual (identity, dropout of channels)",
+        ),
+        (
+            lambda self, x: F.relu(self.bn2(self.conv2(self.drop(F.relu(self.bn1(self.conv1(x)))))) + x),
+            "post-activation residual (identity, dropout of channels)",
+        ),
+        (
+            lambda self, x: F.relu(F.dropout2d(self.branch(x), 0.3, self.training) + x),
+            "post-activation residual (identity, dropout of channels)",
+        ),
+        (
+            lambda self, x: self.conv2(self.drop(F.leaky_relu(self.bn1(self.conv1(x)), 0.1))),
+            "conv-bn-leaky_relu(0.1)-dropout2d-conv",
+        ),
+        (lambda self, x: F.relu(self.drop(self.se(self.branch(x))) + x), "conv-bn-relu-conv-bn-se"),
+        (lambda self, x: self.drop(F.silu(self.bn1(self.conv1(x)))), "conv-bn-silu"),
+    ],
+)
+def test_dropout_of_channels(forward, pattern):
+    report = check_seeded(block(forward, drop=nn.Dropout2d(0.4), se=SEBlock()))
+    assert report.fused[0].pattern == pattern, str(report)
+
+
+def test_dropout_of_channels_in_place():
+    report = check_seeded(block(lambda self, x: self.drop(self.branch(x)) + x, drop=nn.Dropout2d(0.4, inplace=True)))
+    assert only_site(report).pattern == "linear residual (identity, dropout of channels)"
+
+
+@pytest.mark.parametrize("drop", [DropPath(0.25), nn.Dropout2d(0.25)], ids=["depth", "channels"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_masks_within_the_budgets(drop, autocast):
+    model = block(lambda self, x: F.relu(self.drop(self.branch(x)) + x), drop=drop)
+    model.register_forward_pre_hook(lambda *_: torch.manual_seed(3) and None)
+    compare(model.train(), patch, lambda seed: [channels_last((8, 4, 24, 24), seed=seed)], autocast=autocast).check()
 
 
 # -- dropout as a function --------------------------------------------------------------------------------------------
@@ -211,3 +335,16 @@ def test_a_dropout_that_is_always_on_or_off():
     model = block(lambda self, x: torch.sigmoid(F.dropout(self.conv1(x), 0.5)))
     reasons = {d.path: d.reason for d in explain(model).declined}
     assert "is a dropout that is not switched by its module's mode" in reasons["conv1"]
+
+
+@pytest.mark.parametrize("drop", [DropPath(0.25), nn.Dropout2d(0.25)], ids=["depth", "channels"])
+def test_bytes_of_masks_are_predicted(drop):
+    model = block(lambda self, x: F.relu(self.drop(self.branch(x)) + x), drop=drop)
+    stock, patched = patch(model).bytes_per_image((2, 4, 32, 32))
+    assert patched < stock
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_number_is_rounded_as_a_tensor_is(dtype):
+    for number in (1.0, 1 / 0.75, 1 / 0.9, 2.0, 1 / 0.3, 1 / 3, 0.0):
+        assert _rounded(number, dtype) == torch.tensor(number, dtype=dtype).item()
