@@ -111,7 +111,8 @@ UTMALDG stands before STG), at the price of registers, and of shared memory for 
 full. By address that fails: the next tile's addresses take the registers that this one's result needs (all 128 in
 `fprop` with a prologue and in `dgrad` with a skip), and `dgrad` then keeps 41 KiB of tiles in flight instead of 57.
 `wgrad` is split so that its grid fills the device once, with long loops: there is no next tile. Nor is it for 3x3
-kernels, whose nine taps are steps enough.
+kernels, whose nine taps are steps enough. On sm_100, where sums lie in tensor memory and pass through registers on their
+way out, the loop spills 8 bytes of a thread in the 1x1 `fprop` of stride 2 and 40 in the join: not tried there.
 
 **Stores** and the epilogue's reads stay by address. They happen once for a tile and are 16 bytes wide already
 (STG.E.128), and statistics, masks and sums need the same values in registers.

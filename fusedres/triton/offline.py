@@ -115,6 +115,9 @@ def _usage(text: str) -> tuple[int, int]:
     return int(registers), int(stack) + int(local)
 
 
+_PRODUCT = re.compile(r"\b[A-Z]+MMA\b")  # HMMA, HGMMA, UTCHMMA; not HFMA2.MMA, which is none
+
+
 def _loop(text: str) -> list[str]:
     """The shortest loop with matrix instructions: up to a branch backwards, and without an exit."""
     code = [(int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;/]*);", text)]
@@ -123,7 +126,7 @@ def _loop(text: str) -> list[str]:
         target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", line)
         if target and int(target[1], 16) < at:
             body = [inside for where, inside in code if int(target[1], 16) <= where <= at]
-            if any("MMA" in each for each in body) and not any("EXIT" in each for each in body):
+            if any(map(_PRODUCT.search, body)) and not any("EXIT" in each for each in body):
                 loops.append(body)
     return min(loops, key=len, default=[])
 
@@ -132,7 +135,7 @@ def _loads_ahead(loop: list[str]) -> bool:
     """Whether the first copy by tensor descriptor stands between matrix instructions and the first store."""
     copies = [i for i, line in enumerate(loop) if "UTMALDG" in line]
     stores = [i for i, line in enumerate(loop) if re.search(r"\bSTG\b", line)]
-    products = [i for i, line in enumerate(loop) if "MMA" in line]
+    products = [i for i, line in enumerate(loop) if _PRODUCT.search(line)]
     return bool(copies and stores) and products[0] < copies[0] < stores[0]
 
 

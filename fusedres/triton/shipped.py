@@ -20,7 +20,7 @@ from . import load
 from .launch import Launch, recorded
 from .tuning import fixed, heuristic, observed, variants
 
-__all__ = ["launches", "measured"]
+__all__ = ["capabilities", "launches", "measured"]
 
 _BATCH = 256
 _RELU = 1
@@ -149,15 +149,23 @@ def _form(launch: Launch) -> tuple[Any, ...]:
 
 
 def measured(names: Sequence[str] | None = None) -> dict[str, dict[str, list[Any]]]:
-    """The :class:`~fusedres.triton.offline.Resources` of every launch, by architecture: descriptors from sm_90 on."""
-    from .offline import CAPABILITIES, compiled
+    """The :class:`~fusedres.triton.offline.Resources` of every launch, by the architectures that it is tried on."""
+    from .offline import compiled
 
-    table = {}
-    for name, launch in launches().items():
-        if names is None or name in names:
-            oldest = 90 if launch.meta.get("DESCRIPTORS") else 80
-            table[name] = {f"sm_{c}": list(compiled(launch, c)) for c in CAPABILITIES if c >= oldest}
-    return table
+    return {
+        name: {f"sm_{c}": list(compiled(launch, c)) for c in capabilities(launch)}
+        for name, launch in launches().items()
+        if names is None or name in names
+    }
+
+
+def capabilities(launch: Launch) -> list[int]:
+    """Those that a launch is for, of :data:`~fusedres.triton.offline.CAPABILITIES`: see :func:`~.tuning.variants`."""
+    from .offline import CAPABILITIES
+
+    if launch.meta.get("PERSISTENT"):
+        return [90]
+    return [c for c in CAPABILITIES if c >= 90 or not launch.meta.get("DESCRIPTORS")]
 
 
 if __name__ == "__main__":

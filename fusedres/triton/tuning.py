@@ -214,12 +214,13 @@ def variants(problem: Problem, tiles: Tiles, capability: int = 9) -> list[Tiles]
 
     None before compute capability 9.0, where the compiler turns descriptors into 64-bit addresses, which spill. And no
     persistent programs without descriptors: addresses of the next tile take the registers that this one's result needs,
-    and dgrad then loads with fewer tiles in flight.
+    and dgrad then loads with fewer tiles in flight. Nor from 10.0 on, where results that pass from tensor memory through
+    registers spill in that loop.
     """
     if capability < 9:
         return []
     found = [tiles._replace(descriptors=True)]
-    if _is_short(problem, tiles):
+    if capability == 9 and _is_short(problem, tiles):
         found.append(tiles._replace(descriptors=True, persistent=True))
     return [each for each in found if _fits(problem, each, capability)]
 

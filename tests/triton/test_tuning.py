@@ -69,6 +69,7 @@ def test_other_ways_over_the_best_tiles(each):
     assert all(way.descriptors and way._replace(descriptors=False, persistent=False) == tiles for way in found)
     short = each.kind != "wgrad" and each.gemm[2] <= 4 * tiles.depth
     assert [way.persistent for way in found] == [False, True][: 1 + short]
+    assert tuning.variants(each, tiles, 10) == found[:1]
     for way in found:
         programs = tuning.resident(each, way)
         assert programs >= 1 and programs * tuning.shared_bytes(each, way) <= 227 * 1024
