@@ -104,15 +104,16 @@ turns them into 64-bit addresses: on sm_80 the 1x1 `fprop` spills 168 bytes of a
 `dgrad` 544. Without a measurement tiles come by address, which every device has.
 
 **Persistent** programs, as many as run at once, loop over tiles in the order that a grid would have, so that
-neighbours still share rows. It is for depths of at most four steps, the 1x1 convolutions of 64 to 256 channels: with one
-step, as from 64 to 256 channels at 56x56, a program's pipeline has nothing to run ahead of. In one loop over all tiles
-the copies of the next tile begin before the stores of this one (`ahead` in the record: of the loop's instructions
-UTMALDG stands before STG), at the price of registers, and of shared memory for the result beside a pipeline that stays
-full. By address that fails: the next tile's addresses take the registers that this one's result needs (all 128 in
-`fprop` with a prologue and in `dgrad` with a skip), and `dgrad` then keeps 41 KiB of tiles in flight instead of 57.
-`wgrad` is split so that its grid fills the device once, with long loops: there is no next tile. Nor is it for 3x3
-kernels, whose nine taps are steps enough. On sm_100, where sums lie in tensor memory and pass through registers on their
-way out, the loop spills 8 bytes of a thread in the 1x1 `fprop` of stride 2 and 40 in the join: not tried there.
+neighbours still share rows. It is for depths of at most four steps, the 1x1 convolutions of 64 to 256 channels: with
+one step, as from 64 to 256 channels at 56x56, a program's pipeline has nothing to run ahead of. In one loop over all
+tiles the copies of the next tile begin before the stores of this one (`ahead` in the record: of the loop's
+instructions UTMALDG stands before STG), at the price of registers, and of shared memory for the result beside a
+pipeline that stays full. By address that fails: the next tile's addresses take the registers that this one's result
+needs (all 128 in `fprop` with a prologue and in `dgrad` with a skip), and `dgrad` then keeps 41 KiB of tiles in flight
+instead of 57. `wgrad` is split so that its grid fills the device once, with long loops: there is no next tile. Nor is
+it for 3x3 kernels, whose nine taps are steps enough. On sm_100, where sums lie in tensor memory and pass through
+registers on their way out, the loop spills 8 bytes of a thread in the 1x1 `fprop` of stride 2 and 40 in the join: not
+tried there.
 
 **Stores** and the epilogue's reads stay by address. They happen once for a tile and are 16 bytes wide already
 (STG.E.128), and statistics, masks and sums need the same values in registers.

@@ -214,8 +214,8 @@ def variants(problem: Problem, tiles: Tiles, capability: int = 9) -> list[Tiles]
 
     None before compute capability 9.0, where the compiler turns descriptors into 64-bit addresses, which spill. And no
     persistent programs without descriptors: addresses of the next tile take the registers that this one's result needs,
-    and dgrad then loads with fewer tiles in flight. Nor from 10.0 on, where results that pass from tensor memory through
-    registers spill in that loop.
+    and dgrad then loads with fewer tiles in flight. Nor from 10.0 on, where results pass from tensor memory through
+    registers, which spill in that loop.
     """
     if capability < 9:
         return []
