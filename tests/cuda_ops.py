@@ -282,25 +282,32 @@ def check_bn_join(
 RK_WEIGHTS = [0.125, -0.3, 1.0, 0.7, -1.4, 0.02, 2.0]
 TOLERANCES = (1e-3, 1e-4)
 THRESHOLD = 0.4
+_DRAWS = 9
 
 
 def rk_operands(
-    make: Callable[..., Tensor], shape: tuple[int, ...], stages: int, dtype: torch.dtype, device: str
+    make: Callable[..., Tensor], shape: tuple[int, ...], stages: int, dtype: torch.dtype, device: str, draw: int = 0
 ) -> tuple[Tensor, Tensor, list[Tensor], list[float]]:
     """Two states, stages, and their weights."""
-    y0, y1, *ks = (on_device(make(shape, dtype, seed), device) for seed in range(stages + 2))
+    y0, y1, *ks = (on_device(make(shape, dtype, 100 * draw + seed), device) for seed in range(stages + 2))
     return y0, y1, ks, (RK_WEIGHTS * (1 + stages // len(RK_WEIGHTS)))[:stages]
 
 
 def check_rk(make: Callable[..., Tensor], shape: tuple[int, ...], stages: int, dtype: torch.dtype, device: str) -> None:
     """The update, its backward, and the norm of the error."""
-    y0, y1, ks, weights = rk_operands(make, shape, stages, dtype, device)
+    y0, _, ks, weights = rk_operands(make, shape, stages, dtype, device)
     name = f"{shape} {dtype}, {stages} stages"
     (out,) = compare(name, RK_COMBINE, (y0, ks, weights))
     assert out.stride() == torch.empty_like(y0).stride()
     for grad in compare(f"{name}, backward", RK_COMBINE_BACKWARD, (y0, weights)):
         assert grad.stride() == torch.empty_like(y0).stride()
-    compare(f"{name}, error", RK_ERROR, (y0, y1, ks, weights, *TOLERANCES))
+    # A single number, whose rounding luck may spare: of one draw it says nothing.
+    draws = [rk_operands(make, shape, stages, dtype, device, draw) for draw in range(_DRAWS)]
+    errors = []
+    for overload, operands in (("cuda", draws), ("reference", draws), ("reference", wide(draws))):
+        call = RK_ERROR.overload(overload)
+        errors.append(torch.stack([call(*each, *TOLERANCES) for each in operands]))
+    assert_within_budget(*errors, f"{name}, error")
 
 
 def gated_operands(
