@@ -97,7 +97,7 @@ _WAYS_TAIL = """
 **By descriptor** one thread begins one copy for a whole tile, instead of each thread one for every 16 bytes with an
 address and a mask of its own. No kernel needs more registers for that, most need fewer, and the steps of `fprop` with a
 1x1 kernel and nothing pending are the shortest. Where an input is pending the step is hardly shorter: the norm's rows
-still come by address, and waiting for a copy and choosing the thread that begins it cost what addresses did. `wgrad`, of
+still come by address, and waiting for a copy and choosing the thread that begins it cost as much. `wgrad`, of
 whose small tiles each thread copies little, gains registers alone. What a tile waits for is not in the code, so tables
 decide: tuning tries descriptors on the best tiles by address, from compute capability 9.0 on. Before that the compiler
 turns them into 64-bit addresses: on sm_80 the 1x1 `fprop` spills 168 bytes of a thread with a prologue and 496 without,
