@@ -5,18 +5,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gang import Gang
-from hypothesis import settings
 from torch.utils import deterministic
 
 from fusedres import env, select
 
-settings.register_profile("fuzz", max_examples=500, print_blob=True)  # of each fuzz test: a slice of ``make fuzz``
+if find_spec("hypothesis") is not None:
+    from hypothesis import settings
+
+    # The same cases in every run; ``--hypothesis-profile=default`` looks for new ones.
+    settings.register_profile("suite", derandomize=True)
+    settings.register_profile("fuzz", max_examples=500, print_blob=True)  # of each fuzz test: a slice of ``make fuzz``
+    settings.load_profile("suite")
 
 
 class WithoutHypothesis(MetaPathFinder):

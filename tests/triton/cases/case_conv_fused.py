@@ -18,10 +18,12 @@ relaxed = settings(deadline=None, max_examples=8, suppress_health_check=[HealthC
 
 
 class Case:
-    def __init__(self, device, shape, filters, geometry, dtype, act=1, normed=True, bias=True, make=channels_last):
+    def __init__(
+        self, device, shape, filters, geometry, dtype, act=1, normed=True, bias=True, make=channels_last, seed=1
+    ):
         self.kernel, *self.geometry = GEOMETRIES[geometry]
         c = shape[1]
-        self.x = make(shape, dtype, 1).to(device)
+        self.x = make(shape, dtype, seed).to(device)
         self.norm = rows(c, 2, device) if normed else None
         self.act = act
         weight = torch.randn(filters, c, *self.kernel, generator=torch.Generator().manual_seed(3))
@@ -152,11 +154,14 @@ def test_slices_by_descriptor(device, offset, described):
     way=st.sampled_from([None, *WAYS]),
 )
 def test_any_shape(device, shape, filters, geometry, normed, way):
-    case = Case(device, shape, filters, geometry, torch.bfloat16, 4, normed)
-    with walked(way) if way else nullcontext():
-        ours, plain, exact = case.every(CONV_FUSED_FPROP, True)
-    assert_within_budget(ours[0], plain[0], exact[0])
-    check_statistics(ours[1], ours[0])
+    draws = []
+    for seed in range(1, 2 + 8 // filters):  # statistics of a filter or two are too few numbers to judge by
+        case = Case(device, shape, filters, geometry, torch.bfloat16, 4, normed, seed=seed)
+        with walked(way) if way else nullcontext():
+            ours, plain, exact = case.every(CONV_FUSED_FPROP, True)
+        assert_within_budget(ours[0], plain[0], exact[0])
+        draws.append(ours)
+    check_statistics(torch.cat([stats for _, stats in draws], 1), torch.cat([y for y, _ in draws], 1))
 
 
 def test_the_same_from_run_to_run(device):
