@@ -89,7 +89,7 @@ gpu:
 results: install
 	$(PY) -m fusedres bench --json
 	$(PY) -m fusedres bench --architectures --json
-	$(PY) -m fusedres memory resnet50 densenet121 seresnet50 preresnet50 --json --budget 60 --out docs/memory.svg
+	$(PY) -m fusedres memory resnet50 densenet121 seresnet50 preresnet50 --json --budget 300 --out docs/memory.svg
 	$(PY) -m fusedres growth --json
 	$(MAKE) report
 
