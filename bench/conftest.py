@@ -94,8 +94,7 @@ def enter(request, benchmark, groups) -> Callable[..., None]:
         device: str = "cpu",
     ) -> None:
         finish = groups.finish(group, contestant, entrants, turns, seconds, device)
-        label = f"{group.group}, {group.layout}" if group.layout != "channels_last" else group.group
-        replay(benchmark, finish, label, device)
+        replay(benchmark, finish, group.group, device)
 
     return run
 

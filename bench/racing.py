@@ -79,7 +79,7 @@ class Groups:
             seconds: about what a sample of the fastest takes.
             device: where it runs.
         """
-        key = group.suite, group.group, group.layout
+        key = group.suite, group.group
         if key not in self.found:
             # In a smoke test a single turn, behind a single call.
             how = (1, 1, 0.0) if self.smoke else (turns, 3, seconds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,27 +12,34 @@ from fusedres.analysis.devices import device_of
 from fusedres.analysis.traffic import traffic_on
 from fusedres.benchmarking import grid
 from fusedres.benchmarking.peers import BASELINE, COMPILE, OURS
+from fusedres.benchmarking.peers.eager import Eager
 from fusedres.benchmarking.peers.ours import Fusedres
 from fusedres.benchmarking.results import Measurement
 
-PEERS = (BASELINE, OURS, Fusedres(backend="reference"), COMPILE)
+PEERS = {
+    "channels_last": (BASELINE, OURS, Fusedres(backend="reference"), COMPILE),
+    "contiguous": (Eager("contiguous"), OURS, COMPILE),
+}
+"""By the layout of their input."""
+
 CASES = [
-    grid.Case(block, shape, training, autocast)
+    (grid.Case(block, shape, training, autocast, layout), peer)
+    for layout, peers in PEERS.items()
     for block, shapes in BLOCKS.items()
-    for shape in shapes
+    for shape in (shapes if layout == "channels_last" else shapes[:1])
     for training in (True, False)
     for autocast in (None, torch.bfloat16)
+    for peer in peers
 ]
 
 
-@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "peer"), CASES, ids=lambda value: getattr(value, "name", None) or str(value))
 def test_block(enter, smoke, case, peer):
     if smoke and peer is COMPILE:
         pytest.skip("nothing is compiled in a smoke test")
     if smoke:
-        case = grid.Case(case.block, SMOKE_BLOCK, case.training, case.autocast)
-    peers = PEERS[:-1] if smoke else PEERS
+        case = replace(case, shape=SMOKE_BLOCK)
+    peers = [peer for peer in PEERS[case.layout] if not (smoke and peer is COMPILE)]
     group = Measurement(
         "block",
         case.block,
@@ -39,6 +48,7 @@ def test_block(enter, smoke, case, peer):
         case.shape,
         "",
         autocast=case.autocast is not None,
+        layout=case.layout,
     )
     enter(
         group, peer.name, lambda: grid.entrants(case, peers, memory=not smoke, modelled=None if smoke else model(case))

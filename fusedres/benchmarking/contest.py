@@ -83,7 +83,7 @@ def enter_all(
 
     Args:
         subject: the network's name.
-        model: stock, in channels_last, on the device of the batches.
+        model: stock, in the layout and on the device of the batches.
         batches: of one size, for the calls in turn; the first is what is checked.
         peers: the first is the baseline, as a rule :data:`.peers.BASELINE`.
         budget: what does not fit in it is missing, with that reason. The first two are always prepared.
@@ -118,6 +118,7 @@ def _about(
         tuple(batch.images.shape),
         peer.name,
         autocast=workload.autocast is not None,
+        layout=batch.layout,
         depth=depth,
         images=len(batch),
         moved=None if cost is None else cost.nbytes,

@@ -17,7 +17,7 @@ from ..models.densenet import DenseStage
 from ..models.preresnet import PreActBottleneck
 from ..models.resnet import BasicBlock, Bottleneck
 from ..models.wrn import WideBlock
-from ..testing import channels_last
+from ..testing import INPUTS
 from .agreement import verdict
 from .memory import peak_allocated, saved_bytes
 from .peers import BASELINE, OURS, Peer
@@ -27,7 +27,7 @@ from .results import Measurement
 from .rotation import copies
 from .shapes import BLOCK_INPUTS as SHAPES
 from .timing import Timing, speedup
-from .workloads import Workload
+from .workloads import FORMATS, Workload
 
 if TYPE_CHECKING:
     from ..analysis.traffic import Traffic
@@ -79,18 +79,24 @@ NOT_SLOWER = 0.97
 
 @dataclass(frozen=True)
 class Case:
-    """A block, the shape of its input, what is timed, and the dtype of autocast, if any."""
+    """A block, the shape and the layout of its input, what is timed, and the dtype of autocast, if any."""
 
     block: str
     shape: tuple[int, int, int, int]
     training: bool
     autocast: torch.dtype | None = None
+    layout: str = "channels_last"
 
     @property
     def group(self) -> str:
         """The case without its shape."""
         mode = "train" if self.training else "inference"
-        return f"{self.block} {mode} {'fp32' if self.autocast is None else 'bf16'}"
+        layout = "" if self.layout == "channels_last" else f" {self.layout}"
+        return f"{self.block} {mode} {'fp32' if self.autocast is None else 'bf16'}{layout}"
+
+    def input(self, seed: int) -> Tensor:
+        """Normal numbers of its shape in its layout."""
+        return INPUTS[self.layout](self.shape, seed=seed)
 
     @property
     def workload(self) -> Workload:
@@ -146,12 +152,12 @@ def entrants(
     """
     torch.compiler.reset()  # else the eighth block of a class would run as eager
     stock = _stock(case).to(device)
-    xs = [channels_last(case.shape, seed=seed).to(device) for seed in range(copies(4 * math.prod(case.shape), device))]
+    xs = [case.input(seed).to(device) for seed in range(copies(4 * math.prod(case.shape), device))]
     with torch.no_grad():
-        grad = channels_last(copy.deepcopy(stock)(xs[0]).shape, seed=1).to(device)
+        grad = INPUTS[case.layout](copy.deepcopy(stock)(xs[0]).shape, seed=1).to(device)
     referee = Referee(
         stock,
-        lambda seed: channels_last(case.shape, seed=seed).to(device),
+        lambda seed: case.input(seed).to(device),
         autocast=case.autocast,
         backward=case.training,
         input_gradients=case.training,
@@ -184,7 +190,7 @@ def _cell(case: Case, finishes: Sequence[Finish]) -> Cell:
 
 def _stock(case: Case) -> nn.Module:
     torch.manual_seed(0)
-    return BLOCKS[case.block](case.shape[1]).to(memory_format=torch.channels_last).train(case.training)
+    return BLOCKS[case.block](case.shape[1]).to(memory_format=FORMATS[case.layout]).train(case.training)
 
 
 def _entrant(
@@ -205,6 +211,7 @@ def _entrant(
         case.shape,
         peer.name,
         autocast=case.autocast is not None,
+        layout=case.layout,
         baseline=baseline,
         images=case.shape[0],
     )

@@ -155,7 +155,7 @@ def times(value: float | None) -> str:
 class Measurement:
     """One contestant of one group: what it took, and what that means. What was not measured is ``None``.
 
-    A group is a subject, a workload, a dtype and a shape; its contestants were timed in turns.
+    A group is a subject, a workload, a dtype, a shape and a layout; its contestants were timed in turns.
 
     Attributes:
         suite: ``"op"``, ``"block"``, ``"model"``, ``"ode"``, or that of a command: ``"growth"``, ``"first step"``,
@@ -211,7 +211,8 @@ class Measurement:
         """What its contestants share, in words."""
         dtype = f"{self.dtype} autocast" if self.autocast else self.dtype
         shape = "x".join(map(str, self.shape))
-        return ", ".join(part for part in (self.subject, self.variant, self.workload, dtype, shape) if part)
+        layout = "" if self.layout == "channels_last" else self.layout
+        return ", ".join(part for part in (self.subject, self.variant, self.workload, dtype, shape, layout) if part)
 
     @property
     def remark(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,41 +17,56 @@ from ..patch import patch
 from ..testing import Comparison, compare
 from .rotation import copies
 
-__all__ = ["INFERENCE_BF16", "INFERENCE_FP32", "TRAIN_BF16", "TRAIN_FP32", "Batch", "Workload", "settle"]
+__all__ = ["FORMATS", "INFERENCE_BF16", "INFERENCE_FP32", "TRAIN_BF16", "TRAIN_FP32", "Batch", "Workload", "settle"]
+
+FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+"""Layouts by their names."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images in channels_last, and their classes."""
+    """Images, and their classes."""
 
     images: Tensor
     classes: Tensor
+    layout: str = "channels_last"
 
     @classmethod
     def random(
-        cls, size: int, resolution: int, seed: int = 0, num_classes: int = 1000, device: torch.device | str = "cpu"
+        cls,
+        size: int,
+        resolution: int,
+        seed: int = 0,
+        num_classes: int = 1000,
+        device: torch.device | str = "cpu",
+        layout: str = "channels_last",
     ) -> Batch:
         generator = torch.Generator().manual_seed(seed)
         images = torch.randn(size, 3, resolution, resolution, generator=generator)
         classes = torch.randint(num_classes, (size,), generator=generator)
-        return cls(images.to(device).contiguous(memory_format=torch.channels_last), classes.to(device))
+        return cls(images.to(device).contiguous(memory_format=FORMATS[layout]), classes.to(device), layout)
 
     @classmethod
     def several(
-        cls, size: int, resolution: int, num_classes: int = 1000, device: torch.device | str = "cpu"
+        cls,
+        size: int,
+        resolution: int,
+        num_classes: int = 1000,
+        device: torch.device | str = "cpu",
+        layout: str = "channels_last",
     ) -> tuple[Batch, ...]:
         """As many different ones as it takes for none to be in a cache when its turn comes."""
-        first = cls.random(size, resolution, 0, num_classes, device)
+        first = cls.random(size, resolution, 0, num_classes, device, layout)
         others = range(1, copies(first.images.nbytes, device))
-        return (first, *(cls.random(size, resolution, seed, num_classes, device) for seed in others))
+        return (first, *(cls.random(size, resolution, seed, num_classes, device, layout) for seed in others))
 
     def to(self, dtype: torch.dtype) -> Batch:
         """With images of this dtype."""
-        return Batch(self.images.to(dtype), self.classes)
+        return replace(self, images=self.images.to(dtype))
 
     def shifted(self, seed: int) -> Tensor:
         """The images moved to the side by as many pixels: other numbers in the same shape and layout."""
-        return self.images.roll(seed, 3).contiguous(memory_format=torch.channels_last)
+        return self.images.roll(seed, 3).contiguous(memory_format=FORMATS[self.layout])
 
     def loss(self, logits: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), self.classes)

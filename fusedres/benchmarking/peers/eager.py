@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
+from ..workloads import FORMATS
 from .base import Peer
 
 __all__ = ["Eager"]
-
-_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
 class Eager(Peer):
@@ -21,7 +19,7 @@ class Eager(Peer):
     schedule = "stock"
 
     def __init__(self, layout: str) -> None:
-        self._format = _FORMATS[layout]
+        self._format = FORMATS[layout]
         self.name = "eager" if layout == "channels_last" else f"eager, {layout}"
 
     def prepare(self, model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
