@@ -6,37 +6,21 @@ code; :func:`run` binds it to a module's parameters as they are at that moment a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .engine import (
-    GATES,
-    IDENTITY_SHORTCUT,
-    ConvSlot,
-    DenseProgram,
-    ExciteSlot,
-    GainSlot,
-    Link,
-    MaskSlot,
-    NormSlot,
-    Program,
-    execute,
-    execute_dense,
-    group_of,
-    is_constant,
-)
+from . import graphs
+from .binding import Binder, NotOurs, folded_weights, module_at, names_of
+from .engine import GATES, DenseProgram, Program, execute, execute_dense, group_of, is_constant
 from .engine.verdict import judged
-from .mask import mask_of
 from .ops.activations import IDENTITY, RELU, Activation
-from .ops.conv import geometry
 from .select import by_measurement, too_small
 from .walk import Op, activated, walk
 
@@ -179,6 +163,7 @@ class Block:
     def __post_init__(self) -> None:
         # Blocks are looked up in every call.
         object.__setattr__(self, "_hash", hash(self._fields()))
+        unsupported(self)  # plans it, so that compilers, which follow what a call does, find it planned
 
     def __hash__(self) -> int:
         return self._hash
@@ -189,6 +174,17 @@ class Block:
 
     def _fields(self) -> tuple:
         return self.branch, self.shortcut, self.act, self.residual, self.in_place
+
+    @property
+    def plans(self) -> tuple[LinkPlan, ...]:
+        """The links of both chains; raises as :func:`link_plans` does."""
+        plan = link_plans(self)
+        return (*plan.branch, *(plan.shortcut or ()))
+
+    def bound(self, binder: Binder, memory: str = "auto", backend: str = "auto") -> Program:
+        """The program on the operands that ``binder`` then holds; raises as it does."""
+        plan = link_plans(self)
+        return Program(*binder.chains(plan), self.act, self.in_place, memory, backend, plan.shares)
 
 
 @dataclass(frozen=True)
@@ -203,6 +199,7 @@ class Dense:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_hash", hash(self.layers))
+        unsupported(self)  # see Block
 
     def __hash__(self) -> int:
         return self._hash
@@ -210,6 +207,15 @@ class Dense:
     def __reduce__(self) -> tuple[type, tuple]:
         """As for :class:`Block`."""
         return Dense, (self.layers,)
+
+    @property
+    def plans(self) -> tuple[LinkPlan, ...]:
+        """The links of all layers; raises as :func:`dense_plans` does."""
+        return tuple(link for layer in dense_plans(self) for link in layer)
+
+    def bound(self, binder: Binder, memory: str = "auto", backend: str = "auto") -> DenseProgram:
+        """As for :class:`Block`."""
+        return DenseProgram(tuple(map(binder.chain, dense_plans(self))), memory, backend)
 
 
 def _once(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -230,7 +236,7 @@ def _once(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return once
 
 
-class _LinkPlan(NamedTuple):
+class LinkPlan(NamedTuple):
     """A :class:`~fusedres.engine.Link` with the modules' paths, split, in the place of operands."""
 
     norm: tuple[str, ...] | None = None
@@ -250,9 +256,9 @@ class _LinkPlan(NamedTuple):
         return self.drop_path is not None or self.mask is not None
 
 
-class _Plan(NamedTuple):
-    branch: tuple[_LinkPlan, ...]
-    shortcut: tuple[_LinkPlan, ...] | None
+class Plan(NamedTuple):
+    branch: tuple[LinkPlan, ...]
+    shortcut: tuple[LinkPlan, ...] | None
     shares: bool = False
 
 
@@ -270,12 +276,12 @@ def unsupported(block: Block | Dense) -> str | None:
 
 
 @_once
-def link_plans(block: Block) -> _Plan:
+def link_plans(block: Block) -> Plan:
     """The steps grouped into links; raises :class:`UnsupportedBlock` where the engine cannot express them."""
     if block.shortcut is None:
         if block.act != IDENTITY:
             raise UnsupportedBlock("an activation after the join needs a join")
-        return _Plan(_links(block.branch), None)
+        return Plan(_links(block.branch), None)
     branch, shortcut = _links(block.branch), _links(block.shortcut)
     for name, chain in (("branch", branch), ("shortcut", shortcut)):
         if chain[-1].act != IDENTITY:
@@ -286,42 +292,42 @@ def link_plans(block: Block) -> _Plan:
         raise UnsupportedBlock("the shortcut has a gain, squeeze-excitation or stochastic depth")
     if len(shortcut) == 1 and shortcut[0].norm is not None:
         raise UnsupportedBlock("the shortcut is a norm without a convolution")
-    shares = block.residual == "pending" and branch[0]._replace(conv=None, bare=False) != _LinkPlan()
+    shares = block.residual == "pending" and branch[0]._replace(conv=None, bare=False) != LinkPlan()
     if shares and branch[0].conv is None:
         raise UnsupportedBlock("a shortcut from the branch's first value needs a convolution in the branch")
-    if shares and shortcut[0]._replace(conv=None, bare=False) != _LinkPlan():
+    if shares and shortcut[0]._replace(conv=None, bare=False) != LinkPlan():
         raise UnsupportedBlock("a shortcut from the branch's first value begins with a norm or an activation")
-    return _Plan(branch, shortcut, shares)
+    return Plan(branch, shortcut, shares)
 
 
 @_once
-def dense_plans(dense: Dense) -> tuple[tuple[_LinkPlan, ...], ...]:
+def dense_plans(dense: Dense) -> tuple[tuple[LinkPlan, ...], ...]:
     """Every layer's steps grouped into links; raises as :func:`link_plans` does."""
     layers = tuple(_links(layer) for layer in dense.layers)
     for layer in layers:
         if len(layer) < 2 or layer[0].norm is None:
             raise UnsupportedBlock("a layer that does not begin with a norm and go on to a convolution")
-        if layer[-1]._replace(dropout=None, dropout_p=None) != _LinkPlan():
+        if layer[-1]._replace(dropout=None, dropout_p=None) != LinkPlan():
             raise UnsupportedBlock("a layer that does not end with its convolution, or a dropout behind it")
     return layers
 
 
-def _links(steps: tuple[Step, ...]) -> tuple[_LinkPlan, ...]:
+def _links(steps: tuple[Step, ...]) -> tuple[LinkPlan, ...]:
     """Groups steps into links, each ``[norm] [excitation] [stochastic depth] [activation] [dropout] [convolution]``.
 
     A dropout of channels takes the place of stochastic depth, also from behind a ReLU, through which its factors pass.
     An excitation behind an activation begins a link of its own: it needs the mean of what the activation made.
     """
-    links: list[_LinkPlan] = []
-    link = _LinkPlan()
+    links: list[LinkPlan] = []
+    link = LinkPlan()
     for step in steps:
         if isinstance(step, SqueezeExcite) and link.act != IDENTITY and link.dropout is None:
             links.append(link)
-            link = _LinkPlan()
+            link = LinkPlan()
         link = _with_step(link, step)
         if link.conv is not None:
             links.append(link)
-            link = _LinkPlan()
+            link = LinkPlan()
     return (*links, link)
 
 
@@ -329,28 +335,28 @@ def _links(steps: tuple[Step, ...]) -> tuple[_LinkPlan, ...]:
 _HOMOGENEOUS = (IDENTITY.name, RELU.name, "leaky_relu")
 
 
-def _with_step(link: _LinkPlan, step: Step) -> _LinkPlan:
+def _with_step(link: LinkPlan, step: Step) -> LinkPlan:
     """``link`` with one more step, which has to come behind those that it has."""
     if isinstance(step, Conv):
-        return link._replace(conv=_names(step.path), bare=step.bare)
+        return link._replace(conv=names_of(step.path), bare=step.bare)
     if link.dropout is not None:
         raise UnsupportedBlock("a dropout that no convolution follows")
     if isinstance(step, Dropout):
-        return link._replace(dropout=_names(step.path), dropout_p=step.p)
+        return link._replace(dropout=names_of(step.path), dropout_p=step.p)
     if isinstance(step, Act):
         if link.act != IDENTITY:
             raise UnsupportedBlock("two activations in a row")
         return link._replace(act=step.activation)
     if isinstance(step, Norm):
-        if link != _LinkPlan():
+        if link != LinkPlan():
             raise UnsupportedBlock("a norm that follows a norm or an activation, without a convolution between")
-        return link._replace(norm=_names(step.path), act=step.act)
+        return link._replace(norm=names_of(step.path), act=step.act)
     passes = isinstance(step, Mask) and step.channels and link.act.name in _HOMOGENEOUS
     if (link.act != IDENTITY and not passes) or link.chance:
         raise UnsupportedBlock("a gain that follows an activation or another gain")
     link = link._replace(gains=True)
     if isinstance(step, DropPath):
-        return link._replace(drop_path=_names(step.path))
+        return link._replace(drop_path=names_of(step.path))
     if isinstance(step, Mask):
         if step.channels and link.excite is not None:
             raise UnsupportedBlock("a dropout of channels that follows an excitation")
@@ -363,10 +369,6 @@ def _with_step(link: _LinkPlan, step: Step) -> _LinkPlan:
 # ---------------------------------------------------------------------------------------------------------------------
 # Running a block on a module
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-# Folded and packed weights, per module and block. Not on the module, where copies and pickles would meet them.
-_FOLDED: WeakKeyDictionary[nn.Module, dict[Block | Dense, dict[int, Any]]] = WeakKeyDictionary()
 
 
 def run(
@@ -390,25 +392,24 @@ def run(
     has been replaced, hooked or reparametrized since the block was described is called, as stock PyTorch would.
     """
     if not (_engine_takes(x) and (residual is None or _engine_takes(residual))):
-        return _call_modules(block, root, x, residual)
+        out = graphs.run(block, root, x, residual, backend, memory) if graphs.is_compiled() else None
+        return _call_modules(block, root, x, residual) if out is None else out
     mode = "training" if torch.is_grad_enabled() else "inference"
     # Asked here too, before the work of binding.
     small = memory != "low" and too_small(x.numel(), mode, backend)
     if small and not by_measurement(x.device.type) and not _synchronised(block, root):
         return _walk(block, root, x, residual)
-    plan = link_plans(block)
     if mode == "training" and not by_measurement(x.device.type) and idle_in_training(block):
         return _walk(block, root, x, residual)
-    binder = _Binder(root)
+    binder = Binder(root)
     try:
-        branch, shortcut = binder.chains(plan)
-    except _NotOurs:
+        program = block.bound(binder, memory, backend)
+    except NotOurs:
         return _call_modules(block, root, x, residual)
-    if not binder.suits(x):
+    if not binder.suits(x.device, x.dtype):
         return _call_modules(block, root, x, residual)
     binder.count_batch()
-    program = Program(branch, shortcut, block.act, block.in_place, memory, backend, plan.shares)
-    return execute(program, x, residual, binder.tensors, _folded(root, block, program.constant))
+    return execute(program, x, residual, binder.tensors, folded_weights(root, block, program.constant))
 
 
 @_once
@@ -420,7 +421,7 @@ def idle_in_training(block: Block) -> bool:
     convolutions have prologues of their own, a measurement decides.)
     """
     first, *rest = block.branch
-    if block.shortcut is not None or not isinstance(first, Conv):
+    if block.shortcut is not None or not isinstance(first, Conv) or unsupported(block) is not None:
         return False
     alone = all(isinstance(step, Act) for step in rest)
     return alone or all(isinstance(step, Conv) or step == Act(RELU) for step in rest)
@@ -429,44 +430,28 @@ def idle_in_training(block: Block) -> bool:
 def run_dense(dense: Dense, root: nn.Module, x: Tensor, *, backend: str = "auto", memory: str = "auto") -> Tensor:
     """Runs a dense block; as :func:`run`, with a result of ``x``'s channels and all layers'."""
     if not _engine_takes(x):
-        return _call_layers(dense, root, x)
-    binder = _Binder(root)
+        out = graphs.run(dense, root, x, None, backend, memory) if graphs.is_compiled() else None
+        return _call_layers(dense, root, x) if out is None else out
+    binder = Binder(root)
     try:
-        layers = tuple(map(binder.chain, dense_plans(dense)))
-    except _NotOurs:
+        program = dense.bound(binder, memory, backend)
+    except NotOurs:
         return _call_layers(dense, root, x)
-    if not binder.suits(x):
+    if not binder.suits(x.device, x.dtype):
         return _call_layers(dense, root, x)
     binder.count_batch()
-    program = DenseProgram(layers, memory, backend)
-    return execute_dense(program, x, binder.tensors, _folded(root, dense, is_constant(program.links)))
+    return execute_dense(program, x, binder.tensors, folded_weights(root, dense, is_constant(program.links)))
 
 
 def measured_backends(block: Block | Dense, root: nn.Module, device: torch.device) -> str:
     """What runs a block on a device where measurements decide: the backends that won, by shape, or stock."""
-    binder = _Binder(root)
+    binder = Binder(root)
     try:
-        program = _bound(block, binder)
-    except _NotOurs:
+        program = block.bound(binder)
+    except NotOurs:
         return "stock"
     found = judged(program, binder.tensors, device)
     return " or ".join(sorted(found, key=lambda name: name == "stock")) or "stock, until fusedres.tune has measured it"
-
-
-def _bound(block: Block | Dense, binder: _Binder) -> Program | DenseProgram:
-    if isinstance(block, Dense):
-        return DenseProgram(tuple(map(binder.chain, dense_plans(block))))
-    plan = link_plans(block)
-    branch, shortcut = binder.chains(plan)
-    return Program(branch, shortcut, block.act, block.in_place, shares=plan.shares)
-
-
-def _folded(root: nn.Module, block: Block | Dense, constant: bool) -> dict[int, Any] | None:
-    """Where the block's folded weights are kept."""
-    if constant:
-        return _FOLDED.setdefault(root, {}).setdefault(block, {})
-    _FOLDED.pop(root, None)  # training writes to the weights at every step: nothing folded stays true
-    return None
 
 
 def runs_modules() -> bool:
@@ -486,11 +471,7 @@ def _synchronised(block: Block, root: nn.Module) -> bool:
     if group_of(None) is None:
         return False
     norms = (step for step in (*block.branch, *(block.shortcut or ())) if isinstance(step, Norm))
-    return any(isinstance(_module(root, _names(norm.path)), nn.SyncBatchNorm) for norm in norms)
-
-
-class _NotOurs(Exception):
-    """A module that does more, or other, than the convolution or batch norm that the block was described with."""
+    return any(isinstance(module_at(root, names_of(norm.path)), nn.SyncBatchNorm) for norm in norms)
 
 
 def _call_modules(block: Block, root: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -529,7 +510,7 @@ def _op(step: Step) -> Op:
     if isinstance(step, Act):
         return Op(act=step.activation)
     if isinstance(step, Norm) or (isinstance(step, Conv) and not step.bare):
-        return Op(nn.Conv2d if isinstance(step, Conv) else nn.BatchNorm2d, _names(step.path))
+        return Op(nn.Conv2d if isinstance(step, Conv) else nn.BatchNorm2d, names_of(step.path))
     return Op(other=partial(_call_step, step))
 
 
@@ -556,174 +537,14 @@ def _call_step(step: Step, root: nn.Module, value: Tensor) -> Tensor:
     if isinstance(step, Act):
         return step.activation(value)
     if not isinstance(step, SqueezeExcite):
-        module = _module(root, step.path.split(".") if step.path else ())  # no cache: compilers trace this
+        module = module_at(root, step.path.split(".") if step.path else ())  # no cache: compilers trace this
         if isinstance(step, Conv) and step.bare:
             geometry = module.stride, module.padding, module.dilation, module.groups
             return F.conv2d(value, module.weight, module.bias, *geometry)
         if isinstance(step, (Dropout, Mask)) and step.p is not None:
             return (F.dropout if isinstance(step, Dropout) else F.dropout2d)(value, step.p, module.training)
         return module(value)
-    fc1, fc2 = (_module(root, path.split(".")) for path in (step.fc1, step.fc2))
+    fc1, fc2 = (module_at(root, path.split(".")) for path in (step.fc1, step.fc2))
     squeezed = value.mean((2, 3), keepdim=isinstance(fc1, nn.Conv2d))
     gate = GATES[step.gate](fc2(step.act(fc1(squeezed))))
     return value * gate.view(*gate.shape[:2], 1, 1)
-
-
-@cache
-def _names(path: str) -> tuple[str, ...]:
-    return tuple(path.split(".")) if path else ()
-
-
-def _module(root: nn.Module, names: Sequence[str]) -> nn.Module:
-    for name in names:
-        root = root._modules[name]
-    return root
-
-
-def _check_unhooked(module: nn.Module) -> None:
-    """Raises :class:`_NotOurs` where calling ``module`` does more than its class's forward."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        raise _NotOurs
-    if "forward" in module.__dict__:
-        raise _NotOurs
-
-
-def _check_ours(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Raises :class:`_NotOurs` unless calling ``module`` is nothing but ``kind``'s forward on its own parameters."""
-    _check_unhooked(module)
-    if type(module).forward is not kind.forward or "weight" not in module._parameters:
-        raise _NotOurs
-
-
-@cache
-def is_norm_act(cls: type[nn.Module]) -> bool:
-    """Whether instances are a batch norm and its activation in one module, timm's ``BatchNormAct2d`` or its twin."""
-    forward = cls.forward
-    names = ("BatchNormAct2d.forward", "SyncBatchNormAct.forward")
-    return forward.__module__ == "timm.layers.norm_act" and forward.__qualname__ in names
-
-
-_ORDINARY = (Tensor, nn.Parameter)
-
-
-class _Binder:
-    """Collects the operands of a block from its modules, in one flat list, and the slots that point into it."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self.root = root
-        self.tensors: list[Tensor | None] = []
-        self.weights: list[Tensor] = []
-        self.counters: list[Tensor] = []
-
-    def suits(self, x: Tensor) -> bool:
-        """Whether the operands are ordinary tensors that stock PyTorch would run with ``x``."""
-        device, dtype = x.device, x.dtype
-        for t in self.tensors:
-            if t is not None and (type(t) not in _ORDINARY or t.device != device):
-                return False
-        for w in self.weights:
-            if w.dtype != dtype:
-                return torch.is_autocast_enabled(device.type)
-        return True
-
-    def count_batch(self) -> None:
-        """Counts this batch in the norms that count batches; the last thing before it runs."""
-        for counter in self.counters:
-            counter.add_(1)
-
-    def chains(self, plan: _Plan) -> tuple[tuple[Link, ...], tuple[Link, ...] | None]:
-        """The branch, and the shortcut if there is a join."""
-        branch = self.chain(plan.branch)
-        if plan.shortcut is None:
-            return branch, None
-        return branch, IDENTITY_SHORTCUT if len(plan.shortcut) == 1 else self.chain(plan.shortcut)
-
-    def chain(self, plans: tuple[_LinkPlan, ...]) -> tuple[Link, ...]:
-        return tuple(
-            Link(
-                None if plan.norm is None else self._norm(_module(self.root, plan.norm)),
-                plan.act,
-                None if plan.conv is None else self._conv(_module(self.root, plan.conv), plan.bare),
-                self._gain(plan) if plan.gains else None,
-                0.0 if plan.dropout is None else self._dropout(_module(self.root, plan.dropout), plan.dropout_p),
-            )
-            for plan in plans
-        )
-
-    def _conv(self, conv: nn.Module, bare: bool) -> ConvSlot:
-        _check_ours(conv, type(conv) if bare else nn.Conv2d)
-        first = len(self.tensors)
-        state = conv.__dict__
-        if state["padding_mode"] != "zeros":
-            raise _NotOurs
-        parameters = state["_parameters"]
-        weight = parameters["weight"]
-        self.tensors += (weight, parameters["bias"])
-        self.weights.append(weight)
-        try:
-            of_conv = geometry(state["stride"], state["padding"], state["dilation"], state["groups"], weight.shape[2:])
-        except (TypeError, ValueError):  # uneven padding="same", or settings of other types than a constructor leaves
-            raise _NotOurs from None
-        return ConvSlot(first, of_conv)
-
-    def _norm(self, norm: nn.Module) -> NormSlot:
-        synchronised = isinstance(norm, nn.SyncBatchNorm)
-        plain = nn.SyncBatchNorm if synchronised else nn.BatchNorm2d
-        _check_ours(norm, type(norm) if is_norm_act(type(norm)) else plain)
-        first = len(self.tensors)
-        parameters, buffers = norm._parameters, norm._buffers
-        mean, var = buffers["running_mean"], buffers["running_var"]
-        batch_statistics = norm.training or (mean is None and var is None)
-        updates = norm.training and norm.track_running_stats
-        momentum = 0.0 if norm.momentum is None else norm.momentum
-        if updates and buffers["num_batches_tracked"] is not None:
-            self.counters.append(buffers["num_batches_tracked"])
-            if norm.momentum is None:  # the running statistics are the average over all batches, this one included
-                momentum = 1.0 / (float(buffers["num_batches_tracked"]) + 1.0)
-        if batch_statistics and not updates:
-            mean, var = None, None
-        self.tensors += (parameters["weight"], parameters["bias"], mean, var)
-        group = group_of(norm.process_group) if synchronised and norm.training else None
-        return NormSlot(first, batch_statistics, momentum, norm.eps, group)
-
-    def _gain(self, plan: _LinkPlan) -> GainSlot | None:
-        drop_path = 0.0 if plan.drop_path is None else self._drop_path(_module(self.root, plan.drop_path))
-        excite = None if plan.excite is None else self._excite(plan.excite)
-        mask = None if plan.mask is None else self._mask(plan.mask)
-        found = excite is not None or drop_path or mask is not None
-        return GainSlot(excite, drop_path, mask) if found else None
-
-    def _excite(self, step: SqueezeExcite) -> ExciteSlot:
-        first = len(self.tensors)
-        for path in (step.fc1, step.fc2):
-            layer = _module(self.root, _names(path))
-            _check_ours(layer, nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear)
-            parameters = layer._parameters
-            self.tensors += (parameters["weight"], parameters["bias"])
-            self.weights.append(parameters["weight"])
-        return ExciteSlot(first, step.act, step.gate)
-
-    def _dropout(self, module: nn.Module, p: float | None) -> float:
-        if p is not None:
-            return p if module.training else 0.0
-        _check_unhooked(module)
-        if type(module).forward is not nn.Dropout.forward:
-            raise _NotOurs
-        return float(module.p) if module.training else 0.0
-
-    def _drop_path(self, module: nn.Module) -> float:
-        _check_unhooked(module)
-        settings = module.__dict__
-        if settings.get("mode", "row") != "row" or not settings.get("scale_by_keep", True):
-            raise _NotOurs
-        return float(settings["p"] if "p" in settings else settings["drop_prob"]) if module.training else 0.0
-
-    def _mask(self, step: Mask) -> MaskSlot | None:
-        module = _module(self.root, _names(step.path))
-        if step.p is not None:
-            return MaskSlot(None, step.p, True, 1.0) if module.training and step.p else None
-        _check_unhooked(module)
-        found = mask_of(module)
-        if found is None or found.channels != step.channels:
-            raise _NotOurs
-        return MaskSlot(ref(module), 0.0, found.channels, found.number) if module.training else None

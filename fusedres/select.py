@@ -19,7 +19,7 @@ from torch import Tensor
 from . import env, triton
 from .ops.conv import ConvGeometry
 from .ops.conv_fused import conv_fused_refuses
-from .ops.registry import OPS
+from .ops.registry import OPS, Op
 
 __all__ = [
     "BACKENDS",
@@ -175,7 +175,8 @@ def kernels(device_type: str, dtype: torch.dtype, forced: str = "auto") -> Simpl
     Raises:
         RuntimeError: where a forced backend cannot run, with the reason.
     """
-    found = _kernels(device_type, dtype, forced if forced != "auto" else forced_backend())
+    traced = torch.compiler.is_compiling()
+    found = _kernels(device_type, dtype, forced if forced != "auto" else forced_backend(), traced)
     fuses = getattr(_forced, "fuses", None)
     if fuses is None:
         return found
@@ -198,11 +199,12 @@ def fused_references(fuses: Callable[[str, Tensor, Tensor, ConvGeometry, bool], 
 
 
 @cache
-def _kernels(device_type: str, dtype: torch.dtype, forced: str) -> SimpleNamespace:
+def _kernels(device_type: str, dtype: torch.dtype, forced: str, traced: bool) -> SimpleNamespace:
     backend = _resolve(device_type, dtype, forced)
     if backend == "triton":
         triton.load()
-    chosen = {name: op.overload(backend if backend in op.kernels else "reference") for name, op in OPS.items()}
+    choose = Op.in_graph if traced else Op.overload
+    chosen = {name: choose(op, backend if backend in op.kernels else "reference") for name, op in OPS.items()}
     # On a CPU they are for the arithmetic of float32: see fusedres.ops.conv_winograd.
     has_fused = backend in OPS["conv_fused_fprop"].kernels and (backend != "cpu" or dtype == torch.float32)
     fuses = partial(_fuses, backend) if has_fused else None

@@ -12,7 +12,7 @@ import torch
 from described import BLOCKS, Described, basic, bottleneck, fuse, norms
 from torch import Tensor, nn
 
-from fusedres import block as block_module
+from fusedres import binding
 from fusedres.block import Act, Block, Conv, Dropout, DropPath, Norm, SqueezeExcite, link_plans, run, unsupported
 from fusedres.engine import inference
 from fusedres.ops.activations import IDENTITY, RELU
@@ -203,7 +203,7 @@ def test_folded_weights_are_neither_copied_nor_pickled():
     with torch.no_grad():
         block(X)
     assert len(pickle.dumps(block.state_dict())) == size
-    assert copy.deepcopy(block) not in block_module._FOLDED
+    assert copy.deepcopy(block) not in binding._FOLDED
 
 
 def test_folded_weights_go_with_the_module():
@@ -211,7 +211,7 @@ def test_folded_weights_go_with_the_module():
     fuse(block)
     with torch.no_grad():
         block(X)
-    assert block in block_module._FOLDED
+    assert block in binding._FOLDED
     gone = weakref.ref(block)
     del block
     gc.collect()

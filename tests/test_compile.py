@@ -1,4 +1,4 @@
-"""Under torch.compile a block is its modules, in one graph: the compiler fuses what it traces."""
+"""A compiled model is one graph, with stock numbers, in every mode and for every batch size."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..ops.conv import output_size
 from ..select import backend_for, by_measurement, too_small
 from .dense import DenseFunction, DenseProgram, infer_dense
+from .graph import infer_in_graph
 from .inference import infer
 from .pending import compute_dtype
 from .program import Link, Operands, Program, is_constant, is_synchronised, needs_gradient
@@ -38,6 +39,8 @@ def execute(
     if chosen is None or _broadcasts(program, x, residual, tensors):
         return execute_stock(program, x, residual, tensors)
     program = chosen
+    if inference and folded is None and torch.compiler.is_compiling():
+        return infer_in_graph(program, x, residual, tensors)
     if inference:
         return infer(program, x, residual, tensors, {} if folded is None else folded)
     return BlockFunction.apply(program, x, residual, *tensors)
@@ -55,6 +58,8 @@ def execute_dense(program: DenseProgram, x: Tensor, tensors: Operands, folded: d
         if measured is None:
             return stock_dense(program.layers, x, tensors)
         program = measured
+    if inference and folded is None and torch.compiler.is_compiling():
+        return infer_in_graph(program, x, None, tensors)
     if inference:
         return infer_dense(program, x, tensors, {} if folded is None else folded)
     return DenseFunction.apply(program, x, *tensors)
@@ -62,7 +67,7 @@ def execute_dense(program: DenseProgram, x: Tensor, tensors: Operands, folded: d
 
 def is_for_stock(program: Program | DenseProgram, x: Tensor, elements: int, inference: bool) -> bool:
     """Whether PyTorch's own ops run this; ``elements`` says how much there is to gain."""
-    if torch.compiler.is_compiling() or backend_for(x.device, compute_dtype(x), program.backend) == "stock":
+    if torch.compiler.is_dynamo_compiling() or backend_for(x.device, compute_dtype(x), program.backend) == "stock":
         return True
     mode = "inference" if inference else "training"
     nothing_to_gain = x.numel() == 0 or (program.memory != "low" and too_small(elements, mode, program.backend))
@@ -74,7 +79,7 @@ def _measured(
     program: Program | DenseProgram, x: Tensor, residual: Tensor | None, tensors: Operands, inference: bool
 ) -> Program | DenseProgram | None:
     """The block on the backend that was measured fastest for this call, where measurements decide; else ``None``."""
-    if torch.compiler.is_compiling() or x.numel() == 0 or not by_measurement(x.device.type, program.backend):
+    if torch.compiler.is_dynamo_compiling() or x.numel() == 0 or not by_measurement(x.device.type, program.backend):
         return None
     backend = winner(program, x, residual, tensors, not inference)
     return None if backend == "stock" else program._replace(backend=backend)
@@ -88,7 +93,7 @@ def _broadcasts(program: Program, x: Tensor, residual: Tensor | None, tensors: O
     return _shape(program.branch, x.shape, tensors) != _shape(program.shortcut, side.shape, tensors)
 
 
-# Asked for every block at every call, of the same few sizes; never by a tracer, whose sizes have no hash.
+# Asked for every block at every call, of the same few sizes; but a compiler's have no hash.
 _output_size = lru_cache(maxsize=4096)(output_size)
 
 
@@ -99,5 +104,9 @@ def _shape(chain: tuple[Link, ...], shape: tuple[int, ...], tensors: Operands) -
         conv = link.conv
         if conv is not None:
             weight = tensors[conv.first].shape
-            channels, size = weight[0], _output_size(size, weight[2:], conv.geometry)
+            try:
+                size = _output_size(size, weight[2:], conv.geometry)
+            except TypeError:
+                size = output_size(size, weight[2:], conv.geometry)
+            channels = weight[0]
     return shape[0], channels, *size

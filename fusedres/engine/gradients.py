@@ -113,7 +113,7 @@ class Gradients:
         training = norm is not None and norm.batch_statistics
         side_training = side_norm is not None and side_norm.batch_statistics
         flags = (training, side_training, side is not None and side.needed)
-        count = float(y.numel() // y.shape[1])
+        count = y.numel() // y.shape[1]
         sums, value, offset = None, None, None
         if emit or training or side_training or self._sums_needed(chain, index, side):
             alone = all(n is None or n.group is None for n in (norm, side_norm))
@@ -134,7 +134,7 @@ class Gradients:
         """The gradient of ``raw`` from ``g`` behind its norm, the sums of ``g`` and of ``g`` times the normalised."""
         if norm is None:
             return RawGradient(g)
-        count = float(g.numel() // g.shape[1])
+        count = g.numel() // g.shape[1]
         rows = self.k.bn_grad_rows(raw.rows, sums if norm.batch_statistics else None, count)
         return RawGradient(g, raw.tensor, rows)
 
@@ -154,7 +154,7 @@ class Gradients:
         if path.pends(index):
             return self._unapplied(norm, raw, g, sums)
         operands = (g, raw.tensor, raw.rows, None, None, IDENTITY.code, IDENTITY.param)
-        count, flags = float(g.numel() // g.shape[1]), (norm.batch_statistics, False, False)
+        count, flags = g.numel() // g.shape[1], (norm.batch_statistics, False, False)
         modifiers = (None, 0.0, None, None)
         draw, _ = self.k.join_backward_apply(*operands, sums, count, *flags, *modifiers, addend, into)
         return RawGradient(draw)

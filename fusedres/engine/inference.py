@@ -207,8 +207,8 @@ def _folded(
             entry = cache.get(conv.first)  # another thread may have come first
             if entry is None or entry[0] != key or key[0] is None:
                 rows = None if norm is None else k.bn_norm(None, 1.0, *affine, 0.0, norm.eps)
-                # The operands and their memory are held on to, so that nothing else can come to lie at their addresses.
-                held = [(t, t.detach()) for t in operands if t is not None]
+                # The operands' memory is held on to, so that nothing else can come to lie at their addresses.
+                held = [t.detach() for t in operands if t is not None]
                 entry = cache[conv.first] = (key, fold(weight, bias, rows, conv.geometry, x), held)
     return entry[1]
 

@@ -145,7 +145,7 @@ def norm_rows(
     count = _count(raw)
     if count <= 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {raw.shape}")
-    rows = k.bn_norm(stats.own, float(count), *affine_and_buffers, norm.momentum, norm.eps)
+    rows = k.bn_norm(stats.own, count, *affine_and_buffers, norm.momentum, norm.eps)
     # A kernel's write goes by unnoticed; folded weights and autograd's checks rely on the count.
     torch.autograd.graph.increment_version([t for t in affine_and_buffers[2:] if t is not None])
     return rows, None

@@ -113,10 +113,11 @@ def _shapes_of(tensors: Operands) -> _Shapes:
 
 
 def _case(x: Tensor, training: bool) -> tuple[tuple[int, ...], str]:
-    """The input's shape, and mode, dtypes and layout in words."""
+    """The input's shape, and mode, dtypes and layout in words; of a compiler's symbols, what they stand for here."""
     dtypes = f"{_NAMES.get(x.dtype, x.dtype)}-{_NAMES.get(compute_dtype(x), '')}"
     layout = "nhwc" if x.is_contiguous(memory_format=torch.channels_last) else "nchw"
-    return tuple(x.shape), f"{'training' if training else 'inference'}_{dtypes}_{layout}"
+    shape = tuple(size.node.hint if isinstance(size, torch.SymInt) else size for size in x.shape)
+    return shape, f"{'training' if training else 'inference'}_{dtypes}_{layout}"
 
 
 def _key(program: Program | DenseProgram, shapes: _Shapes, shape: tuple[int, ...], case: str) -> str:

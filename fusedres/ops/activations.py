@@ -8,7 +8,7 @@ for the compiled kernels; ``tests/ops/test_activations.py`` compares the two, co
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,16 @@ class Activation:
             raise ValueError(f"act: unknown activation {self.name!r}; known: {', '.join(ACTIVATIONS)}")
         # The engine reads the code several times per call, so it is looked up once.
         object.__setattr__(self, "code", ACTIVATIONS[self.name].code)
+        object.__setattr__(self, "spelled", f"{self.name}:{self.param!r}")
 
-    code: int = -1
+    code: int = field(default=-1, compare=False)
+    spelled: str = field(default="", compare=False, repr=False)
+    """Both arguments in a word, for where numbers could be taken for variables; see :meth:`from_spelled`."""
+
+    @staticmethod
+    def from_spelled(spelled: str) -> Activation:
+        name, _, param = spelled.partition(":")
+        return Activation(name, float(param))
 
     def __call__(self, z: Tensor) -> Tensor:
         return ACTIVATIONS[self.name].forward(z, self.param)

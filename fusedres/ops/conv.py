@@ -140,7 +140,25 @@ def pointwise_dgrad_add_(onto: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
 
     .. math:: onto_{n,c,p} \\mathrel{+}= \\sum_k w_{k,c} \\; grad_{n,k,p}
     """
+    if torch.compiler.is_compiling():
+        torch.ops.fusedres.pointwise_dgrad_add_(onto, grad, weight)
+        return onto
+    return _pointwise_dgrad_add_(onto, grad, weight)
+
+
+def _pointwise_dgrad_add_(onto: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     transposed = weight.transpose(0, 1)
     return torch.ops.mkldnn._convolution_pointwise_.binary(
         onto, grad, transposed, None, (0, 0), (1, 1), (1, 1), 1, "add", 1.0, None, [], ""
     )
+
+
+def _in_graph(onto: Tensor, grad: Tensor, weight: Tensor) -> None:
+    _pointwise_dgrad_add_(onto, grad, weight)
+
+
+# Compilers do not take an op that returns what it wrote to.
+_LIBRARY = torch.library.Library("fusedres", "FRAGMENT")
+_LIBRARY.define("pointwise_dgrad_add_(Tensor(a!) onto, Tensor grad, Tensor weight) -> ()")
+_LIBRARY.impl("pointwise_dgrad_add_", _in_graph, "CompositeExplicitAutograd")
+torch.library.register_fake("fusedres::pointwise_dgrad_add_", lambda onto, grad, weight: None, lib=_LIBRARY)

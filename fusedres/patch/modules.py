@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..block import is_norm_act
+from ..binding import is_norm_act
 
 __all__ = [
     "bare_conv_problem",

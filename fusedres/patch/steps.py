@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..block import Act, Conv, Dropout, DropPath, Mask, Norm, SqueezeExcite, Step, is_norm_act
+from ..binding import is_norm_act
+from ..block import Act, Conv, Dropout, DropPath, Mask, Norm, SqueezeExcite, Step
 from ..mask import mask_of
 from ..ops.activations import IDENTITY, Activation
 from .modules import (

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..block import Block, Dense, Norm, Step, is_norm_act
+from ..binding import is_norm_act
+from ..block import Block, Dense, Norm, Step
 from .steps import paths
 from .view import Region
 

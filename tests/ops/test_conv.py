@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fusedres.ops.conv import ConvGeometry, conv_backward, conv_fprop, geometry, output_size
+from fusedres.ops.conv import (
+    ConvGeometry,
+    conv_backward,
+    conv_fprop,
+    geometry,
+    onednn_refuses,
+    output_size,
+    pointwise_dgrad_add_,
+)
+from fusedres.testing import channels_last
 
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
@@ -48,3 +57,15 @@ def test_only_the_gradients_that_are_needed(need_x, need_weight):
         assert (ours is not None) == needed
         if needed:
             torch.testing.assert_close(ours, stock)
+
+
+@pytest.mark.skipif(onednn_refuses("cpu", torch.float32) is not None, reason="needs oneDNN's fused convolutions")
+def test_a_pointwise_dgrad_adds_to_what_is_there():
+    onto, grad, weight = channels_last((2, 8, 5, 5)), channels_last((2, 6, 5, 5), seed=1), torch.randn(6, 8, 1, 1)
+    expected = onto + F.conv_transpose2d(grad, weight)
+    torch.library.opcheck(torch.ops.fusedres.pointwise_dgrad_add_.default, (onto.clone(), grad, weight))
+    in_graph = onto.clone()
+    torch.ops.fusedres.pointwise_dgrad_add_(in_graph, grad, weight)
+    assert pointwise_dgrad_add_(onto, grad, weight) is onto
+    torch.testing.assert_close(onto, expected)
+    torch.testing.assert_close(in_graph, expected)

@@ -1,0 +1,292 @@
+"""Compiled models keep the engine's ops, in the modes and with the modules that they are guarded for."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from trained import small_resnet
+
+import fusedres
+from fusedres import env
+from fusedres import nn as blocks
+from fusedres.binding import Binder
+from fusedres.block import Act, Block, Conv, Norm, run
+from fusedres.engine.graph import _FOLDED, _PROGRAMS
+from fusedres.models import densenet121, resnet50
+from fusedres.ops.activations import RELU
+from fusedres.testing import INPUTS, channels_last, compare
+
+needs_library = pytest.mark.skipif(env.library_missing() is not None, reason=str(env.library_missing()))
+SHAPE = (4, 32, 14, 14)
+
+
+def images(seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return channels_last(SHAPE, dtype, seed)
+
+
+def bottleneck(**options) -> nn.Module:
+    torch.manual_seed(0)
+    return blocks.BottleneckBlock(32, 32, **options).to(memory_format=torch.channels_last)
+
+
+class Recorder:
+    """A compiler that runs what it is given as it is, and counts the ops of this library in it."""
+
+    def __init__(self) -> None:
+        self.ops: Counter[str] = Counter()
+        self.graphs = 0
+
+    def __call__(self, gm: torch.fx.GraphModule, example: list[Tensor]) -> Callable:
+        self.graphs += 1
+        return aot_autograd(fw_compiler=self._record, bw_compiler=self._record)(gm, example)
+
+    def _record(self, gm: torch.fx.GraphModule, example: list[Tensor]) -> Callable:
+        for node in gm.graph.nodes:
+            for op in (node.target, *node.args[:1]):
+                name = str(op)
+                if node.op == "call_function" and name.startswith("fusedres."):
+                    self.ops[name.split(".")[1]] += 1
+        return gm.forward
+
+
+def recorded(module: nn.Module, x: Tensor, backward: bool = True) -> Recorder:
+    torch._dynamo.reset()
+    recorder = Recorder()
+    out = torch.compile(module, backend=recorder, fullgraph=True)(x)
+    if backward:
+        out.sum().backward()
+    return recorder
+
+
+def test_training_is_made_of_the_engines_ops():
+    ops = recorded(bottleneck(), images()).ops
+    forward = {name for name in ops if "backward" not in name}
+    assert {name.removesuffix("_cpu") for name in forward} >= {"bn_stats", "bn_norm", "join"}
+    assert any(name.startswith("join_backward") for name in ops)
+
+
+def test_inference_is_one_op():
+    with torch.no_grad():
+        assert recorded(bottleneck().eval(), images(), backward=False).ops == {"infer_block": 1}
+
+
+def test_export_keeps_stock_ops():
+    program = torch.export.export(bottleneck().eval(), (images(),), strict=True)
+    assert not any("fusedres" in str(node.target) for node in program.graph.nodes)
+
+
+def hooked() -> nn.Module:
+    block = bottleneck()
+    next(m for m in block.modules() if isinstance(m, nn.Conv2d)).register_forward_hook(lambda m, args, out: out * 2)
+    return block
+
+
+def replaced() -> nn.Module:
+    class Twice(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    block = bottleneck()
+    block.conv2.__class__ = Twice
+    return block
+
+
+@pytest.mark.parametrize("make", [hooked, replaced])
+def test_what_the_engine_leaves_to_the_modules(make):
+    assert recorded(make(), images()).ops == {}
+
+    def compile_(module: nn.Module) -> None:
+        torch._dynamo.reset()
+        module.compile(backend="aot_eager", fullgraph=True)
+
+    compare(make(), compile_, lambda seed: [images(seed)]).check()
+
+
+def test_each_module_has_its_own_settings():
+    """One function compiled for two blocks of a class, whose norms differ in what is a constant of the graph."""
+    first, second = bottleneck(), bottleneck()
+    for norm in second.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.eps = 0.5
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda block, x: block(x), backend="aot_eager", fullgraph=True)
+    for block in (first, second, first):
+        expected = copy.deepcopy(block)(images())
+        torch.testing.assert_close(compiled(block, images()), expected, rtol=0, atol=0)
+
+
+def test_equal_blocks_share_a_graph():
+    torch._dynamo.reset()
+    recorder = Recorder()
+    for _ in range(10):
+        block = bottleneck()
+        for p in block.parameters():
+            nn.init.normal_(p, std=0.1)
+        expected = copy.deepcopy(block)(images())
+        block.compile(backend=recorder, fullgraph=True)
+        torch.testing.assert_close(block(images()), expected, rtol=0, atol=0)
+    assert recorder.graphs == 1
+
+
+def test_a_block_that_never_ran():
+    block = Block((Conv("conv"), Norm("norm"), Act(RELU)))
+    module = nn.ModuleDict({"conv": nn.Conv2d(32, 32, 3, padding=1), "norm": nn.BatchNorm2d(32)})
+    module.to(memory_format=torch.channels_last)
+    expected = run(block, copy.deepcopy(module), images())
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: run(block, module, x), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images()), expected, rtol=0, atol=0)
+
+
+def test_parameters_given_for_a_call():
+    block = bottleneck()
+    given = {name: 2 * p.detach() for name, p in block.named_parameters()}
+    buffers = {name: b.clone() for name, b in block.named_buffers()}
+
+    def call(x: Tensor) -> Tensor:
+        return torch.func.functional_call(block, {**given, **buffers}, (x,))
+
+    expected = call(images())
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(call, backend="aot_eager", fullgraph=True)(images()), expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"drop_path": 0.5}, {"drop_path": 0.5, "reduction": 4}], ids=["drop path", "drop path, excitation"]
+)
+def test_chance_is_drawn_anew_in_every_call(options):
+    kind = blocks.SEBottleneckBlock if "reduction" in options else blocks.BottleneckBlock
+    block = kind(32, 32, **options).to(memory_format=torch.channels_last)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(0)
+    outputs = [compiled(images()) for _ in range(8)]
+    assert any(not torch.equal(outputs[0], other) for other in outputs[1:])
+    outputs[-1].sum().backward()
+    torch.manual_seed(0)
+    again = compiled(images())
+    torch.testing.assert_close(again, outputs[0], rtol=0, atol=0)
+
+
+def test_memory_low_is_lower_in_a_graph_too():
+    def saved(memory: str) -> int:
+        model = small_resnet().to(memory_format=torch.channels_last)
+        fusedres.patch(model, memory=memory)
+        torch._dynamo.reset()
+        found = []
+
+        def keep(gm: torch.fx.GraphModule, example: list[Tensor]) -> Callable:
+            found.append(sum(n.meta["val"].nbytes for n in gm.graph.find_nodes(op="placeholder") if "val" in n.meta))
+            return gm.forward
+
+        backend = aot_autograd(fw_compiler=lambda gm, example: gm.forward, bw_compiler=keep)
+        torch.compile(model, backend=backend, fullgraph=True)(channels_last((4, 3, 64, 64))).sum().backward()
+        return found[0]
+
+    assert saved("low") <= saved("auto")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inference, and what is kept for it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["trained", "loaded", "stepped"])
+def test_inference_follows_the_parameters(how):
+    block = bottleneck()
+    other = bottleneck()
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    block.eval()
+    compiled(images())
+    if how == "trained":
+        block.train()
+        compiled(images(1))
+        block.eval()
+    elif how == "loaded":
+        block.load_state_dict({name: t + 1 if t.is_floating_point() else t for name, t in other.state_dict().items()})
+    else:
+        for p in block.parameters():
+            p.mul_(1.5)
+    stock = copy.deepcopy(block)
+    with fusedres.use_backend("stock"):
+        torch.testing.assert_close(compiled(images()), stock(images()), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@needs_library
+def test_weights_are_folded_once_and_go_with_the_module():
+    torch._dynamo.reset()
+    gc.collect()
+    before = len(_FOLDED)
+    block = bottleneck().eval()
+    compiled = torch.compile(block, backend="inductor", fullgraph=True)
+    compiled(images())
+    assert len(_FOLDED) == before + 1
+    (entry,) = _FOLDED[block.conv1.weight].values()
+    folds = {slot: id(folded[1]) for slot, folded in entry.items()}
+    assert len(folds) == 3
+    compiled(images(1))
+    assert {slot: id(folded[1]) for slot, folded in entry.items()} == folds
+    del block, compiled, entry
+    torch._dynamo.reset()
+    gc.collect()
+    assert len(_FOLDED) == before
+
+
+@needs_library
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_of_inference(layout, dtype):
+    block = bottleneck().eval()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(block, backend="aot_eager", fullgraph=True)(images())
+    binder = Binder(block)
+    program = block._block.bound(binder)
+    (name,) = [name for name, known in _PROGRAMS.items() if known == program]
+    x = INPUTS[layout](SHAPE)
+    tensors = [None if t is None else t.detach() for t in binder.tensors]
+    torch.library.opcheck(torch.ops.fusedres.infer_block.default, (name, x, None, tensors, dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Through the compiler to the end
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@needs_library
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_through_inductor(training, dynamic):
+    def compile_(module: nn.Module) -> None:
+        torch._dynamo.reset()
+        module.compile(fullgraph=True, dynamic=dynamic)
+
+    compare(bottleneck().train(training), compile_, lambda seed: [images(seed)]).check()
+
+
+@needs_library
+def test_under_autocast():
+    def compile_(module: nn.Module) -> None:
+        torch._dynamo.reset()
+        module.compile(backend="aot_eager", fullgraph=True)
+
+    for training in (True, False):
+        compare(bottleneck().train(training), compile_, lambda seed: [images(seed)], autocast=torch.bfloat16).check()
+
+
+@pytest.mark.parametrize("make", [resnet50, densenet121])
+def test_whole_networks_in_one_graph(make):
+    model = make(num_classes=5).to(memory_format=torch.channels_last)
+    recorder = recorded(model, channels_last((2, 3, 64, 64)))
+    assert recorder.graphs == 1
+    assert sum(recorder.ops.values()) > 50
