@@ -37,6 +37,7 @@ PEERS: tuple[Peer, ...] = (
     OnnxRuntime(),
     Apex(),
     TensorRT(),
+    Compiled(patched=True),
     Compiled("max-autotune"),
 )
 """In the order in which they are prepared, so that what is left out for want of time is what takes the most."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from ...patch import patch
 from .base import Peer
 
 __all__ = ["Compiled"]
@@ -17,17 +18,21 @@ _FROZEN = {"freezing": True}
 
 
 class Compiled(Peer):
-    """The compiler's default, or another of its modes."""
+    """The compiler's default, or another of its modes; on the stock network, or on the patched one."""
 
-    def __init__(self, mode: str | None = None) -> None:
+    def __init__(self, mode: str | None = None, *, patched: bool = False) -> None:
         self._mode = mode
+        self._patched = patched
         self._hits = 0
-        self.name = "torch.compile" if mode is None else f"torch.compile, {mode}"
+        self.foreign = not patched
+        self.name = ", ".join((*["fusedres"] * patched, "torch.compile", *[mode] * (mode is not None)))
         self.seconds = (75.0, 30.0) if mode is None else (180.0, 90.0)
-        self.schedule = "inductor" if mode is None else None
+        self.schedule = "inductor" if mode is None and not patched else None
 
     def prepare(self, model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
         self._hits = _cache_hits()
+        if self._patched:
+            patch(model)
         return torch.compile(model, options=self._settings(model.training, example))
 
     def _settings(self, training: bool, example: Tensor) -> dict[str, Any] | None:
