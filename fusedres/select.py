@@ -93,7 +93,7 @@ MEASURED = ("triton", "cuda")
 
 # Elements of the input below which a block runs as stock: what its passes save there is less than what one more call
 # from Python costs. Measured on two cores; see ``python -m fusedres bench``.
-FEWEST_ELEMENTS = {"training": 5 * 2**17, "inference": 2**14}
+FEWEST_ELEMENTS = {"training": 5 * 2**17, "inference": 3 * 2**13}
 
 
 def too_small(elements: int, mode: str, forced: str = "auto") -> bool:

@@ -176,9 +176,9 @@ def _with_costs(about: Measurement, peer: Peer, modelled: Traffic | None) -> Mea
 def measure(case: Case, turns: int = 9, peers: Sequence[Peer] = (BASELINE, OURS)) -> Cell:
     """Checks a case, then times it. What looks too slow is measured once more, three times as long."""
     found = entrants(case, peers)
-    cell = _cell(case, race(found, turns=turns, warmup=3, sample_seconds=2e-3))
+    cell = _cell(case, race(found, turns=turns, warmup=3, sample_seconds=5e-3))
     if cell.ratio is not None and cell.ratio < NOT_SLOWER:
-        cell = _cell(case, race(found, turns=3 * turns, warmup=1, sample_seconds=4e-3))
+        cell = _cell(case, race(found, turns=3 * turns, warmup=1, sample_seconds=5e-3))
     return cell
 
 
