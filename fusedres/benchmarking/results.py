@@ -331,18 +331,25 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
-    """The commit of the working tree that the package lies in, with ``+`` where files have changed since."""
+    """The commit of the working tree that the package lies in, with ``+`` where files have changed since: others than
+    results, of which a series of measurements writes one after the other.
+    """
+    commit = _git("rev-parse", "--short", "HEAD")
+    if not commit:
+        return "an unknown commit"
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)bench/results")
+    return f"{commit}+" if changed else commit
+
+
+def _git(*arguments: str) -> str:
+    """What git says; nothing where it fails."""
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
+        said = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
-        return "an unknown commit"
-    return described.stdout.strip() or "an unknown commit"
+        return ""
+    return said.stdout.strip()
 
 
 @dataclass(frozen=True)

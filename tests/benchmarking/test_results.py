@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from dataclasses import replace
 
 import pytest
 
+from fusedres.benchmarking import results
 from fusedres.benchmarking.results import HEAD, Goal, Measurement, MemoryUse, Results, Row, this_machine
 
 RATIO = Goal(1.2, 1.45)
@@ -115,3 +118,25 @@ def test_a_gpu_names_its_own_folder():
 def test_the_machine_makes_a_folder_name():
     slug = this_machine().slug
     assert slug.endswith("threads") and set(slug) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+
+def test_results_do_not_make_a_tree_one_with_changes(tmp_path, monkeypatch):
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    code, result = tmp_path / "code" / "module.py", tmp_path / "bench" / "results" / "full.json"
+    for path in (code, result):
+        path.parent.mkdir(parents=True)
+        path.write_text("before")
+    monkeypatch.setattr(results, "__file__", str(code))
+    assert this_machine().commit == "an unknown commit"
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    commit = this_machine().commit
+    assert re.fullmatch(r"[0-9a-f]{7,40}", commit)
+    result.write_text("after")
+    assert this_machine().commit == commit
+    code.write_text("after")
+    assert this_machine().commit == f"{commit}+"
