@@ -107,7 +107,7 @@ def _bars(axis: Any, groups: Sequence[str], heights: dict[str, dict[str, float]]
     axis.set_xticks(range(len(groups)), [_folded(group) for group in groups], fontsize=8)
     axis.set_xlim(-0.6, len(groups) - 0.4)
     axis.set_ylabel(label)
-    axis.margins(y=0.22)
+    axis.margins(y=0.1 + 0.08 * -(-len(heights) // 4))  # room for the numbers, and for a legend in four columns
 
 
 def _place(name: str) -> int:
