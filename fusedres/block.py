@@ -163,7 +163,9 @@ class Block:
     def __post_init__(self) -> None:
         # Blocks are looked up in every call.
         object.__setattr__(self, "_hash", hash(self._fields()))
-        unsupported(self)  # plans it, so that compilers, which follow what a call does, find it planned
+        # Here, so that compilers, which follow what a call does, find it done.
+        unsupported(self)
+        idle_in_training(self)
 
     def __hash__(self) -> int:
         return self._hash
@@ -392,7 +394,8 @@ def run(
     has been replaced, hooked or reparametrized since the block was described is called, as stock PyTorch would.
     """
     if not (_engine_takes(x) and (residual is None or _engine_takes(residual))):
-        out = graphs.run(block, root, x, residual, backend, memory) if graphs.is_compiled() else None
+        compiled = graphs.is_compiled() and not _idles_on_cpu(block, x)
+        out = graphs.run(block, root, x, residual, backend, memory) if compiled else None
         return _call_modules(block, root, x, residual) if out is None else out
     mode = "training" if torch.is_grad_enabled() else "inference"
     # Asked here too, before the work of binding.
@@ -425,6 +428,10 @@ def idle_in_training(block: Block) -> bool:
         return False
     alone = all(isinstance(step, Act) for step in rest)
     return alone or all(isinstance(step, Conv) or step == Act(RELU) for step in rest)
+
+
+def _idles_on_cpu(block: Block, x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.device.type == "cpu" and idle_in_training(block)
 
 
 def run_dense(dense: Dense, root: nn.Module, x: Tensor, *, backend: str = "auto", memory: str = "auto") -> Tensor:

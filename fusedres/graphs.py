@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .binding import FollowedBinder, NotOurs, module_at
-from .engine import ConvSlot, DenseProgram, ExciteSlot, GainSlot, Link, NormSlot, Program, execute, execute_dense
+from .engine import DenseProgram, execute, execute_dense
+from .engine.graph import as_constants, from_constants
 from .engine.program import is_synchronised
-from .ops.activations import Activation
-from .ops.conv import ConvGeometry
 
 if TYPE_CHECKING:
     from .block import Block, Dense
@@ -53,7 +52,7 @@ def run(
     if is_synchronised(program.links) or not binder.suits(x.device, x.dtype):
         return None
     binder.count_batch()
-    return _recorded(_as_constants(program), x, residual, *binder.tensors)
+    return _recorded(as_constants(program), x, residual, *binder.tensors)
 
 
 def _record_in_graphs() -> bool:
@@ -79,33 +78,7 @@ def _averages(root: nn.Module, norm: tuple[str, ...] | None) -> bool:
 
 def _recorded(constants: tuple[Any, ...], x: Tensor, residual: Tensor | None, *tensors: Tensor | None) -> Tensor:
     """The engine on what the compiler has in the place of tensors."""
-    program = _from_constants(constants)
+    program = from_constants(constants)
     if isinstance(program, DenseProgram):
         return execute_dense(program, x, tensors)
     return execute(program, x, residual, tensors)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Programs as what a graph takes for constants: tuples of numbers and words
-# ---------------------------------------------------------------------------------------------------------------------
-
-_KINDS: dict[str, Any] = {"Activation": Activation.from_spelled} | {
-    kind.__name__: kind
-    for kind in (ConvGeometry, ConvSlot, DenseProgram, ExciteSlot, GainSlot, Link, NormSlot, Program)
-}
-
-
-def _as_constants(value: Any) -> Any:
-    if isinstance(value, Activation):
-        return "Activation", value.spelled
-    if not isinstance(value, tuple):
-        return value
-    return (type(value).__name__, *[_as_constants(item) for item in value])
-
-
-def _from_constants(value: Any) -> Any:
-    if not isinstance(value, tuple):
-        return value
-    kind, *items = value
-    made = tuple(_from_constants(item) for item in items)
-    return made if kind == "tuple" else _KINDS[kind](*made)

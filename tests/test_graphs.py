@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 from collections import Counter
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ from fusedres import env
 from fusedres import nn as blocks
 from fusedres.binding import Binder
 from fusedres.block import Act, Block, Conv, Norm, run
-from fusedres.engine.graph import _FOLDED, _PROGRAMS
+from fusedres.engine.graph import _FOLDED, as_constants, from_constants
 from fusedres.models import densenet121, resnet50
 from fusedres.ops.activations import RELU
 from fusedres.testing import INPUTS, channels_last, compare
@@ -98,7 +99,14 @@ def replaced() -> nn.Module:
     return block
 
 
-@pytest.mark.parametrize("make", [hooked, replaced])
+def idle() -> nn.Module:
+    """Convolutions with ReLUs, of which training would save nothing."""
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.ReLU())
+    fusedres.patch(model.to(memory_format=torch.channels_last))
+    return model
+
+
+@pytest.mark.parametrize("make", [hooked, replaced, idle])
 def test_what_the_engine_leaves_to_the_modules(make):
     assert recorded(make(), images()).ops == {}
 
@@ -247,15 +255,24 @@ def test_weights_are_folded_once_and_go_with_the_module():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_of_inference(layout, dtype):
     block = bottleneck().eval()
-    torch._dynamo.reset()
-    with torch.no_grad():
-        torch.compile(block, backend="aot_eager", fullgraph=True)(images())
     binder = Binder(block)
-    program = block._block.bound(binder)
-    (name,) = [name for name, known in _PROGRAMS.items() if known == program]
-    x = INPUTS[layout](SHAPE)
+    program = json.dumps(as_constants(block._block.bound(binder)))
     tensors = [None if t is None else t.detach() for t in binder.tensors]
-    torch.library.opcheck(torch.ops.fusedres.infer_block.default, (name, x, None, tensors, dtype))
+    x = INPUTS[layout](SHAPE)
+    torch.library.opcheck(torch.ops.fusedres.infer_block.default, (program, x, None, tensors, dtype))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_programs_survive_as_constants(dense):
+    block = (
+        blocks.DenseBottleneckBlock(2, 32, 8, dropout=0.1)
+        if dense
+        else blocks.SEBottleneckBlock(32, 32, 2, drop_path=0.2)
+    )
+    for training in (True, False):
+        program = block.train(training)._block.bound(Binder(block))
+        assert from_constants(as_constants(program)) == program
+        assert from_constants(json.loads(json.dumps(as_constants(program)))) == program
 
 
 # ---------------------------------------------------------------------------------------------------------------------

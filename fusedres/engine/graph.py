@@ -1,63 +1,101 @@
-"""Inference in a graph that a compiler makes: a block is one op, behind which folded weights stay packed.
+"""Programs in the graphs that compilers make.
 
-In training a compiler sees every op of the engine. In inference it would fold and pack the weights in every call, so
-there the block is opaque: the op's one constant names the program, which is kept here, and what is folded is kept for
-as long as the first of the weights lives.
+A graph takes numbers, words and tuples of them for constants, and that is what a program becomes. In training a
+compiler then sees every op of the engine. In inference it would fold and pack the weights in every call, so there a
+block is one op, with the program written out as its first argument; what is folded is kept for as long as the first of
+the weights lives.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..ops.activations import Activation
+from ..ops.conv import ConvGeometry
 from .dense import DenseProgram, infer_dense
 from .inference import infer
 from .pending import compute_dtype
-from .program import Operands, Program
+from .program import ConvSlot, ExciteSlot, GainSlot, Link, NormSlot, Operands, Program
 from .stock import execute_stock, stock_dense
 
-__all__ = ["infer_in_graph"]
+__all__ = ["as_constants", "from_constants", "infer_in_graph"]
 
-_PROGRAMS: dict[str, Program | DenseProgram] = {}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Programs as constants
+# ---------------------------------------------------------------------------------------------------------------------
+
+_KINDS: dict[str, Any] = {"Activation": Activation.from_spelled} | {
+    kind.__name__: kind
+    for kind in (ConvGeometry, ConvSlot, DenseProgram, ExciteSlot, GainSlot, Link, NormSlot, Program)
+}
+
+
+def as_constants(value: Any) -> Any:
+    """A program, or a part of one, as nested tuples that begin with the name of their kind. Compilers follow this."""
+    if isinstance(value, Activation):
+        return "Activation", value.spelled
+    if not isinstance(value, tuple):
+        return value
+    return (type(value).__name__, *[as_constants(item) for item in value])
+
+
+def from_constants(value: Any) -> Any:
+    """What :func:`as_constants` was given."""
+    if not isinstance(value, (tuple, list)):
+        return value
+    kind, *items = value
+    made = tuple(from_constants(item) for item in items)
+    return made if kind == "tuple" else _KINDS[kind](*made)
+
+
+@cache
+def _read(program: str) -> Program | DenseProgram:
+    return from_constants(json.loads(program))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inference
+# ---------------------------------------------------------------------------------------------------------------------
+
 _FOLDED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def infer_in_graph(program: Program | DenseProgram, x: Tensor, residual: Tensor | None, tensors: Operands) -> Tensor:
     """A block with constant norms as one op."""
-    # Compilers keep graphs on disk: in another process the name may not mean another program.
-    name = hashlib.sha256(repr(program).encode()).hexdigest()[:32]
-    _PROGRAMS[name] = program
-    return torch.ops.fusedres.infer_block(name, x, residual, list(tensors), compute_dtype(x))
+    text = json.dumps(as_constants(program))
+    return torch.ops.fusedres.infer_block(text, x, residual, list(tensors), compute_dtype(x))
 
 
-def _infer(name: str, x: Tensor, residual: Tensor | None, tensors: Operands, dtype: torch.dtype) -> Tensor:
-    program = _PROGRAMS[name]
-    folded = _folded(name, program, tensors)
+def _infer(program: str, x: Tensor, residual: Tensor | None, tensors: Operands, dtype: torch.dtype) -> Tensor:
+    found, folded = _read(program), _folded(program, tensors)
     with torch.no_grad(), torch.autocast(x.device.type, dtype, enabled=dtype != x.dtype):
-        if isinstance(program, DenseProgram):
-            out = infer_dense(program, x, tensors, folded)
+        if isinstance(found, DenseProgram):
+            out = infer_dense(found, x, tensors, folded)
         else:
-            out = infer(program, x, residual, tensors, folded)
+            out = infer(found, x, residual, tensors, folded)
     return out.contiguous(memory_format=_format_of(x))
 
 
-def _folded(name: str, program: Program | DenseProgram, tensors: Operands) -> dict[int, Any]:
+def _folded(program: str, tensors: Operands) -> dict[int, Any]:
     """Where the folded weights of these operands are kept."""
-    first = next((tensors[link.conv.first] for link in program.links if link.conv is not None), None)
-    return {} if first is None else _FOLDED.setdefault(first, {}).setdefault(name, {})
+    first = next((tensors[link.conv.first] for link in _read(program).links if link.conv is not None), None)
+    return {} if first is None else _FOLDED.setdefault(first, {}).setdefault(program, {})
 
 
-def _fake(name: str, x: Tensor, residual: Tensor | None, tensors: Operands, dtype: torch.dtype) -> Tensor:
-    program = _PROGRAMS[name]
+def _fake(program: str, x: Tensor, residual: Tensor | None, tensors: Operands, dtype: torch.dtype) -> Tensor:
+    found = _read(program)
     with torch.no_grad(), torch.autocast(x.device.type, dtype, enabled=dtype != x.dtype):
-        if isinstance(program, DenseProgram):
-            out = stock_dense(program.layers, x, tensors)
+        if isinstance(found, DenseProgram):
+            out = stock_dense(found.layers, x, tensors)
         else:
-            out = execute_stock(program, x, residual, tensors)
+            out = execute_stock(found, x, residual, tensors)
     return torch.empty_like(out, memory_format=_format_of(x))
 
 
@@ -69,7 +107,7 @@ def _format_of(x: Tensor) -> torch.memory_format:
 
 _LIBRARY = torch.library.Library("fusedres", "FRAGMENT")
 _LIBRARY.define(
-    "infer_block(str name, Tensor x, Tensor? residual, Tensor?[] tensors, ScalarType dtype) -> Tensor",
+    "infer_block(str program, Tensor x, Tensor? residual, Tensor?[] tensors, ScalarType dtype) -> Tensor",
     tags=(torch.Tag.needs_exact_strides,) if hasattr(torch.Tag, "needs_exact_strides") else (),
 )
 _LIBRARY.impl("infer_block", _infer, "CompositeExplicitAutograd")
