@@ -25,6 +25,9 @@ std::string cpu_isa() { return isa_name(active_isa()); }
 
 std::vector<std::string> cpu_isas() { return available_isas(); }
 
+// For every convolution: a string that crosses torch's stable interface is never freed there.
+bool cpu_has_vectors() { return active_isa() != Isa::kScalar; }
+
 void set_cpu_isa(std::string name) { set_isa(name); }
 
 }  // namespace
@@ -34,6 +37,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedres, m) {
   m.def("build_info() -> str");
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str[]");
+  m.def("cpu_has_vectors() -> bool");
   m.def("set_cpu_isa(str name) -> ()");
 }
 
@@ -41,5 +45,6 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&fusedres::build_info));
   m.impl("cpu_isa", TORCH_BOX(&fusedres::cpu_isa));
   m.impl("cpu_isas", TORCH_BOX(&fusedres::cpu_isas));
+  m.impl("cpu_has_vectors", TORCH_BOX(&fusedres::cpu_has_vectors));
   m.impl("set_cpu_isa", TORCH_BOX(&fusedres::set_cpu_isa));
 }

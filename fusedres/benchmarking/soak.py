@@ -23,14 +23,21 @@ LIMIT = 4 * 2**20
 _SAMPLES = 10
 
 
-def growth(step: Callable[[], object], steps: int, on_sample: Callable[[int, int], None] = lambda *_: None) -> int:
+def growth(
+    step: Callable[[], object],
+    steps: int,
+    on_sample: Callable[[int, int], None] = lambda *_: None,
+    size: Callable[[], int] = resident,
+) -> int:
     """By how many bytes ``steps`` calls of ``step`` let the process grow.
 
-    The resident memory is read ten times on the way, first after a tenth of the calls, in which everything is allocated
-    that is allocated once; the answer is the median of the last three readings less that of the first three.
+    The size, as a rule the resident memory, is read ten times on the way, first after a tenth of the calls, in which
+    everything is allocated that is allocated once; the answer is the median of the last three readings less that of the
+    first three.
 
     Args:
-        on_sample: called with the number of calls so far and the resident bytes.
+        on_sample: called with the number of calls so far and the size.
+        size: of the process, in bytes.
 
     Raises:
         ValueError: for fewer than ten steps.
@@ -43,7 +50,7 @@ def growth(step: Callable[[], object], steps: int, on_sample: Callable[[int, int
         for _ in range(done - part * steps // _SAMPLES):
             step()
         gc.collect()
-        readings.append(resident())
+        readings.append(size())
         on_sample(done, readings[-1])
     return round(median(readings[-3:]) - median(readings[:3]))
 

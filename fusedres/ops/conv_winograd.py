@@ -121,4 +121,4 @@ def winograd_unsuited(x: Tensor, weight: Tensor, g: ConvGeometry) -> str | None:
 
 
 def _has_vectors() -> bool:
-    return env.library_missing() is None and torch.ops.fusedres.cpu_isa() != "scalar"
+    return env.library_missing() is None and torch.ops.fusedres.cpu_has_vectors()

@@ -14,7 +14,7 @@ from fusedres.ops.registry import OPS
 from fusedres.testing import INPUTS
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
-OF_THE_LIBRARY = {"build_info", "cpu_isa", "cpu_isas", "set_cpu_isa"}
+OF_THE_LIBRARY = {"build_info", "cpu_has_vectors", "cpu_isa", "cpu_isas", "set_cpu_isa"}
 """What the compiled library tells of itself; they take no tensors."""
 
 FOR_GRAPHS = {"infer_block", "pointwise_dgrad_add_"}
