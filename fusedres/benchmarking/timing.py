@@ -94,7 +94,7 @@ def interleave(
     warm = _warm_up(contestants, warmup, measure)
     repeats = max(1, round(sample_seconds / min(warm.values())))
     if left is not None:
-        turns = min(turns, max(FEWEST_TURNS, int(left() / (repeats * sum(warm.values())))))
+        turns = int(min(turns, max(FEWEST_TURNS, left() / (repeats * sum(warm.values())))))
     names = list(contestants)
     samples: dict[str, list[float]] = {name: [] for name in names}
     with _no_garbage_collection():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 
 import pytest
@@ -61,3 +62,8 @@ def test_garbage_collection_is_as_it_was():
     assert gc.isenabled()
     interleave({"": lambda: None}, turns=1)
     assert gc.isenabled()
+
+
+def test_without_a_limit_all_turns_are_measured():
+    found = interleave({"one": lambda: None}, turns=7, left=lambda: math.inf)
+    assert len(found["one"].samples) == 7
