@@ -39,7 +39,7 @@ def execute(
     if chosen is None or _broadcasts(program, x, residual, tensors):
         return execute_stock(program, x, residual, tensors)
     program = chosen
-    if inference and folded is None and torch.compiler.is_compiling():
+    if inference and folded is None and torch.compiler.is_compiling():  # a call that keeps them is in no graph
         return infer_in_graph(program, x, residual, tensors)
     if inference:
         return infer(program, x, residual, tensors, {} if folded is None else folded)

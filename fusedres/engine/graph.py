@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ops.activations import Activation
 from ..ops.conv import ConvGeometry
+from ..ops.registry import define
 from .dense import DenseProgram, infer_dense
 from .inference import infer
 from .pending import compute_dtype
@@ -105,10 +106,9 @@ def _format_of(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-_LIBRARY = torch.library.Library("fusedres", "FRAGMENT")
-_LIBRARY.define(
+define(
     "infer_block(str program, Tensor x, Tensor? residual, Tensor?[] tensors, ScalarType dtype) -> Tensor",
-    tags=(torch.Tag.needs_exact_strides,) if hasattr(torch.Tag, "needs_exact_strides") else (),
+    _infer,
+    _fake,
+    tags=[torch.Tag.needs_exact_strides] if hasattr(torch.Tag, "needs_exact_strides") else [],
 )
-_LIBRARY.impl("infer_block", _infer, "CompositeExplicitAutograd")
-torch.library.register_fake("fusedres::infer_block", _fake, lib=_LIBRARY)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .registry import define
+
 __all__ = [
     "ConvGeometry",
     "adds_pointwise_dgrad",
@@ -140,25 +142,21 @@ def pointwise_dgrad_add_(onto: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
 
     .. math:: onto_{n,c,p} \\mathrel{+}= \\sum_k w_{k,c} \\; grad_{n,k,p}
     """
-    if torch.compiler.is_compiling():
-        torch.ops.fusedres.pointwise_dgrad_add_(onto, grad, weight)
-        return onto
-    return _pointwise_dgrad_add_(onto, grad, weight)
+    add_ = torch.ops.fusedres.pointwise_dgrad_add_ if torch.compiler.is_compiling() else _pointwise_dgrad_add_
+    add_(onto, grad, weight)
+    return onto
 
 
-def _pointwise_dgrad_add_(onto: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+def _pointwise_dgrad_add_(onto: Tensor, grad: Tensor, weight: Tensor) -> None:
     transposed = weight.transpose(0, 1)
-    return torch.ops.mkldnn._convolution_pointwise_.binary(
+    torch.ops.mkldnn._convolution_pointwise_.binary(
         onto, grad, transposed, None, (0, 0), (1, 1), (1, 1), 1, "add", 1.0, None, [], ""
     )
 
 
-def _in_graph(onto: Tensor, grad: Tensor, weight: Tensor) -> None:
-    _pointwise_dgrad_add_(onto, grad, weight)
-
-
-# Compilers do not take an op that returns what it wrote to.
-_LIBRARY = torch.library.Library("fusedres", "FRAGMENT")
-_LIBRARY.define("pointwise_dgrad_add_(Tensor(a!) onto, Tensor grad, Tensor weight) -> ()")
-_LIBRARY.impl("pointwise_dgrad_add_", _in_graph, "CompositeExplicitAutograd")
-torch.library.register_fake("fusedres::pointwise_dgrad_add_", lambda onto, grad, weight: None, lib=_LIBRARY)
+# A compiler does not take an op that returns what it wrote to: in its graph this one returns nothing.
+define(
+    "pointwise_dgrad_add_(Tensor(a!) onto, Tensor grad, Tensor weight) -> ()",
+    _pointwise_dgrad_add_,
+    lambda onto, grad, weight: None,
+)

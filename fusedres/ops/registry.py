@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["OPS", "Op", "declare", "implement"]
+__all__ = ["OPS", "Op", "declare", "define", "implement"]
 
 # Operands that are written to, and counts, as schemas declare them.
 _WRITTEN = re.compile(r",? ?Tensor\([a-z]!\)\? \w+(=None)?")
@@ -115,14 +115,20 @@ def _declare_for_graphs(op: Op, default: Any, fake: Callable[..., Any]) -> None:
 
     def overload(name: str, schema: str, complete: Callable[[Sequence[Any]], Sequence[Any]]) -> None:
         name = f"{default._overloadpacket.__name__}.{name}"
-        _LIBRARY.define(name + schema)
-        _LIBRARY.impl(name, lambda *args: default(*complete(args)), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fusedres::{name}", lambda *args: fake(*complete(args)), lib=_LIBRARY)
+        define(name + schema, lambda *args: default(*complete(args)), lambda *args: fake(*complete(args)))
 
     if op.counts:
         overload("symbolic", symbolic, lambda args: args)
     if op.may_write_nothing:
         overload("pure", _WRITTEN.sub("", symbolic), op.with_nothing_written)
+
+
+def define(schema: str, function: Callable[..., Any], fake: Callable[..., Any], tags: Sequence[Any] = ()) -> None:
+    """Registers an operator that compilers' graphs alone call, and that is ``function`` on every device."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=tuple(tags))
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fusedres::{name}", fake, lib=_LIBRARY)
 
 
 def implement(op: Op, backend: str, function: Callable[..., Any], dispatch_key: str) -> None:
