@@ -212,10 +212,17 @@ def decides_nothing(case: Case) -> bool:
     """Whether rounding alone, or stock PyTorch alone, decides what the case yields.
 
     A norm multiplies the rounding of a channel that is constant by ``1 / sqrt(eps)``, and makes of two values 1 and -1,
-    whatever they were, so that no gradient passes but what its terms lack of cancelling. And PyTorch's bfloat16 weight
-    gradient of a convolution that strides over a single pixel reads memory that nothing has been written to.
+    whatever they were, so that no gradient passes but what its terms lack of cancelling. A gate that squeezes what a
+    norm has centred, a single sample say, takes the ReLU of rounding. And PyTorch's bfloat16 weight gradient of a
+    convolution that strides over a single pixel reads memory that nothing has been written to.
     """
     found = []
+
+    def look_at_gate(gate: Gate, inputs: tuple[Tensor, ...]) -> None:
+        squeezed, terms = inputs[0].detach().mean((2, 3)), inputs[0].detach().abs().mean((2, 3))
+        weight, bias = gate.fc1.weight.flatten(1), gate.fc1.bias
+        hidden, size = nn.functional.linear(squeezed, weight, bias), nn.functional.linear(terms, weight.abs())
+        found.append(bool((hidden.abs() < 1e-9 * size).any()))
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         (x,) = inputs
@@ -230,6 +237,8 @@ def decides_nothing(case: Case) -> bool:
     for module in exact.modules():
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
             module.register_forward_pre_hook(look)
+        elif isinstance(module, Gate):
+            module.register_forward_pre_hook(look_at_gate)
     _life(exact, replace(case, dtype=torch.float64), 0)
     return any(found)
 

@@ -146,6 +146,14 @@ def test_a_norm_of_two_values_decides_nothing(batch, decides):
     assert decides_nothing(Case(block, fuse, 2, 1, torch.float32, (Mode(True), call))) is not decides
 
 
+@pytest.mark.parametrize(("batch", "bias", "decides"), [(1, False, False), (2, False, True), (1, True, True)])
+def test_a_gate_behind_a_norm_of_one_sample_decides_nothing(batch, bias, decides):
+    """It squeezes what the norm has centred, so that its ReLU is that of rounding."""
+    block = Described([conv(2, 4, 3), norm(4, affine=False), Gate(4, 2, bias=bias), "relu"])
+    call = Call((batch, 5, 5), "contiguous", "grad", False, None)
+    assert decides_nothing(Case(block, fuse, 2, 1, torch.float64, (Mode(True), call))) is not decides
+
+
 def test_the_variance_of_values_that_repeat():
     """What was left of a plane behind its whole vectors was added to the sum of squares in float32, one by one."""
     block = Described([norm(17, momentum=1.0), conv(17, 1, 1)]).train()
