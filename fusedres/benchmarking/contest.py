@@ -60,7 +60,8 @@ def contest(
         checked=checked,
     )
     left = None if budget is None else budget.left
-    finishes = race(entrants, turns=turns, device=batches[0].images.device, left=left)
+    # Each has taken a step already, when it was prepared.
+    finishes = race(entrants, turns=turns, warmup=1, device=batches[0].images.device, left=left)
     del entrants
     gc.collect()
     return finishes

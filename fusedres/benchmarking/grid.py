@@ -21,7 +21,7 @@ from ..testing import INPUTS
 from .agreement import verdict
 from .memory import peak_allocated, saved_bytes
 from .peers import BASELINE, OURS, Peer
-from .race import Entrant, Finish, race
+from .race import Entrant, Finish, joined, race
 from .referee import Referee
 from .results import Measurement
 from .rotation import copies
@@ -150,19 +150,7 @@ def entrants(
         memory: whether bytes saved for backward and bytes allocated are measured.
         modelled: what the model of memory traffic says of the block.
     """
-    torch.compiler.reset()  # else the eighth block of a class would run as eager
-    stock = _stock(case).to(device)
-    xs = [case.input(seed).to(device) for seed in range(copies(4 * math.prod(case.shape), device))]
-    with torch.no_grad():
-        grad = INPUTS[case.layout](copy.deepcopy(stock)(xs[0]).shape, seed=1).to(device)
-    referee = Referee(
-        stock,
-        lambda seed: case.input(seed).to(device),
-        autocast=case.autocast,
-        backward=case.training,
-        input_gradients=case.training,
-    )
-    found = [_entrant(case, peer, stock, xs, grad, referee, place == 0, memory) for place, peer in enumerate(peers)]
+    found = _Course.of(case, device).entrants(peers, memory)
     return [replace(e, about=_with_costs(e.about, peer, modelled)) for e, peer in zip(found, peers)]
 
 
@@ -173,13 +161,29 @@ def _with_costs(about: Measurement, peer: Peer, modelled: Traffic | None) -> Mea
     return replace(about, moved=cost.nbytes, flops=cost.flops, roofline=cost.seconds)
 
 
-def measure(case: Case, turns: int = 9, peers: Sequence[Peer] = (BASELINE, OURS)) -> Cell:
-    """Checks a case, then times it. What looks too slow is measured once more, three times as long."""
-    found = entrants(case, peers)
-    cell = _cell(case, race(found, turns=turns, warmup=3, sample_seconds=5e-3))
+def measure(case: Case, seconds: float = 0.5, peers: Sequence[Peer] = (BASELINE, OURS)) -> Cell:
+    """Checks a case, then times it for about so long. What looks too slow is timed on, three times as long.
+
+    The turns are shared by several sets of copies of the block: where in memory its weights happen to lie decides up to
+    a fifth of the time of a small one, for as long as they lie there.
+    """
+    course = _Course.of(case)
+    sets = [course.entrants(peers) for _ in range(_SETS)]
+    heats = [_heat(entrants, seconds) for entrants in sets]
+    cell = _cell(case, joined(heats))
     if cell.ratio is not None and cell.ratio < NOT_SLOWER:
-        cell = _cell(case, race(found, turns=3 * turns, warmup=1, sample_seconds=5e-3))
+        cell = _cell(case, joined([*heats, *(_heat(entrants, 3 * seconds) for entrants in sets)]))
     return cell
+
+
+_SETS = 3
+_MOST_TURNS = 60
+"""In a heat: a hundred samples say what a thousand say."""
+
+
+def _heat(entrants: Sequence[Entrant], seconds: float) -> tuple[Finish, ...]:
+    """A race that takes a set's share of these seconds; samples are short, for there to be many."""
+    return race(entrants, turns=_MOST_TURNS, warmup=2, sample_seconds=2e-3, left=lambda: seconds / _SETS)
 
 
 def _cell(case: Case, finishes: Sequence[Finish]) -> Cell:
@@ -188,45 +192,64 @@ def _cell(case: Case, finishes: Sequence[Finish]) -> Cell:
     return Cell(case, ours.check, times if OURS.name in times else {}, tuple(f.measurement for f in finishes))
 
 
-def _stock(case: Case) -> nn.Module:
-    torch.manual_seed(0)
-    return BLOCKS[case.block](case.shape[1]).to(memory_format=FORMATS[case.layout]).train(case.training)
+@dataclass(frozen=True)
+class _Course:
+    """What the contestants of a case share."""
 
+    case: Case
+    stock: nn.Module
+    xs: Sequence[Tensor]
+    grad: Tensor
+    referee: Referee
 
-def _entrant(
-    case: Case,
-    peer: Peer,
-    stock: nn.Module,
-    xs: Sequence[Tensor],
-    grad: Tensor,
-    referee: Referee,
-    baseline: bool,
-    memory: bool,
-) -> Entrant:
-    about = Measurement(
-        "block",
-        case.block,
-        "train step" if case.training else "inference",
-        str(case.autocast or torch.float32).removeprefix("torch."),
-        case.shape,
-        peer.name,
-        autocast=case.autocast is not None,
-        layout=case.layout,
-        baseline=baseline,
-        images=case.shape[0],
-    )
-    if reason := peer.refuses(case.workload, xs[0].device):
-        return Entrant(replace(about, missing=reason))
-    twin = copy.deepcopy(stock)
-    start = perf_counter()
-    call = peer.prepare(twin, xs[0])
-    step = _step(case, twin, call, xs, grad)
-    step()
-    about = replace(about, first_step=perf_counter() - start)
-    if memory:
-        saved = saved_bytes(twin, lambda: _forward(case, call, xs[0].detach().requires_grad_()))
-        about = replace(about, saved=saved if case.training else None, peak=peak_allocated(step, xs[0].device))
-    return Entrant(about, step, None if baseline else lambda: verdict(referee.judge(twin, call)))
+    @classmethod
+    def of(cls, case: Case, device: torch.device | str = "cpu") -> _Course:
+        torch.compiler.reset()  # else the eighth block of a class would run as eager
+        torch.manual_seed(0)
+        stock = BLOCKS[case.block](case.shape[1]).to(memory_format=FORMATS[case.layout])
+        stock.train(case.training).to(device)
+        xs = [case.input(seed).to(device) for seed in range(copies(4 * math.prod(case.shape), device))]
+        with torch.no_grad():
+            grad = INPUTS[case.layout](copy.deepcopy(stock)(xs[0]).shape, seed=1).to(device)
+        referee = Referee(
+            stock,
+            lambda seed: case.input(seed).to(device),
+            autocast=case.autocast,
+            backward=case.training,
+            input_gradients=case.training,
+        )
+        return cls(case, stock, xs, grad, referee)
+
+    def entrants(self, peers: Sequence[Peer], memory: bool = False) -> list[Entrant]:
+        """Each on a copy of the block that nobody had before; the first is the baseline."""
+        return [self._entrant(peer, place == 0, memory) for place, peer in enumerate(peers)]
+
+    def _entrant(self, peer: Peer, baseline: bool, memory: bool) -> Entrant:
+        case, xs = self.case, self.xs
+        about = Measurement(
+            "block",
+            case.block,
+            "train step" if case.training else "inference",
+            str(case.autocast or torch.float32).removeprefix("torch."),
+            case.shape,
+            peer.name,
+            autocast=case.autocast is not None,
+            layout=case.layout,
+            baseline=baseline,
+            images=case.shape[0],
+        )
+        if reason := peer.refuses(case.workload, xs[0].device):
+            return Entrant(replace(about, missing=reason))
+        twin = copy.deepcopy(self.stock)
+        start = perf_counter()
+        call = peer.prepare(twin, xs[0])
+        step = _step(case, twin, call, xs, self.grad)
+        step()
+        about = replace(about, first_step=perf_counter() - start)
+        if memory:
+            saved = saved_bytes(twin, lambda: _forward(case, call, xs[0].detach().requires_grad_()))
+            about = replace(about, saved=saved if case.training else None, peak=peak_allocated(step, xs[0].device))
+        return Entrant(about, step, None if baseline else lambda: verdict(self.referee.judge(twin, call)))
 
 
 def _step(

@@ -11,7 +11,7 @@ import torch
 from .results import Measurement
 from .timing import Timing, interleave, speedup
 
-__all__ = ["Entrant", "Finish", "race"]
+__all__ = ["Entrant", "Finish", "joined", "race"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,26 @@ def race(
     return tuple(Finish(_measured(m, times), times.get(m.contestant)) for _, m in checked)
 
 
+def joined(heats: Sequence[Sequence[Finish]]) -> tuple[Finish, ...]:
+    """Several races of the same contestants, in the same order, as one with the turns of all of them.
+
+    Whose check is red in one heat has no times, and that check.
+    """
+    timings = {fs[0].measurement.contestant: [f.timing for f in fs] for fs in zip(*heats, strict=True)}
+    times = {
+        name: Timing(tuple(sample for timing in own for sample in timing.samples))
+        for name, own in timings.items()
+        if None not in own
+    }
+    return tuple(_joined([f.measurement for f in fs], times) for fs in zip(*heats, strict=True))
+
+
+def _joined(measurements: Sequence[Measurement], times: dict[str, Timing]) -> Finish:
+    first = measurements[0]
+    check = next((m.check for m in measurements if m.check not in ("", "ok")), first.check)
+    return Finish(_measured(replace(first, check=check), times), times.get(first.contestant))
+
+
 def _check(entrant: Entrant) -> str:
     return entrant.verdict() if entrant.call is not None and entrant.verdict is not None else ""
 
@@ -70,6 +90,6 @@ def _check(entrant: Entrant) -> str:
 def _measured(about: Measurement, times: dict[str, Timing]) -> Measurement:
     own = times.get(about.contestant)
     if own is None:
-        return about
+        return replace(about, seconds=None, speedup={})
     ratios = {name: speedup(other, own) for name, other in times.items() if name != about.contestant}
     return replace(about, seconds=own.to_dict(), speedup=ratios)

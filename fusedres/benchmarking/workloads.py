@@ -64,6 +64,10 @@ class Batch:
         """With images of this dtype."""
         return replace(self, images=self.images.to(dtype))
 
+    def first(self, count: int) -> Batch:
+        """The first images of it."""
+        return replace(self, images=self.images[:count], classes=self.classes[:count])
+
     def shifted(self, seed: int) -> Tensor:
         """The images moved to the side by as many pixels: other numbers in the same shape and layout."""
         return self.images.roll(seed, 3).contiguous(memory_format=FORMATS[self.layout])

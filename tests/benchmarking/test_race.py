@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from fusedres.benchmarking.agreement import verdict
-from fusedres.benchmarking.race import Entrant, race
+from fusedres.benchmarking.race import Entrant, joined, race
 from fusedres.benchmarking.referee import Referee
 from fusedres.benchmarking.results import Measurement
-from fusedres.benchmarking.timing import FEWEST_TURNS
+from fusedres.benchmarking.timing import FEWEST_TURNS, speedup
 
 
 def entrant(name: str, seconds: float = 1e-3, check: str | None = None) -> Entrant:
@@ -49,6 +49,22 @@ def test_a_planted_wrong_network_is_caught():
     about = Measurement("model", "planted", "train step", "float32", (4, 3, 8, 8), "wrong")
     (finish,) = race([Entrant(about, lambda: None, lambda: verdict(referee.judge(model, wrong)))])
     assert finish.measurement.check.startswith("RED: ") and finish.measurement.seconds is None
+
+
+def test_heats_are_joined_turn_by_turn():
+    heats = [race([entrant("eager"), entrant("ours", 1e-3, "ok")], turns=turns) for turns in (2, 3)]
+    eager, ours = joined(heats)
+    assert ours.timing.samples == heats[0][1].timing.samples + heats[1][1].timing.samples
+    assert ours.measurement.seconds == ours.timing.to_dict() and ours.measurement.check == "ok"
+    assert ours.measurement.speedup == {"eager": speedup(eager.timing, ours.timing)}
+
+
+@pytest.mark.parametrize("red", [0, 1])
+def test_who_is_wrong_in_one_heat_has_no_times(red):
+    heats = [race([entrant("eager"), entrant("ours", 1e-3, "RED" if i == red else "ok")], turns=2) for i in range(2)]
+    eager, ours = joined(heats)
+    assert ours.measurement.check == "RED" and ours.timing is None and ours.measurement.seconds is None
+    assert eager.measurement.speedup == {} and len(eager.timing.samples) == 4
 
 
 def test_who_is_missing_keeps_its_reason():

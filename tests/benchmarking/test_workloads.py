@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -17,6 +18,7 @@ from fusedres.benchmarking.peers import BASELINE, COMPILE, OURS
 from fusedres.benchmarking.peers.tensorrt import TensorRT
 from fusedres.benchmarking.referee import Referee
 from fusedres.benchmarking.results import Results
+from fusedres.benchmarking.timing import FEWEST_TURNS
 from fusedres.benchmarking.workloads import INFERENCE_BF16, INFERENCE_FP32, TRAIN_BF16, TRAIN_FP32, Batch, settle
 from fusedres.cli import main
 from fusedres.testing import Comparison, Entry
@@ -88,15 +90,16 @@ def test_the_grid_covers_every_block_shape_and_mode():
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("block", grid.BLOCKS)
 def test_a_cell_of_the_grid(block, training):
-    cell = grid.measure(grid.Case(block, (2, 16, 7, 7), training), turns=2)
+    cell = grid.measure(grid.Case(block, (2, 16, 7, 7), training), seconds=0.0)
     assert cell.check == "ok"
     assert set(cell.times) == {"eager", "fusedres"} and cell.ratio > 0
+    assert len(cell.times["eager"].samples) >= 3 * FEWEST_TURNS  # of several copies
     assert cell.to_dict()["case"] == f"{block} {'train' if training else 'inference'} fp32 2x16x7x7"
 
 
 def test_a_red_cell_has_no_times(monkeypatch):
     monkeypatch.setattr(Referee, "judge", lambda *args: RED)
-    cell = grid.measure(grid.Case("basic", (2, 16, 7, 7), True), turns=1)
+    cell = grid.measure(grid.Case("basic", (2, 16, 7, 7), True), seconds=0.0)
     assert cell.ratio is None and cell.times == {} and cell.check.startswith("RED")
     row = cli._grid_row([cell], training=True)
     assert row.ratio is None and "RED" in row.check
@@ -115,7 +118,17 @@ def small(monkeypatch):
     monkeypatch.setattr(devices, "_COPIED", 2**20)
     monkeypatch.setattr(devices, "_SIDE", 64)
     monkeypatch.setattr(models, "resnet50", partial(models.resnet18, num_classes=1000))
-    few = cli._Settings(600.0, 0.0, 2, 2, 2, (None,), ("conv-bn-relu",), (BASELINE, OURS, TensorRT()), False)
+    few = replace(
+        cli._QUICK,
+        seconds=600.0,
+        reserve=0.0,
+        train_turns=2,
+        inference_turns=2,
+        checked=2,
+        grid_seconds=0.0,
+        grid_blocks=("conv-bn-relu",),
+        peers=(BASELINE, OURS, TensorRT()),
+    )
     monkeypatch.setattr(cli, "_QUICK", few)
 
 
