@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -141,12 +142,32 @@ def through_data(block: Described) -> None:
             t.data.mul_(1.5)
 
 
+def through_data_in_part(what: str) -> Callable[[Described], None]:
+    """As code for pruning does: one filter, one input channel, one channel of a norm."""
+
+    def write(block: Described) -> None:
+        conv, bn = block.branch[0], block.branch[1]
+        part = {
+            "a filter": conv.weight.data[5],
+            "an input channel": conv.weight.data[:, 3],
+            "a row of taps": conv.weight.data[:, :, 0],
+            "a scale": bn.weight.data[5],
+            "a variance": bn.running_var.data[2],
+        }[what]
+        part.mul_(0.25)
+
+    return write
+
+
+PARTS = ("a filter", "an input channel", "a row of taps", "a scale", "a variance")
+
 CHANGES = {
     "optimizer step": optimizer_step,
     "load_state_dict": load,
     "load_state_dict, assigned": lambda block: load(block, assign=True),
     "in place": in_place,
     "through .data": through_data,
+    **{f"{what} through .data": through_data_in_part(what) for what in PARTS},
     "a parameter replaced": replaced,
     "a parameter replaced at the same address": replaced_at_the_same_address,
     "through another dtype": lambda block: block.half().float(),

@@ -48,8 +48,24 @@ def test_order_and_values_count():
     assert kernel([a]) == kernel([a.clone()])
 
 
-def test_the_ends_are_sampled():
-    t = torch.zeros(1000)
-    before = kernel([t])
-    t[-1] = 1
-    assert kernel([t]) != before
+@pytest.mark.parametrize("op", [kernel, reference], ids=["kernel", "reference"])
+def test_every_value_of_a_channel_counts(op):
+    t = torch.zeros(37)
+    seen = {op([t])}
+    for i in range(37):
+        t[i] = 1 + i
+        seen.add(op([t]))
+    assert len(seen) == 38
+
+
+@pytest.mark.parametrize("op", [kernel, reference], ids=["kernel", "reference"])
+@pytest.mark.parametrize("shape", [(64, 24, 3, 3), (24, 64, 1, 1), (32, 1, 5, 5), (10, 48)])
+def test_every_slice_of_a_weight_counts(op, shape):
+    """A filter that is pruned, an input channel, a row or a column of the taps."""
+    weight = torch.randn(shape)
+    before = op([weight])
+    for dim, size in enumerate(shape):
+        for i in range(size):
+            pruned = weight.clone()
+            pruned.select(dim, i).zero_()
+            assert op([pruned]) != before
