@@ -1,21 +1,29 @@
 """``python -m fusedres.benchmarking.device``: whole networks on a GPU, job by job, the most important first.
 
 What ``python -m tools.gpu`` runs as its stage ``bench``. A job is a network, a workload and a batch with some
-contestants, timed in turns; later jobs repeat an earlier one with contestants that take longer to prepare. After every
-job the file of results is whole. A job that does not fit into the time is left out, and said so. Before a job begins,
-the file says that it does: begun again after a crash, the program notes what it died of, and goes on with the next.
+contestants, timed in turns; later jobs repeat an earlier one with contestants that take longer to prepare. A job that
+does not fit into the time is left out, and said so.
+
+Nothing that was measured is lost: the file of results is whole after every group of kernels and every contestant of a
+network, which is timed beside stock PyTorch as soon as it is ready, and with all others at the end. What raises is red,
+and the others go on. Before a contestant begins, the file says that it does: begun again after a crash, the program
+notes what it died of, and does that job without it. A file of the same sources and the same machine is gone on with.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import gc
+import hashlib
+import os
+import signal
 import sys
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,7 +40,7 @@ from ..capture import capture
 from ..patch import patch
 from ..testing import compare
 from . import grouped, kernels
-from .agreement import verdict
+from .agreement import agrees, in_a_line, verdict
 from .memory import peak_allocated
 from .peers import BASELINE, COMPILE, PEERS
 from .results import Measurement, Results, this_machine
@@ -54,6 +62,17 @@ _SECONDS = {"plain": 15.0, "compiled": 75.0, "autotuned": 260.0, "peers": 60.0, 
 
 _HANGS = 3.0
 """A job that takes so many times what was expected, and half a minute, is ended."""
+
+_FIRST_SECONDS = 240.0
+"""What a job may take at the least whose network and workload are new here: all its kernels have yet to be compiled."""
+
+_DEATHS = 3
+"""So many contestants of a job may take the process with them, one after another, before the job is given up."""
+
+_EARLY_TURNS = 3
+"""Of a contestant that is timed beside stock PyTorch before the others are ready."""
+
+_DIED = "the process died in it"
 
 _COUNTED_SECONDS = 60.0
 """How long to wait, after a job, for the count of its traffic."""
@@ -121,8 +140,22 @@ def contestants_of(job: Job, device: str) -> list[str]:
     return names + {"compiled": [COMPILED], "autotuned": [AUTOTUNED], "peers": others}.get(job.kind, [])
 
 
-def _step_of(name: str, job: Job, model: nn.Module, batch: Batch) -> Callable[[], Any]:
-    """One step of a contestant."""
+class _Overheard:
+    """Calls a network, and keeps what it said first: before any step has changed a weight."""
+
+    def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
+        self._call = call
+        self.first: Tensor | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        logits = self._call(images)
+        if self.first is None:
+            self.first = logits.detach().clone()
+        return logits
+
+
+def _step_of(name: str, job: Job, model: nn.Module, batch: Batch) -> tuple[Callable[[], Any], _Overheard]:
+    """One step of a contestant, and what hears its logits."""
     workload = job.workload
     base = name.removesuffix(", captured")
     twin = workload.prepared(model)
@@ -131,29 +164,60 @@ def _step_of(name: str, job: Job, model: nn.Module, batch: Batch) -> Callable[[]
         patch(twin, backend=backends[base])
     if base != name:
         return _captured(twin, workload, batch)
-    if (peer := _PEERS.get(name)) is None:
-        return workload.stepper(batch)(twin)
-    return workload.step(twin, peer.prepare(twin, batch.images.to(workload.dtype)), [batch])
+    peer = _PEERS.get(name)
+    heard = _Overheard(twin if peer is None else peer.prepare(twin, batch.images.to(workload.dtype)))
+    return workload.step(twin, heard, [batch]), heard
 
 
-def _captured(model: nn.Module, workload: Workload, batch: Batch) -> Callable[[], Any]:
+def _captured(model: nn.Module, workload: Workload, batch: Batch) -> tuple[Callable[[], Any], _Overheard]:
     if not workload.training:
-        return partial(capture(model, batch.images.to(workload.dtype)), batch.images.to(workload.dtype))
+        heard = _Overheard(capture(model, batch.images.to(workload.dtype)))
+        return partial(heard, batch.images.to(workload.dtype)), heard
 
     def forward_and_backward(images: Tensor, classes: Tensor) -> Tensor:
         with torch.autocast(images.device.type, workload.autocast, enabled=workload.autocast is not None):
-            loss = Batch(images, classes).loss(model(images))
+            logits = model(images)
+            loss = Batch(images, classes).loss(logits)
         loss.backward()
-        return loss.detach()
+        return logits.detach()
 
     replay = capture(model, (batch.images, batch.classes), step=forward_and_backward)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    heard = _Overheard(lambda images: replay(images, batch.classes))
 
     def step() -> None:
-        replay(batch.images, batch.classes)
+        heard(batch.images)
         optimizer.step()
 
-    return step
+    return step, heard
+
+
+def _in_float32(model: nn.Module, workload: Workload, batch: Batch) -> Tensor:
+    """What the network says of the batch in float32, with the weights and images that the workload's dtype has."""
+    twin = workload.prepared(model).float()
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True):
+        return twin(batch.images.to(workload.dtype).float())
+
+
+@dataclass
+class _Entrant:
+    """What is known so far of a contestant.
+
+    Attributes:
+        step: what is timed; ``None`` where it does not take part.
+        known: fields of its measurement.
+    """
+
+    name: str
+    step: Callable[[], Any] | None = None
+    first: Tensor | None = None
+    check: str = ""
+    known: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def plain(self) -> str:
+        """The contestant that it is a captured form of, or itself."""
+        return self.name.removesuffix(", captured")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,7 +229,7 @@ class Bench:
     """Runs jobs and keeps the file of results.
 
     Args:
-        path: of the file; what a run before has left there is gone on with.
+        path: of the file; what a run of the same sources on this machine has left there is gone on with.
         seconds: that there are in all.
         smoke: everything small and short, to see that it runs.
     """
@@ -174,10 +238,13 @@ class Bench:
         self.path, self.device, self.smoke = path, torch.device(device), smoke
         self._deadline = perf_counter() + seconds
         self._expected = dict(_SECONDS)
+        self._took: dict[str, float] = {}
+        self._seen: set[tuple[str, str, Workload | None]] = set()
         self._checks: dict[tuple[str, str, str], str] = {}
         self._costs: dict[tuple[str, int, int, bool], Future[dict[str, Cost]]] = {}
         self._pool: ProcessPoolExecutor | None = None
-        self.results = Results.load(path) if path.exists() else _nothing_yet(self.device)
+        fresh = _nothing_yet(self.device, smoke)
+        self.results = _gone_on_with(path, fresh) or fresh
         self._note_what_it_died_of()
 
     def run(self, found: list[Job]) -> None:
@@ -192,31 +259,82 @@ class Bench:
             self._run(job)
 
     def _run(self, job: Job) -> None:
-        limit = _HANGS * max(self._expected[job.kind], _SECONDS[job.kind]) + 30
+        limit = self._limit(job)
         faulthandler.dump_traceback_later(limit, exit=True)
         print(f"begin: {job} (up to {limit:.0f} s)", flush=True)
         self._save(begun=str(job))
         began = perf_counter()
-        self._put(list(self._kernels(job) if job.workload is None else self._networks(job)))
-        self._expected[job.kind] = perf_counter() - began
-        faulthandler.cancel_dump_traceback_later()
-        self._save(begun="", done=[*self.results.settings["done"], str(job)])
-        print(f"done: {job} ({self._expected[job.kind]:.1f} s)", flush=True)
+        try:
+            for measured in self._kernels(job) if job.workload is None else self._networks(job):
+                self._put(measured)
+                self._save()
+        except Exception as error:
+            self._wait()  # raises again where the device is lost to this process: another one goes on
+            traceback.print_exc()
+            self._save(failed=[*self.results.settings["failed"], f"{job}: {in_a_line(error)}"])
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        took = perf_counter() - began
+        # The fastest so far: the first of a kind also compiles what the others find compiled.
+        self._expected[job.kind] = self._took[job.kind] = min(took, self._took.get(job.kind, took))
+        self._seen.add((job.kind, job.network, job.workload))
+        self.ended_here(str(job))
+        print(f"done: {job} ({took:.1f} s)", flush=True)
+
+    def _limit(self, job: Job) -> float:
+        """After how many seconds the job counts as hanging."""
+        limit = _HANGS * max(self._expected[job.kind], _SECONDS[job.kind]) + 30
+        if (job.kind, job.network, job.workload) in self._seen:
+            return limit
+        return max(limit, _FIRST_SECONDS, self._deadline - perf_counter())
+
+    def ended_here(self, *done: str) -> None:
+        """Notes that no contestant is under way, so that none is to blame for the end of the process."""
+        self._save(begun="", under_way="", done=[*self.results.settings["done"], *done])
 
     def _note_what_it_died_of(self) -> None:
-        begun = self.results.settings["begun"]
-        if begun:
-            self._leave_out(f"{begun}: the process died in it")
-            self._save(begun="", done=[*self.results.settings["done"], begun])
+        settings = self.results.settings
+        job, contestant = settings["begun"], settings["under_way"]
+        without = settings["without"].get(job, [])
+        if contestant and len(without) < _DEATHS:
+            self._leave_out(f"{job}, {contestant}: {_DIED}")
+            self._save(without={**settings["without"], job: [*without, contestant]})
+            self.ended_here()
+        elif job:
+            self._leave_out(f"{job}: {_DIED}")
+            self.ended_here(job)
+
+    def _begin(self, contestant: str) -> bool:
+        """Notes that a contestant is under way, or none for an empty name; false for one that the process died in."""
+        settings = self.results.settings
+        if contestant in settings["without"].get(settings["begun"], []):
+            return False
+        self._save(under_way=contestant)
+        return True
 
     def _leave_out(self, what: str) -> None:
-        self._save(left_out=[*self.results.settings["left_out"], what])
+        self._save(left_out=[*(told for told in self.results.settings["left_out"] if told != what), what])
 
-    def _put(self, measured: list[Measurement]) -> None:
-        """Adds measurements, in the place of older ones of the same group and contestant."""
-        fresh = {(m.suite, m.group, m.contestant) for m in measured}
-        kept = tuple(m for m in self.results.measurements if (m.suite, m.group, m.contestant) not in fresh)
-        self.results = replace(self.results, measurements=kept + tuple(measured))
+    def _put(self, measured: Measurement) -> None:
+        """Adds a measurement, in the place of an older one of the same group and contestant.
+
+        What was timed before stays where it is only missing now, and a ratio over a contestant that takes no part this
+        time. Over one that is red there is none.
+        """
+        found = list(self.results.measurements)
+        same = [m for m in found if (m.suite, m.group) == (measured.suite, measured.group)]
+        older = next((m for m in same if m.contestant == measured.contestant), None)
+        red = measured.check.startswith("RED")
+        if older is not None:
+            if older.seconds and not measured.seconds and not red:
+                return
+            if measured.seconds:
+                first_step = measured.first_step if older.first_step is None else older.first_step
+                measured = replace(measured, speedup={**older.speedup, **measured.speedup}, first_step=first_step)
+            found.remove(older)
+        if red:
+            found = [_without_ratio(m, measured.contestant) if m in same else m for m in found]
+        self.results = replace(self.results, measurements=(*found, measured))
 
     def _save(self, **settings: Any) -> None:
         self.results = replace(self.results, settings={**self.results.settings, **settings})
@@ -227,9 +345,11 @@ class Bench:
     def _kernels(self, job: Job) -> Iterator[Measurement]:
         (batch, turns), how = (2, 3) if self.smoke else (256, 9), (torch.bfloat16, self.device)
         if job.kind == "grouped":
-            found = grouped.measure(batch, kernels.SMOKE_SHAPES[0] if self.smoke else None, *how, turns)
+            found = grouped.measure(batch, kernels.SMOKE_SHAPES[0] if self.smoke else None, *how, turns, self._begin)
         else:
-            found = kernels.measure(batch, kernels.SMOKE_SHAPES if self.smoke else kernels.SHAPES, *how, turns)
+            found = kernels.measure(
+                batch, kernels.SMOKE_SHAPES if self.smoke else kernels.SHAPES, *how, turns, self._begin
+            )
         roofline = self._roofline()
         for measured in found:
             yield replace(measured, roofline=roofline(measured.moved, measured.flops or 0))
@@ -241,20 +361,80 @@ class Bench:
 
     # -- whole networks ------------------------------------------------------------------------------------------------
 
-    def _networks(self, job: Job) -> list[Measurement]:
+    def _networks(self, job: Job) -> Iterator[Measurement]:
         self._ask_for_costs(job)
         torch.manual_seed(0)
         model = getattr(models, job.network)(fused=False).to(self.device, memory_format=torch.channels_last)
         batch = Batch.random(job.batch, job.resolution, num_classes=10, device=self.device)
         settle(model, Batch.random(min(max(job.batch, 8), 64), job.resolution, device=self.device).images)
-        names = contestants_of(job, self.device.type)
-        checks = {name: self._check(job, model, name) for name in names}
-        steps, found = self._prepared(job, model, batch, [name for name in names if checks[name] in ("", "ok")])
-        times = self._times(steps, found)
-        return [self._measurement(job, name, checks[name], found.get(name, {}), times) for name in names]
+        exact = _in_float32(model, job.workload, batch)
+        entrants: dict[str, _Entrant] = {}
+        for name in contestants_of(job, self.device.type):
+            if self._begin(name):
+                entrants[name] = self._entered(job, model, batch, name, entrants, exact)
+            else:
+                entrants[name] = self._failed(_Entrant(name), _DIED, entrants)
+            early = self._early(entrants, name)
+            self._begin("")
+            yield self._measurement(job, entrants[name], early, wait=False)
+        times = self._times(list(entrants.values()), 9)
+        for entrant in entrants.values():
+            yield self._measurement(job, entrant, times)
+
+    def _entered(
+        self, job: Job, model: nn.Module, batch: Batch, name: str, others: dict[str, _Entrant], exact: Tensor
+    ) -> _Entrant:
+        """A contestant after its first step and its check, and what is known of it by then."""
+        entrant = _Entrant(name)
+        plain = others.get(entrant.plain)
+        if plain is not None and plain.step is None:
+            return replace(plain, name=name)
+        if name in _PEERS and (reason := _PEERS[name].refuses(job.workload, self.device)):
+            return replace(entrant, known={"missing": reason})
+        began = perf_counter()
+        try:
+            step, heard = _step_of(name, job, model, batch)
+            step()
+            self._wait()
+            entrant.known["first_step"] = perf_counter() - began
+            entrant.known["peak"] = peak_allocated(step, self.device)
+            entrant.first = heard.first
+            # After the first step, which then has compiled what it needs by itself.
+            entrant.check = self._check(job, model, name)
+            if name != EAGER and entrant.check in ("", "ok") and others[EAGER].first is not None:
+                entrant.check = agrees(heard.first, others[EAGER].first, exact)
+            if entrant.check in ("", "ok"):
+                entrant.step = step
+            return entrant
+        except Exception as error:  # whatever a compiler, a capture, a kernel or a lack of memory may raise
+            failure = error.with_traceback(None)
+        self._make_room()
+        return self._failed(entrant, failure, others)
+
+    def _early(self, entrants: dict[str, _Entrant], name: str) -> dict[str, Timing]:
+        """A few turns of a contestant beside stock PyTorch, in case that there is no time for all of them together."""
+        pair = [entrants[n] for n in dict.fromkeys((EAGER, name))]
+        if entrants[name].step is None:
+            return {}
+        try:
+            return self._times(pair, _EARLY_TURNS)
+        except Exception as error:
+            failure = error.with_traceback(None)
+        self._make_room()
+        entrants[name] = self._failed(entrants[name], failure, entrants)
+        return {}
+
+    def _failed(self, entrant: _Entrant, error: Exception | str, others: dict[str, _Entrant]) -> _Entrant:
+        """Red where it is ours and stock PyTorch does the same without a failure; missing otherwise."""
+        told = error if isinstance(error, str) else in_a_line(error)
+        stock = others.get(EAGER + entrant.name.removeprefix(entrant.plain))
+        ours = entrant.plain in backends_of(self.device.type)
+        if ours and not isinstance(error, torch.OutOfMemoryError) and stock is not None and stock.step is not None:
+            return replace(entrant, step=None, check=f"RED: {told}")
+        return replace(entrant, step=None, known={**entrant.known, "missing": told})
 
     def _check(self, job: Job, model: nn.Module, name: str) -> str:
-        """``"ok"``, or which tensor of ours is over its budget; nothing for a peer."""
+        """``"ok"``, or which tensor of ours is over its budget; nothing for others."""
         base = name.removesuffix(", captured")
         backend = backends_of(self.device.type).get(base)
         if backend is None:
@@ -276,54 +456,36 @@ class Bench:
                 )
         return self._checks[key]
 
-    def _prepared(
-        self, job: Job, model: nn.Module, batch: Batch, names: list[str]
-    ) -> tuple[dict[str, Callable[[], Any]], dict[str, dict[str, Any]]]:
-        """The contestants that there are, each after its first step, and what is known of each by then."""
-        steps: dict[str, Callable[[], Any]] = {}
-        found: dict[str, dict[str, Any]] = {}
-        for name in names:
-            if name in _PEERS and (reason := _PEERS[name].refuses(job.workload, self.device)):
-                found[name] = {"missing": reason}
-                continue
-            began = perf_counter()
-            try:
-                step = _step_of(name, job, model, batch)
-                step()
-                self._wait()
-                found[name] = {"first_step": perf_counter() - began, "peak": peak_allocated(step, self.device)}
-                steps[name] = step
-            except Exception as error:  # whatever a compiler, a capture or a lack of memory may raise
-                found[name] = {"missing": _in_a_line(error)}
-                self._make_room()
-        return steps, found
-
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _times(self, steps: dict[str, Callable[[], Any]], found: dict[str, dict[str, Any]]) -> dict[str, Timing]:
+    def _times(self, entrants: list[_Entrant], turns: int) -> dict[str, Timing]:
         """Times what fits into memory together: while that is too little, the last that was prepared stands back."""
-        while steps:
+        able = {entrant.name: entrant for entrant in entrants if entrant.step is not None}
+        while able:
             try:
-                turns, seconds = (3, 0.0) if self.smoke else (9, 0.02)
+                steps = {name: entrant.step for name, entrant in able.items()}
+                turns, seconds = (3, 0.0) if self.smoke else (turns, 0.02)
                 return interleave(steps, turns=turns, warmup=3, sample_seconds=seconds, device=self.device)
             except torch.OutOfMemoryError as error:
-                name, _ = steps.popitem()
-                found[name] = {"missing": f"no memory beside the others: {_in_a_line(error)}"}
+                _, last = able.popitem()
+                steps.clear()
+                last.step, last.known = None, {"missing": f"no memory beside the others: {in_a_line(error)}"}
             self._make_room()
         return {}
 
     def _make_room(self) -> None:
+        """Frees what a failure has left; raises where it has taken the device from this process."""
         gc.collect()
+        self._wait()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _measurement(
-        self, job: Job, name: str, check: str, known: dict[str, Any], times: dict[str, Timing]
-    ) -> Measurement:
+    def _measurement(self, job: Job, entrant: _Entrant, times: dict[str, Timing], wait: bool = True) -> Measurement:
+        name = entrant.name
         timing = times.get(name)
-        cost = self._cost(job, name)
+        cost = self._cost(job, name, wait)
         others = {other: speedup(times[other], timing) for other in times if other != name} if timing else {}
         return Measurement(
             "model",
@@ -334,14 +496,14 @@ class Bench:
             name,
             autocast=job.workload.autocast is not None,
             baseline=name == EAGER,
-            check=check,
+            check=entrant.check,
             seconds=timing.to_dict() if timing else None,
             speedup=others,
             images=job.batch,
             moved=cost.nbytes if cost else None,
             flops=cost.flops if cost else None,
             roofline=cost.seconds if cost else None,
-            **known,
+            **entrant.known,
         )
 
     def _ask_for_costs(self, job: Job) -> None:
@@ -351,15 +513,17 @@ class Bench:
             self._pool = self._pool or ProcessPoolExecutor(1, get_context("spawn"))
             self._costs[key] = self._pool.submit(_costs_of, *key, known)
 
-    def _cost(self, job: Job, name: str) -> Cost | None:
-        """The cost of this contestant's schedule, where the device's peaks are known."""
-        if (asked := self._costs.get(_key(job))) is None:
+    def _cost(self, job: Job, name: str, wait: bool) -> Cost | None:
+        """The cost of this contestant's schedule, where the device's peaks are known; where it is not counted yet,
+        only if there is time to ``wait``."""
+        asked = self._costs.get(_key(job))
+        if asked is None or not (wait or asked.done()):
             return None
         try:
             costs = asked.result(_COUNTED_SECONDS)
         except Exception as error:  # whatever came of the other process
             del self._costs[_key(job)]
-            self._leave_out(f"traffic of {job}: {_in_a_line(error)}")
+            self._leave_out(f"traffic of {job}: {in_a_line(error)}")
             return None
         base = name.removesuffix(", captured")
         schedule = _PEERS[name].schedule if name in _PEERS else "stock" if base == EAGER else "fused"
@@ -377,8 +541,13 @@ def _costs_of(network: str, batch: int, resolution: int, training: bool, device:
     return {schedule: counted.total(schedule) for schedule in ("stock", "inductor", "fused")}
 
 
-def _nothing_yet(device: torch.device) -> Results:
-    settings = {"done": [], "begun": "", "left_out": [], "cudnn.benchmark": True, "layout": "channels_last"}
+def _without_ratio(m: Measurement, over: str) -> Measurement:
+    return replace(m, speedup={name: ratio for name, ratio in m.speedup.items() if name != over})
+
+
+def _nothing_yet(device: torch.device, smoke: bool) -> Results:
+    settings = {"cudnn.benchmark": True, "layout": "channels_last", "smoke": smoke, "sources": _sources()}
+    settings |= {"done": [], "begun": "", "under_way": "", "without": {}, "left_out": [], "failed": []}
     known = _known_device(device)
     roofline = {}
     if known is not None:
@@ -387,15 +556,29 @@ def _nothing_yet(device: torch.device) -> Results:
     return Results(this_machine(device), settings, roofline=roofline)
 
 
+def _sources() -> str:
+    """A digest of the package: its Python and its library."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for path in sorted([*root.rglob("*.py"), *root.glob("*.so")]):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _gone_on_with(path: Path, fresh: Results) -> Results | None:
+    """What the file holds, if it was measured with these sources in this way on this machine."""
+    try:
+        found = Results.load(path)
+    except (OSError, ValueError, TypeError, KeyError):  # none, or not such a file
+        return None
+    same = [found.settings.get(key) == fresh.settings[key] for key in ("sources", "smoke")]
+    return found if all(same) and replace(found.machine, date=fresh.machine.date) == fresh.machine else None
+
+
 def _known_device(device: torch.device) -> Device | None:
     """The device's published peaks, if its name says that they are in the table."""
     name = torch.cuda.get_device_name(device).replace(" ", "") if device.type == "cuda" else ""
     return next((known for key, known in DEVICES.items() if key in name), None)
-
-
-def _in_a_line(error: Exception) -> str:
-    first = next((line for line in str(error).splitlines() if line.strip()), "").strip()
-    return f"{type(error).__name__}: {first}".rstrip(": ")
 
 
 @contextmanager
@@ -418,6 +601,12 @@ def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     torch.backends.cudnn.benchmark = True
     bench = Bench(args.out, args.device, args.seconds, args.smoke)
+
+    def out_of_time(sign: int, frame: object) -> None:
+        bench.ended_here()
+        os._exit(128 + sign)
+
+    signal.signal(signal.SIGTERM, out_of_time)
     bench.run(smoke_jobs() if args.smoke else jobs())
     return 0
 

@@ -18,6 +18,8 @@ from .. import select
 from ..ops.activations import RELU
 from ..ops.registry import OPS, Op
 from ..testing import assert_within_budget
+from .agreement import attempted
+from .kernels import DIED
 from .race import Entrant, race
 from .results import Measurement
 from .shapes import GROUPED
@@ -149,12 +151,18 @@ def _results(op: Op, backend: str, arguments: list[Any]) -> list[Tensor]:
 
 
 def measure(
-    batch: int, most: tuple[int, int] | None, dtype: torch.dtype, device: torch.device, turns: int
+    batch: int,
+    most: tuple[int, int] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    turns: int,
+    begin: Callable[[str], bool] = lambda contestant: True,
 ) -> Iterator[Measurement]:
     """ResNeXt-50's: every pass by every contestant.
 
     Args:
         most: channels and height, in a smoke test.
+        begin: as in :func:`.kernels.measure`.
     """
     for channels, size, stride in GROUPED:
         groups = _GROUPS
@@ -163,12 +171,12 @@ def measure(
             channels, size = groups * (channels // _GROUPS), min(size, most[1])
         convolved = Convolved((batch, channels, size, size), stride, groups, dtype, device)
         for kind in KINDS:
-            entrants = [_entrant(convolved, kind, name) for name in CONTESTANTS]
+            entrants = [_entrant(convolved, kind, name, begin) for name in CONTESTANTS]
             for finish in race(entrants, turns=turns, warmup=3, sample_seconds=2e-3, device=device):
                 yield finish.measurement
 
 
-def _entrant(convolved: Convolved, kind: str, contestant: str) -> Entrant:
+def _entrant(convolved: Convolved, kind: str, contestant: str, begin: Callable[[str], bool]) -> Entrant:
     about = Measurement(
         "op",
         f"conv {kind}",
@@ -186,4 +194,15 @@ def _entrant(convolved: Convolved, kind: str, contestant: str) -> Entrant:
     device = torch.device(convolved.device)
     if reason := select.why_not("cuda", device.type, convolved.dtype):
         return Entrant(replace(about, missing=reason))
-    return Entrant(about, convolved.call(kind, contestant), partial(check, convolved, kind, contestant))
+    call = convolved.call(kind, contestant)
+
+    def right() -> str:
+        call()  # on all images, as it is timed
+        return check(convolved, kind, contestant)
+
+    def verdict() -> str:
+        found = attempted(right, device) if begin(f"conv {kind}, {contestant}") else DIED
+        begin("")
+        return found
+
+    return Entrant(about, call, verdict)

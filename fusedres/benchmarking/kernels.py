@@ -20,6 +20,7 @@ from ..ops.conv import ConvGeometry
 from ..ops.registry import OPS
 from ..testing import assert_within_budget, rms
 from ..tune import contestants as convolution_contestants
+from .agreement import attempted
 from .results import Measurement
 from .rotation import copies, rotating
 from .timing import interleave, speedup
@@ -30,6 +31,11 @@ SHAPES = ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))
 """Channels and height of what ResNet-50's norms see."""
 
 SMOKE_SHAPES = ((16, 6),)
+
+DIED = "RED: the process died in it"
+"""The check of a contestant that :func:`measure` is told not to begin."""
+
+_VENDOR = "vendor with passes around it"
 
 _MOST_SETS = 8
 _RELU = 1
@@ -55,20 +61,30 @@ class _Pass:
 
 
 def measure(
-    batch: int, shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device, turns: int
+    batch: int,
+    shapes: tuple[tuple[int, int], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    turns: int,
+    begin: Callable[[str], bool] = lambda contestant: True,
 ) -> Iterator[Measurement]:
     """Every pass on every backend that runs here, and a copy of as many bytes; then the convolutions, ours and the
-    vendor's."""
+    vendor's.
+
+    Args:
+        begin: told which op of which backend is first called now, or an empty name where none is, and says whether it
+            may be.
+    """
     for channels, size in shapes:
         shape = (batch, channels, size, size)
         sets = [list(_passes(shape, dtype, device, seed)) for seed in range(_sets(shape, dtype, device))]
         for same in zip(*sets):
-            yield from _measure_pass(same, shape, dtype, device, turns)
+            yield from _measure_pass(same, shape, dtype, device, turns, begin)
     if select.why_not("triton", device.type, dtype) is None:
         for channels, size, filters, kernel, geometry in _CONVOLUTIONS:
             for kind in ("fprop", "dgrad", "wgrad"):
                 shape = (batch, channels, size, size)
-                yield from _measure_convolution(kind, shape, filters, kernel, geometry, dtype, device, turns)
+                yield from _measure_convolution(kind, shape, filters, kernel, geometry, dtype, device, turns, begin)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,7 +121,12 @@ def _rows(y: Tensor, count: float) -> Tensor:
 
 
 def _measure_pass(
-    same: Sequence[_Pass], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, turns: int
+    same: Sequence[_Pass],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    turns: int,
+    begin: Callable[[str], bool],
 ) -> Iterator[Measurement]:
     """One pass, of which there are several sets of operands."""
     each = same[0]
@@ -117,9 +138,13 @@ def _measure_pass(
             if backend != "cpu" or device.type == "cpu":
                 yield plain(contestant=backend, missing=reason)
             continue
-        checks[backend] = _check(op, backend, each.arguments)
+        if begin(f"{each.op}, {backend}"):
+            checks[backend] = attempted(partial(_check, op, backend, each.arguments), device)
+        else:
+            checks[backend] = DIED
         if checks[backend] == "ok":
             calls[backend] = rotating([partial(op.overload(backend), *one.arguments) for one in same])
+    begin("")
     checks["copy"] = ""
     source, target = torch.zeros(2, max(each.moved // 2, 1), dtype=torch.uint8, device=device)
     calls["copy"] = lambda: target.copy_(source)
@@ -165,6 +190,7 @@ def _measure_convolution(
     dtype: torch.dtype,
     device: torch.device,
     turns: int,
+    begin: Callable[[str], bool],
 ) -> Iterator[Measurement]:
     from ..triton.tuning import Problem, bytes_and_flops, configuration
 
@@ -172,14 +198,23 @@ def _measure_convolution(
     moved, flops = bytes_and_flops(problem)
     variant = f"{kernel[0]}x{kernel[1]} to {filters}"
     plain = _measurement(f"conv {kind}", variant, shape, dtype, moved=moved, flops=flops)
-    ours, vendor = convolution_contestants(problem, device)
-    run = partial(ours, configuration(problem, device))
-    expected = vendor().float()
-    # Two roundings of each side, the pending value's and the result's.
-    wrong = rms(run().float() - expected) > 4 * torch.finfo(dtype).eps * rms(expected)
-    checks = {"triton": "RED: not the vendor's result" if wrong else "ok", "vendor with passes around it": "ok"}
-    calls = {name: call for name, call in zip(checks, (run, vendor)) if checks[name] == "ok"}
-    yield from _timed(plain, checks, calls, "vendor with passes around it", device, turns)
+    calls: dict[str, Callable[[], Any]] = {}
+
+    def check() -> str:
+        ours, vendor = convolution_contestants(problem, device)
+        expected = vendor().float()
+        calls[_VENDOR] = vendor
+        run = partial(ours, configuration(problem, device))
+        # Two roundings of each side, the pending value's and the result's.
+        if not rms(run().float() - expected) <= 4 * torch.finfo(dtype).eps * rms(expected):
+            return "RED: not the vendor's result"
+        calls["triton"] = run
+        return "ok"
+
+    checks = {"triton": attempted(check, device) if begin(f"conv {kind}, triton") else DIED}
+    begin("")
+    checks |= dict.fromkeys(calls.keys() - checks.keys(), "ok")
+    yield from _timed(plain, checks, calls, _VENDOR, device, turns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

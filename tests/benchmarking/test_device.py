@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import signal
+import subprocess
+import sys
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -11,14 +15,15 @@ import torch
 
 from fusedres import env, select
 from fusedres.analysis.devices import DEVICES
-from fusedres.benchmarking import device, grouped
+from fusedres.benchmarking import device, grouped, kernels
 from fusedres.benchmarking.device import AUTOTUNED, COMPILED, Bench, Job, contestants_of, jobs, smoke_jobs
-from fusedres.benchmarking.results import Results
+from fusedres.benchmarking.results import Measurement, Results
 from fusedres.benchmarking.workloads import INFERENCE_BF16, TRAIN_BF16
 from fusedres.testing import Comparison, Entry
 
 pytestmark = pytest.mark.skipif(env.library_missing() is not None, reason=str(env.library_missing()))
 
+CPU = torch.device("cpu")
 TRAIN = Job("plain", "cifar_resnet", TRAIN_BF16, 2, 32)
 INFER = Job("plain", "cifar_resnet", INFERENCE_BF16, 1, 32)
 
@@ -96,6 +101,191 @@ def test_what_the_process_died_of_is_told_and_not_tried_again(path):
     assert Results.load(path).measurements == ()
 
 
+def test_a_contestant_that_the_process_died_in_is_left_out_of_a_second_try(path):
+    Bench(path, "cpu", 600, smoke=True)._save(begun=str(INFER), under_way="fusedres")
+    Bench(path, "cpu", 600, smoke=True).run([INFER])
+    by_name = {m.contestant: m for m in Results.load(path).measurements}
+    assert by_name["eager"].seconds and by_name["fusedres"].check == "RED: the process died in it"
+    assert by_name["fusedres, captured"].check == "RED: the process died in it"
+    found = settings(path)
+    assert found["left_out"] == [f"{INFER}, fusedres: the process died in it"] and found["done"] == [str(INFER)]
+
+
+def test_a_job_is_not_tried_for_ever(path):
+    bench = Bench(path, "cpu", 600, smoke=True)
+    for name in ("a", "b", "c", "d"):
+        assert settings(path)["done"] == [] if path.exists() else True
+        bench._save(begun=str(INFER), under_way=name)
+        bench = Bench(path, "cpu", 600, smoke=True)
+    assert settings(path)["done"] == [str(INFER)] and settings(path)["without"] == {str(INFER): ["a", "b", "c"]}
+
+
+def test_a_kernel_that_the_process_died_in_is_left_out_of_a_second_try(path):
+    Bench(path, "cpu", 600, smoke=True)._save(begun="kernels", under_way="join, cpu")
+    Bench(path, "cpu", 600, smoke=True).run([Job("kernels")])
+    by_name = {(m.subject, m.contestant): m for m in Results.load(path).measurements}
+    assert by_name["join", "cpu"].check == "RED: the process died in it" and by_name["join", "copy"].seconds
+    assert by_name["bn_stats", "cpu"].seconds
+
+
+def broken(*args, **kwargs):
+    raise RuntimeError("CUDA driver error\nand more")
+
+
+def test_a_check_that_raises_is_red_for_its_contestant_alone(path, monkeypatch):
+    monkeypatch.setattr(device, "compare", broken)
+    Bench(path, "cpu", 600, smoke=True).run([INFER])
+    by_name = {m.contestant: m for m in Results.load(path).measurements}
+    assert by_name["fusedres"].check == "RED: RuntimeError: CUDA driver error" and not by_name["fusedres"].seconds
+    assert by_name["eager"].seconds and settings(path)["failed"] == []
+
+
+def test_a_contestant_of_ours_that_raises_is_red(path, monkeypatch):
+    monkeypatch.setattr(device, "patch", broken)
+    Bench(path, "cpu", 600, smoke=True).run([INFER])
+    by_name = {m.contestant: m for m in Results.load(path).measurements}
+    assert by_name["fusedres"].check == "RED: RuntimeError: CUDA driver error" and by_name["eager"].seconds
+
+
+def test_a_kernel_that_raises_is_red_and_the_others_are_measured(path, monkeypatch):
+    original = kernels._check
+
+    def check(op, backend, arguments):
+        return broken() if (op.name, backend) == ("join", "cpu") else original(op, backend, arguments)
+
+    monkeypatch.setattr(kernels, "_check", check)
+    Bench(path, "cpu", 600, smoke=True).run([Job("kernels")])
+    by_name = {(m.subject, m.contestant): m for m in Results.load(path).measurements}
+    assert by_name["join", "cpu"].check == "RED: RuntimeError: CUDA driver error"
+    assert by_name["join", "reference"].seconds and by_name["bn_stats", "cpu"].seconds
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["ours", "the vendor's too"])
+def test_a_convolution_that_raises_is_red(monkeypatch, both):
+    geometry = kernels._CONVOLUTIONS[0][-1]
+    given = ("fprop", (2, 8, 4, 4), 8, (1, 1), geometry, torch.float32, torch.device("cpu"), 1, lambda name: True)
+    pair = (broken, broken if both else lambda: torch.ones(2))
+    monkeypatch.setattr(kernels, "convolution_contestants", lambda *args: pair)
+    found = {m.contestant: m for m in kernels._measure_convolution(*given)}
+    assert found["triton"].check == "RED: RuntimeError: CUDA driver error"
+    assert list(found) == (["triton"] if both else ["triton", kernels._VENDOR])
+
+
+def test_a_grouped_convolution_that_raises_is_red(monkeypatch):
+    monkeypatch.setattr(grouped.select, "why_not", lambda *args: None)
+    monkeypatch.setattr(grouped.Convolved, "call", lambda self, kind, name: broken if name == "cuda" else lambda: None)
+    found = {m.contestant: m for m in itertools.islice(grouped.measure(1, (4, 4), torch.float32, CPU, 1), 3)}
+    assert found["cuda"].check == "RED: RuntimeError: CUDA driver error" and found["vendor"].seconds
+
+
+def test_a_job_that_raises_is_told_and_the_next_one_runs(path, monkeypatch):
+    monkeypatch.setattr(device, "settle", broken)
+    Bench(path, "cpu", 600, smoke=True).run([INFER, Job("kernels")])
+    assert settings(path)["failed"] == [f"{INFER}: RuntimeError: CUDA driver error"]
+    assert settings(path)["done"] == [str(INFER), "kernels"]
+
+
+def test_what_was_measured_is_kept_when_the_process_ends(path, monkeypatch):
+    original = device._step_of
+
+    def ended(name, *args):
+        if name == "fusedres":
+            raise KeyboardInterrupt
+        return original(name, *args)
+
+    monkeypatch.setattr(device, "_step_of", ended)
+    with pytest.raises(KeyboardInterrupt):
+        Bench(path, "cpu", 600, smoke=True).run([INFER])
+    (eager,) = Results.load(path).measurements
+    assert eager.contestant == "eager" and eager.seconds and settings(path)["under_way"] == "fusedres"
+
+
+def test_a_group_of_kernels_is_kept_as_soon_as_it_is_measured(path, monkeypatch):
+    original = kernels._check
+
+    def ended(op, *args):
+        if op.name == "join":
+            raise KeyboardInterrupt
+        return original(op, *args)
+
+    monkeypatch.setattr(kernels, "_check", ended)
+    with pytest.raises(KeyboardInterrupt):
+        Bench(path, "cpu", 600, smoke=True).run([Job("kernels")])
+    assert {m.subject for m in Results.load(path).measurements} == {"bn_stats"}
+    assert settings(path)["under_way"] == "join, cpu"
+
+
+def test_being_out_of_time_is_nobodys_fault(path):
+    command = [sys.executable, "-m", "fusedres.benchmarking.device", "--out", str(path), "--device", "cpu", "--smoke"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("begin: ")
+    process.terminate()
+    process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert settings(path)["begun"] == settings(path)["under_way"] == "" and settings(path)["done"] == []
+
+
+def test_a_job_whose_kernels_are_not_compiled_yet_may_take_the_time_that_is_left(path):
+    bench = Bench(path, "cpu", 5000, smoke=True)
+    assert bench._limit(TRAIN) > 4000
+    bench._deadline = 0.0
+    assert bench._limit(TRAIN) == 240
+    bench._seen.add((TRAIN.kind, TRAIN.network, TRAIN.workload))
+    assert bench._limit(TRAIN) == bench._limit(replace(TRAIN, batch=1)) == 75
+    assert bench._limit(INFER) == 240
+
+
+def measurement(contestant, **more):
+    return Measurement("model", "net", "inference", "bfloat16", (1, 3, 32, 32), contestant, **more)
+
+
+def test_a_later_job_adds_to_what_an_earlier_one_found(path):
+    bench, timed = Bench(path, "cpu", 600, smoke=True), {"median": 1.0}
+    bench._put(measurement("fusedres", seconds=timed, speedup={"eager": 2.0, "torch.compile": 1.5}, first_step=9.0))
+    bench._put(measurement("fusedres", seconds={"median": 2.0}, speedup={"eager": 3.0}, first_step=1.0))
+    bench._put(measurement("torch.compile", seconds=timed))
+    bench._put(measurement("torch.compile", missing="no memory beside the others"))
+    ours, compiled = bench.results.measurements
+    assert ours.speedup == {"eager": 3.0, "torch.compile": 1.5} and ours.seconds == {"median": 2.0}
+    assert ours.first_step == 9.0 and compiled.seconds == timed and not compiled.missing
+    bench._put(measurement("torch.compile", check="RED: wrong"))
+    ours, compiled = bench.results.measurements
+    assert ours.speedup == {"eager": 3.0} and compiled.check == "RED: wrong" and not compiled.seconds
+
+
+@pytest.mark.parametrize(("key", "value"), [("sources", "others"), ("smoke", False)])
+def test_a_file_of_other_sources_is_not_gone_on_with(path, key, value):
+    Bench(path, "cpu", 600, smoke=True)._save(done=["grouped"])
+    assert Bench(path, "cpu", 600, smoke=True).results.settings["done"] == ["grouped"]
+    Bench(path, "cpu", 600, smoke=True)._save(**{key: value})
+    assert Bench(path, "cpu", 600, smoke=True).results.settings["done"] == []
+
+
+def test_a_file_of_another_machine_is_not_gone_on_with(path):
+    bench = Bench(path, "cpu", 600, smoke=True)
+    replace(bench.results, machine=replace(bench.results.machine, gpu="another")).save(path)
+    assert Bench(path, "cpu", 600, smoke=True).results.machine.gpu == ""
+    path.write_text("{}")
+    assert Bench(path, "cpu", 600, smoke=True).results.measurements == ()
+
+
+def test_a_peer_must_say_what_eager_says(path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, options: lambda images: 2 * model(images))
+    Bench(path, "cpu", 600, smoke=True).run([replace(INFER, kind="compiled")])
+    by_name = {m.contestant: m for m in Results.load(path).measurements}
+    assert by_name[COMPILED].check.startswith("RED: its output is 1 of its size away from eager's")
+    assert by_name[COMPILED].seconds is None and COMPILED not in by_name["fusedres"].speedup
+    assert by_name["fusedres"].check == "ok" and by_name["eager"].check == ""
+
+
+def test_our_first_step_finds_nothing_compiled_by_the_check(path, monkeypatch):
+    original, order = device._step_of, []
+    monkeypatch.setattr(device, "_step_of", lambda name, *args: order.append(name) or original(name, *args))
+    monkeypatch.setattr(device, "compare", lambda *args, **kwargs: order.append("check") or Comparison(()))
+    Bench(path, "cpu", 600, smoke=True).run([INFER])
+    assert order[:3] == ["eager", "fusedres", "check"]
+
+
 def test_what_is_red_is_not_timed(path, monkeypatch):
     red = Comparison((Entry("output", 3.0, 1.0, 2.0, 1.0),))
     monkeypatch.setattr(device, "compare", lambda *args, **kwargs: red)
@@ -110,13 +300,14 @@ def test_too_little_memory_costs_the_last_contestant_alone(path, monkeypatch):
 
     def short_of_memory(steps, **options):
         calls.append(list(steps))
-        if len(calls) == 1:
+        if "fusedres" in steps:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(steps, **options)
 
     monkeypatch.setattr(device, "interleave", short_of_memory)
     Bench(path, "cpu", 600, smoke=True).run([INFER])
-    assert calls == [["eager", "fusedres"], ["eager"]]
+    # Stock PyTorch as soon as it is ready; beside it the other, and again without; all that are left.
+    assert calls == [["eager"], ["eager", "fusedres"], ["eager"], ["eager"]]
     by_name = {m.contestant: m for m in Results.load(path).measurements}
     assert "no memory beside the others" in by_name["fusedres"].missing and by_name["eager"].seconds
 
