@@ -32,10 +32,11 @@ from ..ops.conv import ConvGeometry, groups_of, output_size
 from ..ops.conv_fused import CONV_FUSED_FPROP, CONV_FUSED_JOIN
 from .bn_stats import merge_statistics, statistics_of_nothing
 from .launch import Layout, cdiv, described, launch, layout_of, multiprocessors, pixels_of, register, taps_of
+from .precision import convolution_precision
 from .tiles import activate, load_row
 from .tuning import Problem, Tiles, configuration, resident
 
-__all__ = ["conv_fused_fprop", "conv_fused_join", "dot_precision", "pending"]
+__all__ = ["conv_fused_fprop", "conv_fused_join", "pending"]
 
 
 @triton.jit
@@ -174,11 +175,6 @@ def conv_fprop_kernel(
             tl.store(at + K, tl.sum(between * between, 0), mask=n < K)
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: as TensorFloat-32 where PyTorch lets the vendor's convolutions do so."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
-
-
 def channels_last_of(op: str, name: str, x: Tensor) -> Layout:
     """The layout of a tensor that must be channels_last, or a channel slice of one.
 
@@ -275,7 +271,7 @@ def _run(
     args |= {"y": y, "partials": partials, "act_param": float(act_param), "M": rows, "K": filters, "C": channels}
     args |= {"H": h, "W": w, "P": size[0], "Q": size[1], **pitches, **operands}
     meta = geometry_meta(weight, stride, padding, dilation) | {"ACT": act, "OUT_ACT": out_act}
-    meta |= {"PRECISION": dot_precision(x.dtype), "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth}
+    meta |= {"PRECISION": convolution_precision(x.dtype), "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth}
     meta |= {"DESCRIPTORS": loads, "PERSISTENT": tiles.persistent}
     programs = programs_of(problem, tiles, blocks * cdiv(filters, tiles.columns), x)
     launch(conv_fprop_kernel, (programs,), args, meta, **tiles.options)

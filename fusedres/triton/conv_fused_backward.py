@@ -27,7 +27,6 @@ from ..ops.conv_fused_backward import CONV_FUSED_DGRAD, CONV_FUSED_WGRAD
 from .conv_fused import (
     channels_last_of,
     check_operands,
-    dot_precision,
     geometry_meta,
     is_dense,
     pending,
@@ -36,6 +35,7 @@ from .conv_fused import (
 )
 from .join_backward import sum_partials
 from .launch import cdiv, described, launch, multiprocessors, pixels_of, register, splits_of, taps_of
+from .precision import convolution_precision
 from .tiles import activation_gradient, load_row
 from .tuning import Problem, Tiles, configuration
 
@@ -279,7 +279,7 @@ def conv_fused_dgrad(
         for name in sources if (r, s) == (1, 1) else ():
             args[name] = pixels_of(args[name], pitches[f"{name}_pitch"], tiles.rows, tiles.depth)
     args |= {"M": rows, "K": filters, "C": channels, "H": h, "W": w, "P": p, "Q": q, **pitches}
-    meta = geometry_meta(weight, stride, padding, dilation) | {"ACT": act, "PRECISION": dot_precision(x.dtype)}
+    meta = geometry_meta(weight, stride, padding, dilation) | {"ACT": act, "PRECISION": convolution_precision(x.dtype)}
     meta |= {"BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth}
     meta |= {"DESCRIPTORS": loads, "PERSISTENT": tiles.persistent}
     programs = programs_of(problem, tiles, blocks * cdiv(channels, tiles.columns), x)
@@ -454,7 +454,7 @@ def conv_fused_wgrad(
     partials = torch.empty((splits, filters, r, s, channels), dtype=torch.float32, device=x.device)
     args = {**operands, "grad_rows": grad_rows, "norm": norm, "partials": partials, "act_param": float(act_param)}
     args |= {"M": rows, "piece": piece, "K": filters, "C": channels, "H": h, "W": w, "P": p, "Q": q, **pitches}
-    meta = geometry_meta(out, stride, padding, dilation) | {"ACT": act, "PRECISION": dot_precision(x.dtype)}
+    meta = geometry_meta(out, stride, padding, dilation) | {"ACT": act, "PRECISION": convolution_precision(x.dtype)}
     present = [name for name, t in operands.items() if t is not None]
     loads = tiles.descriptors and described(*((operands[name], pitches[f"{name}_pitch"]) for name in present))
     if loads:

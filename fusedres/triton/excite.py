@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..ops.excite import EXCITE, GATES
 from .launch import cdiv, launch, next_power_of_2, register
+from .precision import matmul_precision
 from .tiles import activate, load_row
 
 __all__ = ["excite"]
@@ -109,8 +110,7 @@ def excite(
     args = {"means": means, "norm": norm, "w1": w1.flatten(1).contiguous(), "b1": b1, "w2": w2.flatten(1).contiguous()}
     args |= {"b2": b2, "mask": None if mask is None else mask.contiguous(), "gain": gain}
     args |= {"act_param": float(act_param), "N": samples, "C": channels, "HIDDEN": hidden}
-    exact = w1.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    meta = {"ACT": act, "HARD": gate == "hardsigmoid", "PRECISION": "ieee" if exact else "tf32"}
+    meta = {"ACT": act, "HARD": gate == "hardsigmoid", "PRECISION": matmul_precision(w1.dtype)}
     meta |= {"BM": _SAMPLES, "BH": wide, "BC": _COLUMNS}
     launch(excite_kernel, (cdiv(samples, _SAMPLES),), args, meta, warps=4 if wide <= 128 else 8, stages=2)
     return gain
