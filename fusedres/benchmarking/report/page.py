@@ -20,7 +20,9 @@ _INTRODUCTION = (
     "Written by `python -m fusedres report` (`make report`) from the files of results named below; nothing here is "
     "typed. Times are medians with their quartiles in parentheses; a speed-up is the median over turns of the ratio "
     "within a turn. Before anything of ours is timed, its outputs, gradients and running statistics are held to the "
-    "error budget against float64: what is red there has no speed-up."
+    "error budget against float64: what is red there has no speed-up. `of roofline` is the time that the device's "
+    "peaks allow over the time measured. A GPU's peaks are the published ones; a CPU's are measured with PyTorch's own "
+    "kernels, so that kernels which are faster, or need fewer operations than are counted, come out above 100%."
 )
 _NOTHING = "There are no results yet: `make bench` and `make gpu` write them."
 

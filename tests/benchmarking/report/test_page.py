@@ -50,6 +50,11 @@ def test_tables():
     assert "| torch.compile | 60 s |" in text and ", depth 14 | eager |" in text
 
 
+def test_what_the_roofline_is_made_of_is_said():
+    text = page([source()]).markdown()
+    assert "peaks are measured with PyTorch's own kernels" in text and "above 100%" in text
+
+
 class Counted(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
