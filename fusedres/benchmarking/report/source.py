@@ -31,15 +31,21 @@ class Source:
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:
-        """Those of the file, and those that its older forms, headline rows and grid, amount to."""
+        """Those of the file; where it has none of a network's or block's workload, from before there were any, what its
+        headline rows and its grid amount to."""
         found = self.results.measurements
-        seen = {(m.suite, m.group, m.contestant) for m in found}
+        # Not by group: a row does not say the shape, and would tell of one that nobody measured.
+        seen = set(map(_timed, found))
         older = [*_of_rows(self.results), *_of_grid(self.results)]
-        return (*found, *(m for m in older if (m.suite, m.group, m.contestant) not in seen))
+        return (*found, *(m for m in older if _timed(m) not in seen))
 
     @property
     def memory(self) -> tuple[MemoryUse, ...]:
         return (*self.results.memory, *_memory_of_rows(self.results))
+
+
+def _timed(m: Measurement) -> tuple[str, str, str, str, bool]:
+    return m.suite, m.subject, m.workload, m.dtype, m.autocast
 
 
 def load(path: Path, root: Path) -> Source:
