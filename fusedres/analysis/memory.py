@@ -30,7 +30,16 @@ from .output import COLOURS, new_figure, save_figure, shape_argument
 from .peak import in_child, resident
 from .state import preserved
 
-__all__ = ["VARIANTS", "SavedActivations", "add_arguments", "memory", "run", "save_plot", "saved_activations"]
+__all__ = [
+    "CAVEATS",
+    "VARIANTS",
+    "SavedActivations",
+    "add_arguments",
+    "memory",
+    "run",
+    "save_plot",
+    "saved_activations",
+]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,13 +207,22 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     if lacks("memory", "matplotlib"):
         return 2
+    machine = this_machine(args.device)
+    path = None if args.json is None else Path(args.json or f"bench/results/{machine.slug}/memory.json")
     found: dict[str, tuple[MemoryUse, ...]] = {}
     deadline, left_out = perf_counter() + args.budget, []
+
+    def save() -> None:
+        if path is not None:
+            uses = tuple(use for each in found.values() for use in each)
+            Results(machine, {"shape": list(args.shape), "left_out": left_out}, memory=uses).save(path)
+
     try:
         with stages(len(args.models) * len(args.variants), "memory") as begin:
             for name in args.models:
                 if found and perf_counter() > deadline:
                     left_out.append(f"{name}: no time")
+                    save()
                     continue
                 found[name] = memory(
                     name,
@@ -213,29 +231,28 @@ def run(args: Namespace) -> int:
                     begin=lambda v, name=name: begin(f"{name}, {v}"),
                     device=args.device,
                 )
+                save()  # being cut off loses nothing
     except ValueError as error:
         console.print(f"fusedres memory: {error}")
         return 2
     title = f"training step, fp32, {'x'.join(map(str, args.shape))}"
     rows = [row for name, each in found.items() for row in _rows(name, each)]
-    console.print(make_table(title, _HEAD, rows, _CAPTION))
+    console.print(make_table(title, _HEAD, rows, CAVEATS))
     for what in left_out:
         console.print(f"left out: {what}")
-    machine = this_machine(args.device)
-    if args.json is not None:
-        path = Path(args.json or f"bench/results/{machine.slug}/memory.json")
-        uses = tuple(use for each in found.values() for use in each)
-        Results(machine, {"shape": list(args.shape), "left_out": left_out}, memory=uses).save(path)
+    if path is not None:
         console.print(f"written to {path}")
     save_plot(args.out, found, title)
     console.print(f"figure: {args.out.resolve()}")
     return 0
 
 
-_CAPTION = (
+CAVEATS = (
     "Peak: growth of a fresh process's resident set over its steps (on a GPU, of its tensors); torch.compile's has its "
     "compiler in it"
 )
+"""What a table or figure of these must say."""
+
 _HEAD = ("model", "form", "saved for backward", "of stock", "peak", "of stock")
 
 

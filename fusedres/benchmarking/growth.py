@@ -12,6 +12,7 @@ import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -193,16 +194,20 @@ def run(args: Namespace) -> int:
     batches, depths, turns = (BATCHES[:4:2], DEPTHS[:2], 3) if args.quick else (BATCHES, DEPTHS, 9)
     contestants = _GROWING if args.quick else tuple(CONTESTANTS)
     networks = _FIRST[:1] if args.quick else _FIRST
+    path = None if args.json is None else Path(args.json or f"bench/results/{machine.slug}/growth.json")
     found: list[Measurement] = []
     with stages(len(batches) + len(depths) + len(networks) * len(contestants), "growth") as begin:
-        found += grown("batch", batches, turns, begin)
-        found += grown("depth", depths, turns, begin)
-        found += first_steps(networks, _FIRST_BATCH, contestants, begin)
+        coming = chain(
+            grown("batch", batches, turns, begin),
+            grown("depth", depths, turns, begin),
+            first_steps(networks, _FIRST_BATCH, contestants, begin),
+        )
+        for measured in coming:
+            found.append(measured)
+            if path is not None:  # after each, so that being cut off loses nothing
+                Results(machine, {"quick": args.quick, "turns": turns}, measurements=tuple(found)).save(path)
     console.print(make_table("", _HEAD, [_cells(m) for m in found]))
-    results = Results(machine, {"quick": args.quick, "turns": turns}, measurements=tuple(found))
-    if args.json is not None:
-        path = Path(args.json or f"bench/results/{machine.slug}/growth.json")
-        results.save(path)
+    if path is not None:
         console.print(f"written to {path}")
     return 0 if all(m.check in ("", "ok") for m in found) else 1
 

@@ -105,3 +105,16 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "peak" in printed and "left out: wrn" in printed
     assert main(["memory", "nothing"]) == 2
+
+
+def test_being_cut_off_loses_no_network(tmp_path, monkeypatch):
+    def measured_or_cut_off(name, *args, **kwargs):
+        if name == "wrn":
+            raise KeyboardInterrupt
+        return (use("stock", 2, 3),)
+
+    monkeypatch.setattr(sys.modules["fusedres.analysis.memory"], "memory", measured_or_cut_off)
+    results = tmp_path / "results.json"
+    with pytest.raises(KeyboardInterrupt):
+        main(["memory", "cifar_resnet", "wrn", "--json", str(results), "--out", str(tmp_path / "figure.svg")])
+    assert Results.load(results).memory == (use("stock", 2, 3),)

@@ -6,7 +6,7 @@ import pytest
 
 from fusedres.benchmarking import growth
 from fusedres.benchmarking.growth import first_steps, grown
-from fusedres.benchmarking.results import Results
+from fusedres.benchmarking.results import Measurement, Results
 from fusedres.cli import main
 from fusedres.testing import Comparison, Entry
 
@@ -59,3 +59,18 @@ def test_the_command_writes_results(tmp_path, monkeypatch):
     found = Results.load(path).measurements
     assert {m.suite for m in found} == {"growth", "first step"}
     assert {m.variant for m in found if m.suite == "growth"} == {"batch", "depth"}
+
+
+def test_being_cut_off_loses_nothing(tmp_path, monkeypatch):
+    measured = Measurement("growth", "resnet18", "train step", "float32", (2, 3, 8, 8), "eager", "batch")
+
+    def cut_off(variant, *args):
+        if variant == "depth":
+            raise KeyboardInterrupt
+        yield measured
+
+    monkeypatch.setattr(growth, "grown", cut_off)
+    path = tmp_path / "growth.json"
+    with pytest.raises(KeyboardInterrupt):
+        main(["growth", "--quick", "--json", str(path)])
+    assert Results.load(path).measurements == (measured,)

@@ -8,9 +8,10 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from ...analysis.memory import CAVEATS
 from ...analysis.output import COLOURS, new_figure
 from ..results import Measurement
-from .source import Source
+from .source import Source, memory_of
 
 __all__ = ["FIGURES", "Figure", "draw"]
 
@@ -24,12 +25,14 @@ class Figure:
         title: above it.
         wants: what it is drawn from, for a page that lacks it.
         draw: from a device's files to a matplotlib figure; ``None`` where they have nothing for it.
+        note: what a reader must know of it.
     """
 
     name: str
     title: str
     wants: str
     draw: Callable[[Sequence[Source]], Any | None]
+    note: str = ""
 
 
 def draw(figure: Figure, sources: Sequence[Source], path: Path, digest: str) -> bool:
@@ -201,7 +204,7 @@ def _elements(shape: Sequence[int]) -> int:
 
 def memory(sources: Sequence[Source]) -> Any | None:
     """Bytes that autograd keeps, and peak memory, by network and form."""
-    found = [m for source in sources for m in source.memory if not m.missing]
+    found = [m for m in memory_of(sources) if not m.missing]
     panels = [
         (field, title)
         for field, title in (("saved", "kept for backward"), ("peak", "peak beyond parameters and input"))
@@ -213,10 +216,10 @@ def memory(sources: Sequence[Source]) -> Any | None:
     for axis, (field, title) in zip(axes, panels):
         name_of = lambda m: f"{m.model}\n{m.dtype}\nbatch {m.shape[0]}"  # noqa: E731
         heights: dict[str, dict[str, float]] = {}
-        for m in found:
-            if getattr(m, field):
-                heights.setdefault(m.variant, {})[name_of(m)] = getattr(m, field) / 1e6
-        _bars(axis, _in_order(map(name_of, found)), heights, "MB")
+        known = [m for m in found if getattr(m, field)]
+        for m in known:
+            heights.setdefault(m.variant, {})[name_of(m)] = getattr(m, field) / 1e6
+        _bars(axis, _in_order(map(name_of, known)), heights, "MB")
         axis.set_title(title, fontsize=9)
         _legend(axis)
     return figure
@@ -310,7 +313,7 @@ def _y(m: Measurement, field: str) -> float:
 FIGURES = (
     Figure("throughput", "Throughput by network", "measurements of whole networks", throughput),
     Figure("speedup", "Speed-up by shape", "measurements of blocks or operations beside eager", speedup_by_shape),
-    Figure("memory", "Memory of a training step", "counted or measured memory", memory),
+    Figure("memory", "Memory of a training step", "counted or measured memory", memory, CAVEATS),
     Figure("roofline", "Roofline", "the device's peaks, and bytes and operations of what was timed", roofline),
     Figure("first-step", "Time to the first training step", "first steps: `python -m fusedres growth`", first_step),
     Figure("growth", "Cost as batch and depth grow", "steps of growing cost: `python -m fusedres growth`", growth),

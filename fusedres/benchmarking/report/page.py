@@ -109,10 +109,10 @@ def _of_device(sources: Sequence[Source]) -> list[Part]:
             absent.append(f"{figure.title.lower()} (from {figure.wants})")
             continue
         _close(made)
-        drawn += [
-            Part("heading", figure.title, level=3),
-            Part("figure", figure.title, figure=figure, sources=tuple(sources)),
-        ]
+        drawn.append(Part("heading", figure.title, level=3))
+        if figure.note:
+            drawn.append(Part("text", figure.note))
+        drawn.append(Part("figure", figure.title, figure=figure, sources=tuple(sources)))
     if absent:
         drawn.append(Part("text", f"Without data, and so left out: {'; '.join(absent)}."))
     tables = []

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..results import Machine, Measurement, MemoryUse, Results, Row
 
-__all__ = ["Source", "by_device", "load"]
+__all__ = ["Source", "by_device", "load", "memory_of"]
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -41,7 +41,7 @@ class Source:
 
     @property
     def memory(self) -> tuple[MemoryUse, ...]:
-        return (*self.results.memory, *_memory_of_rows(self.results))
+        return memory_of([self])
 
 
 def _timed(m: Measurement) -> tuple[str, str, str, str, bool]:
@@ -68,6 +68,34 @@ def by_device(sources: list[Source]) -> dict[str, list[Source]]:
     for source in sources:
         found.setdefault(source.machine.device, []).append(source)
     return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+_NETWORKS = {
+    "densenet121": "DenseNet-121",
+    "preresnet50": "pre-activation ResNet-50",
+    "resnet18": "ResNet-18",
+    "resnet50": "ResNet-50",
+    "resnext50_32x4d": "ResNeXt-50 32x4d",
+    "seresnet50": "SE-ResNet-50",
+    "wide_resnet50_2": "WRN-50-2",
+}
+"""What headline rows call the networks that commands know by another name."""
+
+
+def memory_of(sources: Sequence[Source]) -> tuple[MemoryUse, ...]:
+    """What files hold of memory, each form of each network once, under one name: what was measured in a process of its
+    own before what headline rows amount to."""
+    measured = [use for source in sources for use in source.results.memory]
+    counted = [use for source in sources for use in _memory_of_rows(source.results)]
+    found: dict[tuple[str, str, int, str], MemoryUse] = {}
+    for use in (*measured, *counted):
+        use = replace(use, model=_NETWORKS.get(use.model, use.model))
+        found.setdefault((use.model, use.dtype, use.shape[0], use.variant), use)
+    return tuple(found.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,13 @@ def test_tables():
 
 def test_what_the_roofline_is_made_of_is_said():
     text = page([source()]).markdown()
-    assert "peaks are measured with PyTorch's own kernels" in text and "above 100%" in text
+    assert "a CPU's are measured with PyTorch's own kernels" in text and "above 100%" in text
+
+
+def test_what_a_peak_has_in_it_is_said_above_its_figure():
+    text = page([source()]).markdown()
+    _, note, figure = text[text.index("### Memory of a training step") :].split("\n\n")[:3]
+    assert "torch.compile's has its compiler in it" in note and figure.startswith("![Memory")
 
 
 class Counted(HTMLParser):
