@@ -151,6 +151,10 @@ def times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
 
 
+_BACKENDS = ("cpu", "cuda", "triton")
+"""What an op's kernels go by as contestants; ``reference`` is none of them."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One contestant of one group: what it took, and what that means. What was not measured is ``None``.
@@ -213,6 +217,11 @@ class Measurement:
         shape = "x".join(map(str, self.shape))
         layout = "" if self.layout == "channels_last" else self.layout
         return ", ".join(part for part in (self.subject, self.variant, self.workload, dtype, shape, layout) if part)
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is a form of this library: a patched network or block, or a kernel."""
+        return self.contestant.startswith("fusedres") or (self.suite == "op" and self.contestant in _BACKENDS)
 
     @property
     def remark(self) -> str:

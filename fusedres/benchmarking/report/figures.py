@@ -87,6 +87,8 @@ _KNOWN = {
     "stock": COLOURS["stock"],
     "patched": COLOURS["fused"],
     'patched, memory="low"': COLOURS["fused_low"],
+    **{f"{form} (cuda)": COLOURS["fused"] for form in ("fusedres", "patched")},
+    **{f"{form} (triton)": COLOURS["fused_low"] for form in ("fusedres", "patched")},
 }
 _OTHERS = ("#5b8c5a", "#b04a3a", "#7a5c99", "#3a9d9d", "#c9b23c", "#8c564b", "#e377c2", "#17384f")
 
@@ -170,29 +172,45 @@ def throughput(sources: Sequence[Source]) -> Any | None:
     return figure
 
 
+_STOCK = ("eager", "vendor with passes around it", "reference")
+"""What a block or an operation may have beside it; the first that it has counts. In a GPU's file operations have the
+library's own formulas in plain PyTorch, or a convolution the vendor's with stock PyTorch's passes around it."""
+
+
 def speedup_by_shape(sources: Sequence[Source]) -> Any | None:
-    """Times faster than eager, by the shape of the input, a line for each block or operation."""
-    measured = [m for m in _measured(sources, "block", "op") if m.contestant == "fusedres" and "eager" in m.speedup]
+    """Times faster than what stock PyTorch runs, by the shape of the input, a line for each block or operation and each
+    of our forms."""
+    measured = [m for m in _measured(sources, "block", "op") if m.ours and _beside(m)]
     if not measured:
         return None
-    kinds = _in_order(f"{m.suite}s: {_kind(m)}" for m in measured)
+    kind_of = lambda m: f"{m.suite}s: {_kind(m)}, beside {_beside(m)}"  # noqa: E731
+    kinds = _in_order(map(kind_of, measured))
     figure, axes = _panels(len(kinds), size=(7.0, 4.2))
     for axis, kind in zip(axes, kinds):
-        ours = [m for m in measured if f"{m.suite}s: {_kind(m)}" == kind]
+        ours = [m for m in measured if kind_of(m) == kind]
         shapes = sorted(_in_order(m.shape for m in ours), key=_elements)
-        for subject in _in_order((m.subject, m.variant) for m in ours):
-            points = {m.shape: m.speedup["eager"] for m in ours if (m.subject, m.variant) == subject}
+        for line in _in_order(map(_line, ours)):
+            points = {m.shape: m.speedup[_beside(m)] for m in ours if _line(m) == line}
             known = [i for i, shape in enumerate(shapes) if shape in points]
-            name = ", ".join(part for part in subject if part)
-            axis.plot(known, [points[shapes[i]] for i in known], "o-", ms=3, lw=1, label=name)
+            axis.plot(known, [points[shapes[i]] for i in known], "o-", ms=3, lw=1, label=line)
         axis.axhline(1.0, color="#999999", lw=0.8, ls="--")
         axis.set_xticks(
             range(len(shapes)), ["x".join(map(str, s)) for s in shapes], rotation=35, ha="right", fontsize=7
         )
-        axis.set_ylabel("times faster than eager")
+        axis.set_ylabel("times faster")
         axis.set_title(kind, fontsize=9)
         _legend(axis, ncols=2)
     return figure
+
+
+def _beside(m: Measurement) -> str:
+    """What a speed-up is over; nothing where there is none."""
+    return next((name for name in _STOCK if name in m.speedup), "")
+
+
+def _line(m: Measurement) -> str:
+    form = m.contestant.removeprefix("fusedres").strip(" ()")
+    return ", ".join(part for part in (m.subject, m.variant, form) if part)
 
 
 def _elements(shape: Sequence[int]) -> int:
@@ -312,7 +330,7 @@ def _y(m: Measurement, field: str) -> float:
 
 FIGURES = (
     Figure("throughput", "Throughput by network", "measurements of whole networks", throughput),
-    Figure("speedup", "Speed-up by shape", "measurements of blocks or operations beside eager", speedup_by_shape),
+    Figure("speedup", "Speed-up by shape", "measurements of blocks or operations beside stock", speedup_by_shape),
     Figure("memory", "Memory of a training step", "counted or measured memory", memory, CAVEATS),
     Figure("roofline", "Roofline", "the device's peaks, and bytes and operations of what was timed", roofline),
     Figure("first-step", "Time to the first training step", "first steps: `python -m fusedres growth`", first_step),

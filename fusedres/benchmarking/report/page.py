@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .figures import FIGURES, Figure, draw
 from .source import Source, by_device
-from .tables import headline, markdown, tables_of
+from .tables import headline, markdown, provenance, tables_of
 
 __all__ = ["Page", "digest_of", "page"]
 
@@ -117,12 +117,20 @@ def _of_device(sources: Sequence[Source]) -> list[Part]:
         drawn.append(Part("text", f"Without data, and so left out: {'; '.join(absent)}."))
     tables = []
     for source in sources:
-        tables += [Part("heading", source.name, level=3), Part("text", headline(source, "../") or str(source.machine))]
-        left_out = source.results.settings.get("left_out", [])
-        if left_out:
-            tables.append(Part("text", f"Left out for want of time: {'; '.join(left_out)}."))
+        above = headline(source, "../") or provenance(source, "../")
+        tables += [Part("heading", source.name, level=3), Part("text", above)]
+        tables += [Part("text", text) for text in _left_out(source)]
         tables += [Part("table", title, (tuple(head), *lines)) for title, head, lines in tables_of(source)]
     return drawn + tables
+
+
+def _left_out(source: Source) -> list[str]:
+    """What was not measured, and apart what time has nothing to do with, such as that a process died."""
+    found = source.results.settings.get("left_out", [])
+    late = [what for what in found if "no time" in what or "needs about" in what]
+    other = [what for what in found if what not in late]
+    said = (("Left out for want of time", late), ("Left out", other))
+    return [f"{why}: {'; '.join(what)}." for why, what in said if what]
 
 
 def _close(figure: object) -> None:

@@ -88,11 +88,12 @@ _NETWORKS = {
 
 def memory_of(sources: Sequence[Source]) -> tuple[MemoryUse, ...]:
     """What files hold of memory, each form of each network once, under one name: what was measured in a process of its
-    own before what headline rows amount to."""
+    own before what headline rows and a GPU's training steps amount to."""
     measured = [use for source in sources for use in source.results.memory]
     counted = [use for source in sources for use in _memory_of_rows(source.results)]
+    beside = [use for source in sources for use in _memory_of_steps(source.results)]
     found: dict[tuple[str, str, int, str], MemoryUse] = {}
-    for use in (*measured, *counted):
+    for use in (*measured, *counted, *beside):
         use = replace(use, model=_NETWORKS.get(use.model, use.model))
         found.setdefault((use.model, use.dtype, use.shape[0], use.variant), use)
     return tuple(found.values())
@@ -171,3 +172,20 @@ def _memory_of_rows(results: Results) -> Iterator[MemoryUse]:
             yield MemoryUse(network, shape, "float32", "stock", saved=round(1e6 * row.eager))
         variant = 'patched, memory="low"' if "low" in workload else "patched"
         yield MemoryUse(network, shape, "float32", variant, saved=round(1e6 * row.ours))
+
+
+_MEMORY_FORMS = {"eager": "stock", "fusedres": "patched"}
+_AHEAD = ("captured", "max-autotune")
+"""Of contestants that run as CUDA graphs: what these need was allocated before the step whose peak is measured."""
+
+
+def _memory_of_steps(results: Results) -> Iterator[MemoryUse]:
+    """The peaks of a GPU's training steps. A CPU's are another quantity than what :class:`MemoryUse` has: they are of
+    PyTorch's allocator, and not of a process."""
+    for m in results.measurements if results.machine.gpu else ():
+        if m.suite != "model" or m.workload != "train step" or m.peak is None or m.contestant.endswith(_AHEAD):
+            continue
+        form = next((form for form in _MEMORY_FORMS if m.contestant.startswith(form)), "")
+        variant = _MEMORY_FORMS.get(form, "") + m.contestant.removeprefix(form)
+        dtype = f"{m.dtype} autocast" if m.autocast else m.dtype
+        yield MemoryUse(m.subject, m.shape, dtype, variant, "cuda", saved=m.saved or 0, peak=m.peak)

@@ -9,7 +9,7 @@ from .. import architectures
 from ..results import HEAD, Measurement, MemoryUse, Row, quantity, times
 from .source import Source
 
-__all__ = ["headline", "markdown", "result_files", "tables_of"]
+__all__ = ["headline", "markdown", "provenance", "result_files", "tables_of"]
 
 Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
 """A title, the head and the lines."""
@@ -17,11 +17,11 @@ Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
 
 def result_files(root: Path) -> list[Path]:
     """The committed files that README's tables come from: for each machine its full run, or the quick one where there
-    is no other, and that of the architectures."""
+    is no other, that of the architectures, and a GPU's."""
     files = []
     for folder in sorted(path for path in (root / "bench" / "results").glob("*") if path.is_dir()):
         files += [path for path in (folder / "full.json", folder / "quick.json") if path.exists()][:1]
-        files += [path for path in (folder / "architectures.json",) if path.exists()]
+        files += [path for path in (folder / "architectures.json", folder / "gpu.json") if path.exists()]
     return files
 
 
@@ -31,18 +31,72 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
+def provenance(source: Source, prefix: str = "") -> str:
+    """The machine, and the file with a link to it.
+
+    Args:
+        prefix: of the link.
+    """
+    return f"{source.machine} ([{source.name}]({prefix}{source.name}))"
+
+
 def headline(source: Source, prefix: str = "") -> str:
-    """A file's headline rows with the machine and the file named; nothing where it has none.
+    """A file's headline rows, or a line for each workload of each network that it has measured without such rows; above
+    them where they are from. Nothing where it has neither.
 
     Args:
         prefix: of the link to the file.
     """
-    rows = source.results.rows
-    if not rows:
+    if rows := source.results.rows:
+        of_architectures = Path(source.name).stem == "architectures"
+        head, cells = (architectures.HEAD, architectures.cells) if of_architectures else (HEAD, Row.cells)
+        table = markdown(head, map(cells, rows))
+    elif lines := _network_lines(source):
+        table = markdown(_NETWORK_HEAD, lines)
+    else:
         return ""
-    of_architectures = Path(source.name).stem == "architectures"
-    head, cells = (architectures.HEAD, architectures.cells) if of_architectures else (HEAD, Row.cells)
-    return f"{source.machine} ([{source.name}]({prefix}{source.name}))\n\n{markdown(head, map(cells, rows))}"
+    return f"{provenance(source, prefix)}\n\n{table}"
+
+
+_NETWORK_HEAD = (
+    "",
+    "eager",
+    "torch.compile",
+    "fastest other",
+    "fusedres",
+    "images/s",
+    "over eager",
+    "over compile",
+    "over fastest other",
+    "check",
+)
+
+
+def _network_lines(source: Source) -> list[tuple[str, ...]]:
+    groups: dict[str, dict[str, Measurement]] = {}
+    for m in source.measurements:
+        if m.suite == "model":
+            groups.setdefault(m.group, {})[m.contestant] = m
+    return [_network_line(group, found) for group, found in groups.items()]
+
+
+def _network_line(group: str, found: dict[str, Measurement]) -> tuple[str, ...]:
+    """The fastest of our forms beside the others, of which some form, such as a graph of eager, may be the fastest."""
+    timed = sorted((m for m in found.values() if m.seconds), key=lambda m: m.seconds["median"])
+    ours, other = (next((m for m in timed if m.ours is whose), None) for whose in (True, False))
+    red = [f"{m.contestant}: {m.check}" for m in found.values() if m.check not in ("", "ok")]
+    stock = [_brief(found.get(name)) for name in ("eager", "torch.compile")]
+    if ours is None:
+        return (group, *stock, _brief(other, named=True), *[""] * 5, "; ".join(red))
+    over = (ours.speedup.get(name) for name in ("eager", "torch.compile", other.contestant if other else ""))
+    numbers = (_brief(ours, named=True), _number(ours.images_per_second), *map(times, over))
+    return (group, *stock, _brief(other, named=True), *numbers, "; ".join(red) or ours.check)
+
+
+def _brief(m: Measurement | None, named: bool = False) -> str:
+    if m is None or m.seconds is None:
+        return "" if m is None else m.missing
+    return _seconds(m.seconds["median"]) + (f" ({m.contestant})" if named else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -61,6 +61,13 @@ def test_what_a_peak_has_in_it_is_said_above_its_figure():
     assert "torch.compile's has its compiler in it" in note and figure.startswith("![Memory")
 
 
+def test_every_file_is_linked_to():
+    """Those without headline rows, too."""
+    names = [f"bench/results/a-cpu/{name}.json" for name in ("engines", "growth", "memory")]
+    text = page([Source(name, Results(MACHINE, {})) for name in names]).markdown()
+    assert all(f"([{name}](../{name}))" in text for name in names)
+
+
 class Counted(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
