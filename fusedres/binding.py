@@ -51,7 +51,8 @@ def _check_unhooked(module: nn.Module) -> None:
     """Raises :class:`NotOurs` where calling ``module`` does more than its class's forward."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         raise NotOurs
-    if "forward" in module.__dict__:
+    # Read by its name as well: compilers guard that, but not what a __dict__ holds.
+    if "forward" in module.__dict__ or not callable(module.forward):
         raise NotOurs
 
 

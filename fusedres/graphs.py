@@ -72,8 +72,11 @@ def _is_image(x: Tensor) -> bool:
 
 
 def _averages(root: nn.Module, norm: tuple[str, ...] | None) -> bool:
-    """Whether a norm's momentum is ``None``: then it is another number in every batch, and here it would be one."""
-    return norm is not None and module_at(root, norm).momentum is None
+    """Whether a norm's momentum is ``None``: then it is another number in every batch, and here it would be one.
+
+    What has been put in the norm's place since may have none.
+    """
+    return norm is not None and getattr(module_at(root, norm), "momentum", 0.0) is None
 
 
 def _recorded(constants: tuple[Any, ...], x: Tensor, residual: Tensor | None, *tensors: Tensor | None) -> Tensor:

@@ -79,10 +79,12 @@ def _is_plain(value: Any) -> bool:
 
 
 def changed(root: nn.Module, watched: tuple[Watched, ...]) -> bool:
-    """Whether any of ``watched`` below ``root`` is not as it was."""
-    if torch.compiler.is_compiling():  # settings are constants of a compiled model as well
-        return False
-    if _has_any_global_hook():
+    """Whether any of ``watched`` below ``root`` is not as it was.
+
+    Compilers follow this and guard what it reads. Exporters, which see stock ops anyway, get the stock forward's.
+    """
+    compiling = torch.compiler.is_compiling()
+    if (compiling and torch.compiler.is_exporting()) or _has_any_global_hook():
         return True
     # Without a call where there is a way: this runs before every block, and counts where inputs are small.
     for names, kind, children, settings in watched:
@@ -94,6 +96,7 @@ def changed(root: nn.Module, watched: tuple[Watched, ...]) -> bool:
             if names and (
                 type(module) is not kind
                 or "forward" in state
+                or (compiling and not callable(module.forward))  # guarded where it is read by its name
                 or state["_forward_hooks"]
                 or state["_forward_pre_hooks"]
                 or state["_backward_hooks"]

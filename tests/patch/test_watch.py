@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from survey_blocks import ResidualBlock, SEBottleneckBlock
-from torch import nn
+from torch import Tensor, nn
 from torchvision_shim import torchvision_models
 
 import fusedres
@@ -72,6 +73,66 @@ def test_changes_take_effect(name):
         m.double().eval()
     torch.testing.assert_close(model(x), stock(x), rtol=1e-9, atol=1e-11)
     assert not torch.allclose(stock(x), unchanged)
+
+
+def compiled(model: nn.Module, x: Tensor) -> Tensor:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="eager", fullgraph=True)(x)
+
+
+def exported(model: nn.Module, x: Tensor, strict: bool = False) -> Tensor:
+    return torch.export.export(model, (x,), strict=strict).module()(x)
+
+
+WRITTEN_DOWN = {"compiled": compiled, "exported": exported, "exported, strict": partial(exported, strict=True)}
+HOOKS = {
+    f"hook on {path}": lambda m, path=path: m.get_submodule(path).register_forward_hook(lambda *args: 2 * args[2])
+    for path in ("act", "skip")
+}
+
+
+@pytest.mark.parametrize("how", WRITTEN_DOWN)
+@pytest.mark.parametrize("name", [*CHANGES, *HOOKS])
+def test_compilers_and_exporters_see_changes(name, how):
+    stock = settled(Busy()).eval()
+    model = copy.deepcopy(stock)
+    patch(model)
+    x = images()
+    unchanged = stock(x)
+    for m in (stock, model):
+        torch.manual_seed(1)
+        (CHANGES | HOOKS)[name](m)
+        m.double().eval()
+    torch.testing.assert_close(WRITTEN_DOWN[how](model, x), stock(x), rtol=1e-9, atol=1e-11)
+    assert not torch.allclose(stock(x), unchanged)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_between_compiled_calls(name):
+    stock = settled(Busy()).eval()
+    model = copy.deepcopy(stock)
+    patch(model)
+    torch._dynamo.reset()
+    again = torch.compile(model, backend="eager", fullgraph=True)
+    again(images())
+    for m in (stock, model):
+        torch.manual_seed(1)
+        CHANGES[name](m)
+        m.double().eval()
+    torch.testing.assert_close(again(images()), stock(images()), rtol=1e-9, atol=1e-11)
+
+
+def test_hooks_on_all_modules_run_in_a_compiled_model():
+    stock = settled(Busy()).eval()
+    model = copy.deepcopy(stock)
+    patch(model)
+    double = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: 2 * out if isinstance(module, nn.LeakyReLU) else None
+    )
+    try:
+        torch.testing.assert_close(compiled(model, images()), stock(images()), rtol=1e-9, atol=1e-11)
+    finally:
+        double.remove()
 
 
 def test_dropout_that_is_switched_on():
