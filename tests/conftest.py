@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,33 +15,15 @@ from torch.utils import deterministic
 
 from fusedres import env, select
 
-if find_spec("hypothesis") is not None:
+if find_spec("hypothesis") is None:
+    sys.path.append(str(Path(__file__).parent / "without_hypothesis"))
+else:
     from hypothesis import settings
 
     # The same cases in every run; ``--hypothesis-profile=default`` looks for new ones.
     settings.register_profile("suite", derandomize=True)
     settings.register_profile("fuzz", max_examples=500, print_blob=True)  # of each fuzz test: a slice of ``make fuzz``
     settings.load_profile("suite")
-
-
-class WithoutHypothesis(MetaPathFinder):
-    """Skips a file of tests that needs hypothesis where that is not installed, as a machine with a GPU may be."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        # Asked last, so that it is nowhere else; and asked by others, too, who can do without.
-        if name == "hypothesis" and _importer().startswith(str(Path(__file__).parent)):
-            pytest.skip("needs hypothesis, which is not installed", allow_module_level=True)
-
-
-def _importer() -> str:
-    """The file whose import statement is being carried out."""
-    frame = sys._getframe()
-    while frame is not None and (frame.f_code.co_filename == __file__ or "importlib" in frame.f_code.co_filename):
-        frame = frame.f_back
-    return "" if frame is None else frame.f_code.co_filename
-
-
-sys.meta_path.append(WithoutHypothesis())
 
 
 @pytest.fixture(autouse=True)

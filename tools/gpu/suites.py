@@ -18,7 +18,7 @@ from typing import Any
 
 from .context import ROOT, Context
 from .process import Finished
-from .record import CUT_OFF, FAILED, OK, Outcome
+from .record import CUT_OFF, FAILED, OK, UNAVAILABLE, Outcome
 
 __all__ = ["File", "Tally", "files", "tests"]
 
@@ -26,8 +26,14 @@ _AT_ONCE = 6
 _FAILURES = 25
 """After how many a file is left."""
 
-_NO_TIME, _OPTIONAL = "no time left", "needs hypothesis"
-"""What a problem says that is none of the library's."""
+_NO_TIME = "no time left"
+"""What the ending of a file says that was cut off."""
+
+_NOT_ASKED_FOR, _LACKING = "built without CUTLASS", ("nvcc was not found", "needs hypothesis")
+"""Parts of the reasons for which a file of the device's may be skipped whole: no failure of the library's."""
+
+_WIDE = {"COLUMNS": "1000"}
+"""pytest cuts its summary to the width of the terminal, and with it the messages."""
 
 _CORE = (
     "tests/test_block.py",
@@ -103,7 +109,7 @@ class Tally:
     def status(self) -> str:
         if self.failures or self.ending:
             return FAILED
-        return OK if self.counts["passed"] else "skipped"
+        return OK if self.counts["passed"] else UNAVAILABLE
 
     def problems(self, name: str) -> list[str]:
         told = [f"{test.removeprefix('tests/')}: {message}".rstrip(": ") for test, message in self.failures.items()]
@@ -132,7 +138,8 @@ def tests(context: Context, deadline: float) -> Outcome:
         # -v: a line for each test, at once. Its plugins are the machine's; its cache would be of this run alone.
         options = ["-v", "--tb=short", "-rfEs", "--no-header", "-p", "no:cacheprovider", f"--maxfail={_FAILURES}"]
         command = ["-m", "pytest", *options, file.path]
-        finished = context.python(file.name, command, deadline, environment=file.environment, on_line=tally.read)
+        environment = {**_WIDE, **file.environment}
+        finished = context.python(file.name, command, deadline, environment=environment, on_line=tally.read)
         tally.finish(finished)
         with lock:
             context.note(_outcome(found, [f.name for f in chosen]))
@@ -146,15 +153,21 @@ def tests(context: Context, deadline: float) -> Outcome:
 def _outcome(found: Mapping[str, Tally], names: list[str]) -> Outcome:
     counts = sum((tally.counts for tally in found.values()), Counter())
     parts = [f"{counts[kind]} {kind}" for kind in ("passed", "failed", "error", "skipped") if counts[kind]]
-    idle = {name: t.reasons.most_common(1) for name, t in found.items() if t.status == "skipped"}
+    idle = {name: t.reasons.most_common(1) for name, t in found.items() if t.status == UNAVAILABLE}
     problems = [problem for name, tally in found.items() for problem in tally.problems(name)]
-    # A file of the device's that runs none of its tests is no success, but for want of a package that may be missing.
+    # A file of the device's that runs none of its tests is no success.
+    lacking = []
     for name, reasons in idle.items():
         if name.startswith(("cuda/", "triton/")):
-            problems.append(f"{name} ran nothing: {reasons[0][0] if reasons else 'no test'}")
+            reason = reasons[0][0] if reasons else "no test"
+            if _NOT_ASKED_FOR in reason:
+                continue
+            told = lacking if any(part in reason for part in _LACKING) else problems
+            told.append(f"{name} ran nothing: {reason}")
     cut = [name for name in names if name not in found or _NO_TIME in found[name].ending]
-    grave = [problem for problem in problems if _NO_TIME not in problem and _OPTIONAL not in problem]
-    status = FAILED if grave else CUT_OFF if cut else OK
+    grave = [problem for problem in problems if _NO_TIME not in problem]
+    status = FAILED if grave else CUT_OFF if cut else UNAVAILABLE if lacking else OK
+    problems += lacking
     summary = ", ".join(parts) or "no test ended"
     if cut:
         summary += f"; without an end: {', '.join(cut)}"
