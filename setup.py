@@ -27,8 +27,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # before setuptools 70.1 it was the package wheel's
+    try:
+        from wheel.bdist_wheel import bdist_wheel
+    except ImportError:  # a build in place needs none
+        bdist_wheel = None
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "fusedres"  # not setuptools' own, which is a new temporary folder in every editable install
@@ -401,11 +408,17 @@ class BuildLibrary(build_ext):
         return {}
 
 
-class AnyPythonWheel(bdist_wheel):
-    """The library does not touch Python's ABI: one wheel serves every Python 3."""
+COMMANDS = {"build_ext": BuildLibrary}
 
-    def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+if bdist_wheel is not None:
+
+    class AnyPythonWheel(bdist_wheel):
+        """The library does not touch Python's ABI: one wheel serves every Python 3."""
+
+        def get_tag(self) -> tuple[str, str, str]:
+            return "py3", "none", super().get_tag()[2]
+
+    COMMANDS["bdist_wheel"] = AnyPythonWheel
 
 
 def requirements_of_this_run() -> list[str]:
@@ -420,5 +433,5 @@ def requirements_of_this_run() -> list[str]:
 setup(
     setup_requires=requirements_of_this_run(),
     ext_modules=[Extension("fusedres._C", sources=[])],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
+    cmdclass=COMMANDS,
 )

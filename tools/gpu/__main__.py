@@ -26,15 +26,19 @@ from .tunes import tune
 
 
 class Stage(NamedTuple):
-    """A stage, and its share of the time: seconds, where all of them have the default budget."""
+    """A stage, and its share of the time: seconds, where all of them have the default budget.
+
+    ``most`` is a share of what is left that it may take where that is more: what it does not need, the others have.
+    """
 
     name: str
     seconds: float
     run: Callable[[Context, float], Outcome]
+    most: float = 0.0
 
 
 STAGES = (
-    Stage("build", 70, build),
+    Stage("build", 70, build, most=0.5),
     Stage("tests", 150, tests),
     Stage("layouts", 20, layouts),
     Stage("sanitizer", 60, sanitizer),
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for i, stage in enumerate(chosen):
             left = deadline - time.monotonic()
-            share = stage.seconds / sum(other.seconds for other in chosen[i:])
+            share = _share(chosen[i:])
             print(f"{stage.name}: up to {max(0.0, share * left):.0f} s", flush=True)
             _run(stage, context, record, time.monotonic() + share * left)
             _show(args.out, record)
@@ -68,6 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         process.end_all()
     print(f"results: {args.out}", flush=True)
     return 1 if any(stage["status"] == FAILED for stage in record.stages) else 0
+
+
+def _share(stages: Sequence[Stage]) -> float:
+    """What the first of these stages may take of the time that is left for all."""
+    return max(stages[0].most, stages[0].seconds / sum(stage.seconds for stage in stages))
 
 
 def _run(stage: Stage, context: Context, record: Record, deadline: float) -> None:

@@ -87,10 +87,15 @@ def sanitizer(context: Context, deadline: float) -> Outcome:
     if path is None and not context.dry:
         return Outcome(UNAVAILABLE, "compute-sanitizer is not on this machine")
     outcome = Outcome()
-    for tool in _TOOLS:
-        for backend in ("cpu",) if context.dry else _BACKENDS:
-            _run(context, outcome, _prefix(context, path, tool, deadline, backend), f"{tool} {backend}", deadline)
-            context.note(outcome)
+    backends = ("cpu",) if context.dry else _BACKENDS
+    filters = {} if context.dry else {backend: _filters(context, outcome, backend, deadline) for backend in backends}
+    runs = [(tool, backend) for tool in _TOOLS for backend in backends if filters.get(backend) != []]
+    for i, (tool, backend) in enumerate(runs):
+        now = time.monotonic()
+        until = now + (deadline - now) / (len(runs) - i)  # else the first would leave nothing to the last
+        prefix = [sys.executable, str(_STAND_IN), tool] if context.dry else _prefix(path, tool, filters[backend])
+        _run(context, outcome, prefix, f"{tool} {backend}", until)
+        context.note(outcome)
     told = list(outcome.details.values())
     outcome.summary = "; ".join(f"{name}: {found}" for name, found in outcome.details.items())
     if outcome.problems:
@@ -104,13 +109,24 @@ def sanitizer(context: Context, deadline: float) -> Outcome:
     return outcome
 
 
-def _prefix(context: Context, path: str | None, tool: str, deadline: float, backend: str) -> list[str]:
-    if context.dry:
-        return [sys.executable, str(_STAND_IN), tool]
-    # The vendor's kernels are not ours to judge, and watching them takes longest; nor are calls of the API that fail,
-    # as PyTorch makes some to find out what there is.
-    names = context.python("kernels", ["-m", "tools.gpu.exercise", "--kernels", backend], deadline).last_line().split()
-    filters = [part for name in names for part in ("--kernel-name", f"kernel_substring={name}")]
+def _filters(context: Context, outcome: Outcome, backend: str, deadline: float) -> list[str]:
+    """The options for a backend's own kernels; none where they cannot be asked for, which is a problem.
+
+    The vendor's kernels are not ours to judge, and watching them takes longest.
+    """
+    finished = context.python("kernels", ["-m", "tools.gpu.exercise", "--kernels", backend], deadline)
+    if finished.status is None:
+        outcome.details[backend] = CUT_OFF
+        return []
+    if not finished.ok:
+        outcome.details[backend] = "not watched: its kernels have no names"
+        outcome.problems.append(f"the names of {backend}'s kernels: {finished.ending}: {finished.last_line()}")
+        return []
+    return [part for name in finished.last_line().split() for part in ("--kernel-name", f"kernel_substring={name}")]
+
+
+def _prefix(path: str, tool: str, filters: Sequence[str]) -> list[str]:
+    # Calls of the API that fail are no errors: PyTorch makes some to find out what there is.
     return [path, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", "--report-api-errors", "no", *filters]
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 import zipfile
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -11,6 +15,7 @@ from tools.gpu.building import _what_went_wrong, arch_of, unpacked
 from tools.gpu.probe import capability
 from tools.gpu.process import Finished
 
+ROOT = Path(__file__).parents[3]
 SMI = "/usr/bin/nvidia-smi: NVIDIA H100 80GB HBM3, 580.159.04, 9.0, 81559 MiB"
 
 
@@ -53,3 +58,17 @@ def test_a_build_says_what_went_wrong(tmp_path):
         record.write_text(json.dumps(content))
         assert expected in _what_went_wrong(done, tmp_path, True)
     assert _what_went_wrong(done, tmp_path, False) is None
+
+
+@pytest.mark.parametrize("wheel", [False, True])
+def test_an_older_setuptools_builds_too(wheel, monkeypatch):
+    """Before 70.1 it had no command for wheels, which was in a package of its own."""
+    monkeypatch.setitem(sys.modules, "setuptools.command.bdist_wheel", None)
+    monkeypatch.setitem(sys.modules, "wheel", ModuleType("wheel"))
+    found = ModuleType("wheel.bdist_wheel")
+    found.bdist_wheel = object
+    monkeypatch.setitem(sys.modules, "wheel.bdist_wheel", found if wheel else None)
+    given = {}
+    monkeypatch.setattr("setuptools.setup", given.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    assert list(given["cmdclass"]) == ["build_ext", *["bdist_wheel"] * wheel]
