@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..ops.activations import IDENTITY
 from ..select import why_not
+from ..triton.precision import convolution_precision
 from ..triton.tuning import Verdict, device_name, verdicts
 from .dense import DenseProgram
 from .pending import compute_dtype
@@ -114,7 +115,9 @@ def _shapes_of(tensors: Operands) -> _Shapes:
 
 def _case(x: Tensor, training: bool) -> tuple[tuple[int, ...], str]:
     """The input's shape, and mode, dtypes and layout in words; of a compiler's symbols, what they stand for here."""
-    dtypes = f"{_NAMES.get(x.dtype, x.dtype)}-{_NAMES.get(compute_dtype(x), '')}"
+    dtype = compute_dtype(x)
+    tf32 = x.device.type == "cuda" and convolution_precision(dtype) == "tf32"
+    dtypes = f"{_NAMES.get(x.dtype, x.dtype)}-{'tf32' if tf32 else _NAMES.get(dtype, '')}"
     layout = "nhwc" if x.is_contiguous(memory_format=torch.channels_last) else "nchw"
     shape = tuple(size.node.hint if isinstance(size, torch.SymInt) else size for size in x.shape)
     return shape, f"{'training' if training else 'inference'}_{dtypes}_{layout}"

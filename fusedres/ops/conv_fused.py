@@ -233,7 +233,7 @@ def conv_fused_refuses(
     if reason is not None:
         return reason
     filters, _, *kernel = weight.shape
-    problem = tuning.Problem(kind, x.dtype, tuple(x.shape), filters, tuple(kernel), g, prologue)
+    problem = tuning.pose(kind, x.dtype, x.shape, filters, kernel, g, prologue)
     measured = tuning.vendor_is_faster(problem, x.device)
     if measured:
         return f"the vendor's {kind} was measured faster for this shape"

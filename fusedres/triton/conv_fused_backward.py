@@ -37,7 +37,7 @@ from .join_backward import sum_partials
 from .launch import cdiv, described, launch, multiprocessors, pixels_of, register, splits_of, taps_of
 from .precision import convolution_precision
 from .tiles import activation_gradient, load_row
-from .tuning import Problem, Tiles, configuration
+from .tuning import Tiles, configuration, pose
 
 __all__ = ["bn_grad_rows", "conv_fused_dgrad", "conv_fused_wgrad"]
 
@@ -254,7 +254,7 @@ def conv_fused_dgrad(
             dx.copy_(addend)
         return dx if into is None else x.new_empty(0), sums
     geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), 1)
-    problem = Problem("dgrad", x.dtype, tuple(x.shape), filters, (r, s), geometry, grad_rows is not None)
+    problem = pose("dgrad", x.dtype, x.shape, filters, (r, s), geometry, grad_rows is not None)
     tiles = tiles or configuration(problem, x.device)
     rows = n * p * q if (r, s) == (1, 1) else n * h * w
     blocks = cdiv(rows, tiles.rows)
@@ -439,7 +439,7 @@ def conv_fused_wgrad(
         return
     geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), 1)
     pends = grad_rows is not None or norm is not None or act != 0
-    problem = Problem("wgrad", x.dtype, tuple(x.shape), filters, (r, s), geometry, pends)
+    problem = pose("wgrad", x.dtype, x.shape, filters, (r, s), geometry, pends)
     tiles = tiles or configuration(problem, x.device)
     operands = {"g": g, "y": y if grad_rows is not None else None, "x": x}
     pitches = {

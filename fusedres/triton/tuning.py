@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..ops.conv import ConvGeometry, output_size
+from .precision import convolution_precision
 
 __all__ = [
     "Entry",
@@ -38,6 +39,7 @@ __all__ = [
     "heuristic",
     "lookup",
     "observed",
+    "pose",
     "record",
     "record_verdicts",
     "resident",
@@ -50,7 +52,9 @@ __all__ = [
 ]
 
 _TABLES = Path(__file__).parent / "tables"
-_SOURCES = ("conv_fused.py", "conv_fused_backward.py", "tiles.py", "launch.py")
+# The convolutions, what they launch besides and take their tiles from, and the passes around the vendor's.
+_SOURCES = ("bn_stats.py", "conv_fused.py", "conv_fused_backward.py", "join.py", "join_backward.py", "launch.py")
+_SOURCES += ("precision.py", "tiles.py", "tuning.py")
 _NO_KERNELS = ("interpreter.py", "kernels_doc.py", "offline.py", "shipped.py")
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -95,6 +99,7 @@ class Problem(NamedTuple):
         filters: output channels.
         kernel_size: ``(R, S)``.
         prologue: whether an operand is pending.
+        tf32: whether products of float32 are TensorFloat-32's, which are several times as fast; see :func:`pose`.
     """
 
     kind: str
@@ -104,6 +109,7 @@ class Problem(NamedTuple):
     kernel_size: tuple[int, int]
     geometry: ConvGeometry
     prologue: bool
+    tf32: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -130,16 +136,31 @@ class Problem(NamedTuple):
         pairs = "".join(f"_{name}{a}x{b}" for name, (a, b) in (("s", g.stride), ("p", g.padding), ("d", g.dilation)))
         kernel = f"{self.kernel_size[0]}x{self.kernel_size[1]}"
         end = "_pending" if self.prologue else ""
-        return f"{self.kind}_{_NAMES[self.dtype]}_n{n}_c{c}_{h}x{w}_k{self.filters}_{kernel}{pairs}{end}"
+        name = "tf32" if self.tf32 else _NAMES[self.dtype]
+        return f"{self.kind}_{name}_n{n}_c{c}_{h}x{w}_k{self.filters}_{kernel}{pairs}{end}"
 
     @property
     def family(self) -> tuple[Any, ...]:
         """What two problems must share for one's tiles to say anything about the other's."""
-        return self.kind, self.dtype, self.kernel_size, self.geometry, self.prologue
+        return self.kind, self.dtype, self.tf32, self.kernel_size, self.geometry, self.prologue
+
+
+def pose(
+    kind: str,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    filters: int,
+    kernel_size: Sequence[int],
+    geometry: ConvGeometry,
+    prologue: bool,
+) -> Problem:
+    """The problem as it is now that PyTorch says how float32 is multiplied."""
+    tf32 = convolution_precision(dtype) == "tf32"
+    return Problem(kind, dtype, tuple(shape), filters, tuple(kernel_size), geometry, prologue, tf32)
 
 
 _KEY = re.compile(
-    r"(fprop|dgrad|wgrad)_(fp32|bf16|fp16)_n(\d+)_c(\d+)_(\d+)x(\d+)_k(\d+)_(\d+)x(\d+)_s(\d+)x(\d+)_p(\d+)x(\d+)"
+    r"(fprop|dgrad|wgrad)_(fp32|tf32|bf16|fp16)_n(\d+)_c(\d+)_(\d+)x(\d+)_k(\d+)_(\d+)x(\d+)_s(\d+)x(\d+)_p(\d+)x(\d+)"
     r"_d(\d+)x(\d+)(_pending)?"
 )
 
@@ -148,9 +169,9 @@ def problem_of(key: str) -> Problem:
     """The problem that has this key."""
     kind, name, *numbers, prologue = _KEY.fullmatch(key).groups()
     n, c, h, w, k, r, s, *pairs = map(int, numbers)
-    dtype = next(dtype for dtype, short in _NAMES.items() if short == name)
+    dtype = next((dtype for dtype, short in _NAMES.items() if short == name), torch.float32)
     g = ConvGeometry((pairs[0], pairs[1]), (pairs[2], pairs[3]), (pairs[4], pairs[5]), 1)
-    return Problem(kind, dtype, (n, c, h, w), k, (r, s), g, prologue is not None)
+    return Problem(kind, dtype, (n, c, h, w), k, (r, s), g, prologue is not None, name == "tf32")
 
 
 def bytes_and_flops(problem: Problem) -> tuple[int, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +50,31 @@ def own_cache(monkeypatch, tmp_path):
 @pytest.mark.parametrize("each", PROBLEMS, ids=lambda each: each.key)
 def test_a_key_is_its_problem(each):
     assert tuning.problem_of(each.key) == each
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tensorfloat_32_has_entries_of_its_own(allowed):
+    float32 = problem(dtype=torch.float32)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
+        now, half = (tuning.pose(*problem(dtype=dtype)[:7]) for dtype in (torch.float32, torch.bfloat16))
+    assert half == problem()
+    assert now == float32._replace(tf32=allowed) == tuning.problem_of(now.key)
+    assert ("_tf32_" in now.key) == allowed
+    tuning.record("cpu", {now.key: ENTRY})
+    assert tuning.lookup(now, CPU) == ENTRY
+    assert tuning.lookup(now._replace(tf32=not allowed), CPU) is None
+    assert tuning.lookup(now._replace(tf32=not allowed, shape=(16, 64, 56, 56)), CPU) is None
+
+
+def test_times_depend_on_all_that_a_convolution_launches_or_takes_its_tiles_from():
+    folder = Path(tuning.__file__).parent
+    needed = {"tuning.py"}
+    for kernels in ("conv_fused.py", "conv_fused_backward.py"):
+        needed |= {
+            kernels,
+            *(f"{name}.py" for name in re.findall(r"^from \.(\w+) import", (folder / kernels).read_text(), re.M)),
+        }
+    assert needed <= set(tuning._SOURCES)
 
 
 @pytest.mark.parametrize("each", PROBLEMS, ids=lambda each: each.key)
