@@ -3,12 +3,14 @@
 Call :func:`enable` before any kernel is defined. NumPy has no bfloat16, and the interpreter of Triton 3.6 and 3.7
 multiplies the raw bits of such operands in ``tl.dot`` and cuts digits off where it converts float32: here operands are
 widened first, as tensor cores do, and conversions round to nearest. And it adds the rows of a tile one after another,
-where a GPU adds in a tree: here in pairs too, so that errors are of that size.
+where a GPU adds in a tree: here in pairs too, so that errors are of that size. Triton 3.6 makes an integer of an array
+of one element, which NumPy refuses from 2.4 on: here of that element.
 """
 
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 __all__ = ["enable"]
@@ -64,3 +66,25 @@ def enable() -> None:
     interpreter.InterpreterBuilder.cast_impl = cast_impl
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter.ReduceOps.sum = sum_in_pairs
+    _mend_integers(interpreter)
+
+
+def _mend_integers(interpreter: Any) -> None:
+    """``range(n)`` and other integers of tensors with one element, where they fail."""
+    import numpy as np
+
+    patch = interpreter._patch_lang_tensor
+
+    class Tensor:
+        handle = SimpleNamespace(data=np.ones(1, np.int32))
+
+    patch(Tensor, SimpleNamespace(set_attr=setattr))
+    try:
+        int(Tensor())
+    except TypeError:
+
+        def mended(tensor: Any, scope: Any) -> None:
+            patch(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+        interpreter._patch_lang_tensor = mended

@@ -10,10 +10,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from fusedres import triton as backend
+from fusedres.triton.interpreter import _mend_integers
 
 CASES = Path(__file__).parent / "cases"
 ROOT = CASES.parents[2]
@@ -27,3 +30,29 @@ def test_interpreted(path):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout and " failed" not in result.stdout, result.stdout
+
+
+@pytest.mark.parametrize(
+    "index",
+    [lambda self: int(self.handle.data), lambda self: int(self.handle.data.squeeze())],
+    ids=["Triton 3.6", "Triton 3.7"],
+)
+def test_a_tensor_of_one_element_is_an_integer(index):
+    """Of 3.6 not by itself, from NumPy 2.4 on."""
+
+    def patch(tensor, scope):
+        scope.set_attr(tensor, "__index__", index)
+
+    class Tensor:
+        handle = SimpleNamespace(data=np.array([3], np.int32))
+
+    interpreter, scope = SimpleNamespace(_patch_lang_tensor=patch), SimpleNamespace(set_attr=setattr)
+    patch(Tensor, scope)
+    try:
+        works = int(Tensor()) == 3
+    except TypeError:
+        works = False
+    _mend_integers(interpreter)
+    assert (interpreter._patch_lang_tensor is patch) == works
+    interpreter._patch_lang_tensor(Tensor, scope)
+    assert list(range(Tensor())) == [0, 1, 2]
