@@ -23,6 +23,7 @@ A measurement whose ``check`` is red has no speed-up, and none is taken over it.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Sequence
@@ -298,6 +299,11 @@ class Machine:
         return self.gpu or f"{self.cpu}, {self.threads} threads"
 
     @property
+    def changed(self) -> bool:
+        """Whether files had been changed since the commit, so that it does not say what was measured."""
+        return self.commit.endswith("+")
+
+    @property
     def slug(self) -> str:
         """A name for a folder."""
         return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
@@ -341,11 +347,12 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str:
     """The commit of the working tree that the package lies in, with ``+`` where files have changed since: others than
-    results, of which a series of measurements writes one after the other.
+    results, of which a series of measurements writes one after the other. A copy without git is told its commit by
+    the environment variable ``FUSEDRES_COMMIT``.
     """
     commit = _git("rev-parse", "--short", "HEAD")
     if not commit:
-        return "an unknown commit"
+        return os.environ.get("FUSEDRES_COMMIT") or "an unknown commit"
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)bench/results")
     return f"{commit}+" if changed else commit
 

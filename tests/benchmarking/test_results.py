@@ -130,6 +130,7 @@ def test_results_do_not_make_a_tree_one_with_changes(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True)
         path.write_text("before")
     monkeypatch.setattr(results, "__file__", str(code))
+    monkeypatch.delenv("FUSEDRES_COMMIT", raising=False)
     assert this_machine().commit == "an unknown commit"
     git("init")
     git("add", ".")
@@ -140,3 +141,14 @@ def test_results_do_not_make_a_tree_one_with_changes(tmp_path, monkeypatch):
     assert this_machine().commit == commit
     code.write_text("after")
     assert this_machine().commit == f"{commit}+"
+    assert this_machine().changed and not replace(this_machine(), commit=commit).changed
+
+
+def test_a_copy_without_git_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("FUSEDRES_COMMIT", "abc1234")
+    monkeypatch.setattr(results, "_git", lambda *arguments: "def5678" if "rev-parse" in arguments else "")
+    assert this_machine().commit == "def5678", "git knows better"
+    monkeypatch.setattr(results, "_git", lambda *arguments: "")
+    assert this_machine().commit == "abc1234"
+    monkeypatch.setenv("FUSEDRES_COMMIT", "")
+    assert this_machine().commit == "an unknown commit"

@@ -159,7 +159,7 @@ def _row(cells: Sequence[str], tag: str) -> str:
 
 
 def _paragraph(text: str) -> str:
-    """The Markdown that our paragraphs use: code, links, and a table below the text."""
+    """The Markdown that our paragraphs use: code, bold type, links, and a table below the text."""
     before, separator, table = text.partition("\n\n| ")
     found = f"<p>{_inline(before)}</p>"
     if separator:
@@ -176,7 +176,8 @@ def _cells(line: str) -> list[str]:
 
 def _inline(text: str) -> str:
     text = re.sub(r"\[([^\]]+)\]\(([^)]+)\)", r"\1", text)  # files beside the page, which travels alone
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+    return re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", text)
 
 
 def _named_apart(svg: str, prefix: str) -> str:

@@ -32,12 +32,14 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def provenance(source: Source, prefix: str = "") -> str:
-    """The machine, and the file with a link to it.
+    """The machine, and the file with a link to it; where its commit is not all that was measured, this too.
 
     Args:
         prefix: of the link.
     """
-    return f"{source.machine} ([{source.name}]({prefix}{source.name}))"
+    machine = source.machine
+    changed = f". **{machine.commit}**: measured with changes that were not committed" if machine.changed else ""
+    return f"{machine} ([{source.name}]({prefix}{source.name})){changed}"
 
 
 def headline(source: Source, prefix: str = "") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -28,6 +29,19 @@ def test_the_committed_page_is_up_to_date():
     assert {path.name for path in (DOCS / "benchmarks").glob("*")} == set(names), "run make report"
     for name, part in names.items():
         assert digest_of(part.sources) in (DOCS / "benchmarks" / name).read_text(), f"{name} is stale: run make report"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*/*.json")), ids=lambda path: path.stem)
+def test_every_committed_file_names_its_commit(path):
+    commit = Results.load(path).machine.commit
+    assert re.fullmatch(r"[0-9a-f]{7,40}\+?", commit), f"{commit}: set FUSEDRES_COMMIT where there is no git"
+
+
+def test_what_was_measured_with_changes_is_marked():
+    clean, dirty = (Results(replace(MACHINE, commit=commit), {}) for commit in ("abc1234", "def5678+"))
+    text = page([Source("clean.json", clean), Source("dirty.json", dirty)]).markdown()
+    assert "(../dirty.json)). **def5678+**: measured with changes that were not committed" in text
+    assert text.count("not committed") == 1
 
 
 def test_a_digest_is_of_what_the_files_hold():
