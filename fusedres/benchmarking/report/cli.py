@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ...console import console, lacks, make_table
-from .compared import HEAD, TOLERATED, compared
+from .compared import HEAD, TOLERATED, compared, dropped
 from .page import page
 from .source import load
 
@@ -35,8 +35,10 @@ def _compare(before: Path, after: Path) -> int:
     old, new = (load(path, Path.cwd()) for path in (before, after))
     changes = compared(old, new)
     console.print(f"before: {old.machine} ({old.name})\nafter: {new.machine} ({new.name})")
-    caption = f"A regression is more than {TOLERATED - 1:.0%} slower, beyond the quartiles of both"
+    caption = f"A regression: {TOLERATED - 1:.0%} slower or more, beyond the quartiles of both, or as much more memory"
     console.print(make_table("", HEAD, [change.cells() for change in changes], caption))
+    for what in dropped(old, new):
+        console.print(f"not in {new.name}: {what}")
     regressed = [change for change in changes if change.regressed]
     console.print(f"{len(regressed)} of {len(changes)} regressed")
     return 1 if regressed else 0
