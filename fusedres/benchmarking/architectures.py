@@ -22,7 +22,7 @@ from ..patch import patch
 from .agreement import verdict
 from .contest import contest
 from .memory import saved_bytes, silent_errors
-from .results import Goal, Measurement, Row, quantity, times
+from .results import Goal, Measurement, Row, quantity
 from .shapes import BATCH as BATCH_AND_RESOLUTION
 from .workloads import INFERENCE_BF16, TRAIN_BF16, TRAIN_FP32, Batch, Workload, settle
 
@@ -96,7 +96,7 @@ def cells(row: Row) -> tuple[str, ...]:
         quantity(row.eager, row.unit),
         quantity(row.ours, row.unit),
         "" if row.images_per_second is None else f"{row.images_per_second:.1f}",
-        times(row.ratio),
+        row.over_eager,
         str(row.goal),
         row.reached,
         *shares,

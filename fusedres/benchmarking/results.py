@@ -40,6 +40,7 @@ import fusedres
 from ..env import env_report
 
 __all__ = [
+    "CONTRARY",
     "HEAD",
     "Goal",
     "Machine",
@@ -48,6 +49,7 @@ __all__ = [
     "Results",
     "Row",
     "quantity",
+    "ratio_of_times",
     "this_machine",
     "times",
 ]
@@ -123,6 +125,11 @@ class Row:
         value = self.ratio if self.goal_of == "ratio" else self.ours
         return "" if value is None else self.goal.reached(value)
 
+    @property
+    def over_eager(self) -> str:
+        """The ratio as text; marked where the medians contradict it."""
+        return ratio_of_times(self.ratio, self.eager, self.ours) if self.unit == "ms" else times(self.ratio)
+
     def cells(self) -> tuple[str, ...]:
         """The row as text, one string for each of :data:`HEAD`."""
         compiled = " ".join(part for part in (quantity(self.compiled, self.unit), self.compile_note) if part)
@@ -132,8 +139,8 @@ class Row:
             compiled,
             quantity(self.ours, self.unit),
             "" if self.images_per_second is None else f"{self.images_per_second:.1f}",
-            times(self.ratio),
-            times(self.compile_ratio),
+            self.over_eager,
+            ratio_of_times(self.compile_ratio, self.compiled, self.ours),
             str(self.goal),
             self.reached,
             self.check,
@@ -154,6 +161,20 @@ def times(value: float | None) -> str:
 
 _BACKENDS = ("cpu", "cuda", "triton")
 """What an op's kernels go by as contestants; ``reference`` is none of them."""
+
+
+CONTRARY = "†"
+"""Behind a ratio that the medians beside it contradict."""
+
+
+def ratio_of_times(ratio: float | None, theirs: float | None, ours: float | None) -> str:
+    """A ratio that is the median over turns, with :data:`CONTRARY` where the medians of what it is the ratio of, which
+    stand beside it, say the contrary: who was the faster. So it may be on a machine whose speed changes."""
+    text = times(ratio)
+    if not (ratio and theirs and ours):
+        return text
+    by_turns, by_medians = (round(value, 2) - 1 for value in (ratio, theirs / ours))
+    return f"{text} {CONTRARY}" if by_turns * by_medians < 0 else text
 
 
 @dataclass(frozen=True)

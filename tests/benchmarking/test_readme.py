@@ -65,6 +65,15 @@ def test_a_full_run_goes_before_a_quick_one(script, monkeypatch, tmp_path):
     assert text.startswith("before\n") and text.endswith("\nafter\n")
 
 
+@pytest.mark.parametrize(("ours", "marks"), [(1270.0, 2), (1100.0, 0)])
+def test_what_the_mark_behind_a_ratio_means_is_said(script, monkeypatch, tmp_path, ours, marks):
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    row = Row("train step", "ms", Goal(1.2), 1185.0, ours=ours, ratio=1.04)
+    Results(this_machine(), {}, (row,)).save(tmp_path / "bench" / "results" / "a-cpu" / "full.json")
+    text = script.updated(f"{script.BEGIN}{script.END}")
+    assert text.count("†") == marks and ("the medians themselves say the contrary" in text) == bool(marks)
+
+
 def test_without_markers_it_says_so(script):
     with pytest.raises(ValueError, match="must contain"):
         script.updated("nothing here")

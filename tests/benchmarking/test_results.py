@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from fusedres.benchmarking import results
-from fusedres.benchmarking.results import HEAD, Goal, Measurement, MemoryUse, Results, Row, this_machine
+from fusedres.benchmarking import architectures, results
+from fusedres.benchmarking.results import CONTRARY, HEAD, Goal, Measurement, MemoryUse, Results, Row, this_machine
 
 RATIO = Goal(1.2, 1.45)
 SECONDS = Goal(2.0, 0.3, True, " s")
@@ -40,6 +40,27 @@ def test_a_row_as_text():
     assert cells["over eager"] == "2.00x"
     assert cells["at least / aim"] == "1.20x / 1.45x"
     assert cells["reached"] == "aim"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "eager", "ours", "marked"),
+    [
+        (1.04, 1185.0, 1270.0, True),
+        (0.97, 0.431, 0.425, True),
+        (1.1, 200.0, 150.0, False),
+        (1.004, 405.0, 406.0, False),  # neither is faster by what the table shows
+        (0.9, 100.0, 110.0, False),
+    ],
+)
+def test_a_ratio_that_the_medians_contradict_is_marked(ratio, eager, ours, marked):
+    row = Row("train", "ms", RATIO, eager, eager, ours, ratio, ratio)
+    cells = dict(zip(HEAD, row.cells(), strict=True))
+    assert (CONTRARY in cells["over eager"], CONTRARY in cells["over compile"]) == (marked, marked)
+    assert any(CONTRARY in cell for cell in architectures.cells(row)) == marked
+
+
+def test_a_share_of_bytes_is_not_a_ratio_of_times():
+    assert Row("bytes", "MB", Goal(0.85, None, True), 688.0, ours=579.0, ratio=0.84).over_eager == "0.84x"
 
 
 def test_a_red_row_has_no_numbers():

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .. import architectures
-from ..results import HEAD, Measurement, MemoryUse, Row, quantity, times
+from ..results import CONTRARY, HEAD, Measurement, MemoryUse, Row, quantity, ratio_of_times, times
 from .source import Source
 
 __all__ = ["headline", "markdown", "provenance", "result_files", "tables_of"]
@@ -57,7 +57,13 @@ def headline(source: Source, prefix: str = "") -> str:
         table = markdown(_NETWORK_HEAD, lines)
     else:
         return ""
-    return f"{provenance(source, prefix)}\n\n{table}"
+    return f"{provenance(source, prefix)}{_CONTRARY_MEANS if CONTRARY in table else ''}\n\n{table}"
+
+
+_CONTRARY_MEANS = (
+    f". {CONTRARY} a ratio is taken within a turn before its median, and here the medians themselves say the contrary: "
+    "the two are closer than this machine was steady."
+)
 
 
 _NETWORK_HEAD = (
@@ -90,9 +96,16 @@ def _network_line(group: str, found: dict[str, Measurement]) -> tuple[str, ...]:
     stock = [_brief(found.get(name)) for name in ("eager", "torch.compile")]
     if ours is None:
         return (group, *stock, _brief(other, named=True), *[""] * 5, "; ".join(red))
-    over = (ours.speedup.get(name) for name in ("eager", "torch.compile", other.contestant if other else ""))
-    numbers = (_brief(ours, named=True), _number(ours.images_per_second), *map(times, over))
+    beside = ("eager", "torch.compile", other.contestant if other else "")
+    numbers = (_brief(ours, named=True), _number(ours.images_per_second), *(_over(ours, found.get(n)) for n in beside))
     return (group, *stock, _brief(other, named=True), *numbers, "; ".join(red) or ours.check)
+
+
+def _over(ours: Measurement, other: Measurement | None) -> str:
+    if other is None or other.seconds is None:
+        return ""
+    medians = (m.seconds["median"] for m in (other, ours))
+    return ratio_of_times(ours.speedup.get(other.contestant), *medians)
 
 
 def _brief(m: Measurement | None, named: bool = False) -> str:
