@@ -30,9 +30,11 @@ class Apex(Peer):
         return not_installed("apex.contrib.groupbn", "bnp")
 
     def refuses(self, workload: Workload, device: torch.device) -> str | None:
-        if workload.autocast != torch.float16:
-            return "its norms take float16 only"
-        return super().refuses(workload, device)
+        reason = super().refuses(workload, device)
+        # Where it could run, that it is not there goes before what it could not do if it were.
+        if device.type in self.devices and reason:
+            return reason
+        return reason if workload.autocast == torch.float16 else "its norms take float16 only"
 
     def prepare(self, model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
         from apex.contrib.groupbn.batch_norm import BatchNorm2d_NHWC

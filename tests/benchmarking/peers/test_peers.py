@@ -96,6 +96,15 @@ def test_what_a_peer_cannot_do_is_said(peer, workload, reason):
     assert peer.refuses(workload, CPU) == reason
 
 
+def test_where_apex_could_run_it_says_first_that_it_is_not_installed(monkeypatch):
+    gpu, absent = torch.device("cuda"), "apex.contrib.groupbn, bnp not installed"
+    monkeypatch.setattr(Apex, "available", lambda self: absent)
+    assert Apex().refuses(TRAIN_BF16, gpu) == Apex().refuses(TRAIN_FP16, gpu) == absent
+    monkeypatch.setattr(Apex, "available", lambda self: None)
+    assert Apex().refuses(TRAIN_BF16, gpu) == "its norms take float16 only"
+    assert Apex().refuses(TRAIN_FP16, gpu) is None and Apex().refuses(INFERENCE_FP32, gpu) == "training only"
+
+
 def test_peers_have_names_of_their_own():
     assert len({peer.name for peer in PEERS}) == len(PEERS)
     assert PEERS[:2] == (BASELINE, OURS)
