@@ -12,6 +12,7 @@ from trained import small_resnet
 
 import fusedres
 from fusedres import nn as blocks
+from fusedres.select import FEWEST_ELEMENTS
 from fusedres.testing import Results, channels_last, compare, compare_results, run_and_collect
 
 BLOCKS = {
@@ -86,3 +87,24 @@ def test_modes_and_batch_sizes_compile_once_each():
 
     with torch._dynamo.config.patch(error_on_recompile=True):
         compare_results(draw).check()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("name", "channels"), [("bottleneck", 24), ("dense", 48)])
+def test_one_graph_for_small_and_large_batches(monkeypatch, name, channels, training):
+    """Whether an input is too small for the engine is no part of a graph for every size."""
+    for mode in FEWEST_ELEMENTS:
+        monkeypatch.setitem(FEWEST_ELEMENTS, mode, 6 * channels * 14 * 14)
+    block = BLOCKS[name]().train(training)
+    stock = copy.deepcopy(block)
+    compile_(block, dynamic=True)
+
+    def call(batch: int) -> None:
+        with torch.set_grad_enabled(training):
+            x = channels_last((batch, 24, 14, 14))
+            torch.testing.assert_close(block(x), stock(x), rtol=1e-4, atol=1e-4)
+
+    call(4)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (9, 3, 7):
+            call(batch)

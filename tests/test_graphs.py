@@ -7,6 +7,7 @@ import gc
 import json
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -291,14 +292,76 @@ def test_through_inductor(training, dynamic):
     compare(bottleneck().train(training), compile_, lambda seed: [images(seed)]).check()
 
 
+def compile_quickly(module: nn.Module, **options) -> None:
+    torch._dynamo.reset()
+    module.compile(backend="aot_eager", fullgraph=True, **options)
+
+
 @needs_library
 def test_under_autocast():
-    def compile_(module: nn.Module) -> None:
-        torch._dynamo.reset()
-        module.compile(backend="aot_eager", fullgraph=True)
-
+    options = {"autocast": torch.bfloat16}
     for training in (True, False):
-        compare(bottleneck().train(training), compile_, lambda seed: [images(seed)], autocast=torch.bfloat16).check()
+        compare(bottleneck().train(training), compile_quickly, lambda seed: [images(seed)], **options).check()
+
+
+AUTOCAST = {
+    "bottlenecks": lambda: nn.Sequential(bottleneck(), bottleneck()),
+    "squeeze-excitation": lambda: nn.Sequential(*(blocks.SEBottleneckBlock(32, 32, reduction=4) for _ in range(2))),
+    "dense": lambda: blocks.DenseBlock(3, 32, 8),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_inference_under_autocast(name, dtype):
+    block = AUTOCAST[name]().to(memory_format=torch.channels_last).eval()
+    compare(block, compile_quickly, lambda seed: [images(seed)], autocast=dtype, backward=False).check()
+
+
+def test_inference_of_a_network_under_autocast():
+    def draw(seed: int) -> list[Tensor]:
+        return [channels_last((4, 3, 64, 64), seed=seed)]
+
+    def fuse(model: nn.Module) -> None:
+        fusedres.patch(model)
+        compile_quickly(model)
+
+    compare(small_resnet().eval(), fuse, draw, autocast=torch.bfloat16, backward=False).check()
+
+
+@torch.no_grad()
+def test_nan_under_autocast():
+    """What meets NaN runs other convolutions, of whose operands some are wider than the input is already."""
+    block = bottleneck().eval()
+    x = images(dtype=torch.bfloat16)
+    x[0] = float("nan")
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = compiled(x)
+    assert out.dtype == torch.bfloat16
+    assert out[0].isnan().all() and not out[1:].isnan().any()
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_inference_for_any_size(dense):
+    block = (AUTOCAST["dense"]() if dense else bottleneck()).to(memory_format=torch.channels_last).eval()
+    compare(block, partial(compile_quickly, dynamic=True), lambda seed: [images(seed)], backward=False).check()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_settings_changed_between_calls(dynamic):
+    block = bottleneck().eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    before = compiled(images())
+    for eps in (0.1, 0.2):
+        for norm in block.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.eps = eps
+        assert not torch.allclose(compiled(images()), before, rtol=1e-3)
+        torch.testing.assert_close(compiled(images()), block(images()), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [resnet50, densenet121])

@@ -66,11 +66,15 @@ def execute_dense(program: DenseProgram, x: Tensor, tensors: Operands, folded: d
 
 
 def is_for_stock(program: Program | DenseProgram, x: Tensor, elements: int, inference: bool) -> bool:
-    """Whether PyTorch's own ops run this; ``elements`` says how much there is to gain."""
+    """Whether PyTorch's own ops run this; ``elements`` says how much there is to gain.
+
+    A graph for many sizes is for the large ones, too, and a comparison would make it one for some.
+    """
     if torch.compiler.is_dynamo_compiling() or backend_for(x.device, compute_dtype(x), program.backend) == "stock":
         return True
     mode = "inference" if inference else "training"
-    nothing_to_gain = x.numel() == 0 or (program.memory != "low" and too_small(elements, mode, program.backend))
+    small = not isinstance(elements, torch.SymInt) and too_small(elements, mode, program.backend)
+    nothing_to_gain = x.numel() == 0 or (program.memory != "low" and small)
     # Processes that share statistics must all do the same, whatever their parts of the batch.
     return nothing_to_gain and not is_synchronised(program.links)
 

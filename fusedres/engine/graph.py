@@ -18,12 +18,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ops.activations import Activation
 from ..ops.conv import ConvGeometry
+from ..ops.layout import dense
 from ..ops.registry import define
+from ..select import by_measurement, kernels, too_small
 from .dense import DenseProgram, infer_dense
 from .inference import infer
-from .pending import compute_dtype
-from .program import ConvSlot, ExciteSlot, GainSlot, Link, NormSlot, Operands, Program
+from .pending import cast_weights, compute_dtype
+from .program import ConvSlot, ExciteSlot, GainSlot, Link, NormSlot, Operands, Program, weight_indices
 from .stock import execute_stock, stock_dense
+from .training import forward_block
 
 __all__ = ["as_constants", "from_constants", "infer_in_graph"]
 
@@ -48,9 +51,12 @@ def as_constants(value: Any) -> Any:
 
 
 def from_constants(value: Any) -> Any:
-    """What :func:`as_constants` was given."""
+    """What :func:`as_constants` was given.
+
+    A number that a compiler took for a variable, as ``eps`` with ``dynamic=True``, is one from here on, by a guard.
+    """
     if not isinstance(value, (tuple, list)):
-        return value
+        return float(value) if isinstance(value, torch.SymFloat) else value
     kind, *items = value
     made = tuple(from_constants(item) for item in items)
     return made if kind == "tuple" else _KINDS[kind](*made)
@@ -75,13 +81,32 @@ def infer_in_graph(program: Program | DenseProgram, x: Tensor, residual: Tensor 
 
 
 def _infer(program: str, x: Tensor, residual: Tensor | None, tensors: Operands, dtype: torch.dtype) -> Tensor:
-    found, folded = _read(program), _folded(program, tensors)
-    with torch.no_grad(), torch.autocast(x.device.type, dtype, enabled=dtype != x.dtype):
-        if isinstance(found, DenseProgram):
-            out = infer_dense(found, x, tensors, folded)
+    found = _read(program)
+    casts = any(t is not None and t.dtype != dtype for t in (x, *(tensors[i] for i in weight_indices(found.links))))
+    with torch.no_grad(), torch.autocast(x.device.type, dtype, enabled=casts):
+        if _is_small(found, x, tensors):
+            out = _stock(found, x, residual, tensors)
+        elif isinstance(found, DenseProgram):
+            out = infer_dense(found, x, tensors, _folded(program, tensors))
         else:
-            out = infer(found, x, residual, tensors, folded)
+            out = infer(found, x, residual, tensors, _folded(program, tensors))
     return out.contiguous(memory_format=_format_of(x))
+
+
+def _is_small(program: Program | DenseProgram, x: Tensor, tensors: Operands) -> bool:
+    """Whether stock is faster for this input, which a graph for many sizes leaves open."""
+    if program.memory == "low" or by_measurement(x.device.type, program.backend):
+        return False
+    elements = x.numel()
+    if isinstance(program, DenseProgram):
+        elements = elements // x.shape[1] * program.bounds(x.shape[1], tensors)[-1]
+    return too_small(elements, "inference", program.backend)
+
+
+def _stock(program: Program | DenseProgram, x: Tensor, residual: Tensor | None, tensors: Operands) -> Tensor:
+    if isinstance(program, DenseProgram):
+        return stock_dense(program.layers, x, tensors)
+    return execute_stock(program, x, residual, tensors)
 
 
 def _folded(program: str, tensors: Operands) -> dict[int, Any]:
@@ -92,11 +117,15 @@ def _folded(program: str, tensors: Operands) -> dict[int, Any]:
 
 def _fake(program: str, x: Tensor, residual: Tensor | None, tensors: Operands, dtype: torch.dtype) -> Tensor:
     found = _read(program)
-    with torch.no_grad(), torch.autocast(x.device.type, dtype, enabled=dtype != x.dtype):
-        if isinstance(found, DenseProgram):
-            out = stock_dense(found.layers, x, tensors)
-        else:
-            out = execute_stock(found, x, residual, tensors)
+    if isinstance(found, DenseProgram):
+        n, channels, *size = x.shape
+        shape = n, found.bounds(channels, tensors)[-1], *size
+        out = x.new_empty(shape, dtype=torch.promote_types(x.dtype, dtype))
+    else:
+        # What casts by itself: autocast does nothing below the op.
+        operands, k = cast_weights(found.links, tensors, dtype), kernels(x.device.type, dtype, "reference")
+        with torch.no_grad():
+            out = forward_block(found, dense(x), residual, operands, k)[0]
     return torch.empty_like(out, memory_format=_format_of(x))
 
 
