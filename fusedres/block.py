@@ -469,8 +469,8 @@ def runs_modules() -> bool:
 def _engine_takes(x: Tensor) -> bool:
     if runs_modules():
         return False
-    plain = type(x) is Tensor and x.dim() == 4 and x.is_floating_point()
-    return plain and not torch._C._are_functorch_transforms_active()
+    plain = type(x) is Tensor and x.dim() == 4 and x.is_floating_point() and not x.is_meta
+    return plain and not graphs.is_transformed()
 
 
 def _synchronised(block: Block, root: nn.Module) -> bool:
@@ -554,4 +554,4 @@ def _call_step(step: Step, root: nn.Module, value: Tensor) -> Tensor:
     fc1, fc2 = (module_at(root, path.split(".")) for path in (step.fc1, step.fc2))
     squeezed = value.mean((2, 3), keepdim=isinstance(fc1, nn.Conv2d))
     gate = GATES[step.gate](fc2(step.act(fc1(squeezed))))
-    return value * gate.view(gate.shape[0], gate.shape[1], 1, 1)
+    return value * gate.view(*gate.shape[:2], 1, 1)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from .binding import FollowedBinder, NotOurs, module_at
@@ -24,12 +25,17 @@ from .engine.program import is_synchronised
 if TYPE_CHECKING:
     from .block import Block, Dense
 
-__all__ = ["is_compiled", "run"]
+__all__ = ["is_compiled", "is_transformed", "run"]
 
 
 def is_compiled() -> bool:
     """Whether ``torch.compile`` traces this call, for itself."""
     return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
+def is_transformed() -> bool:
+    """Whether ops are differentiated by more than autograd's backward: by ``torch.func``, or in forward mode."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def run(
@@ -61,14 +67,14 @@ def _record_in_graphs() -> bool:
     The compiler calls this while it traces; by then it is loaded, which takes a second.
     """
     torch.compiler.allow_in_graph(_recorded)
-    return not (_has_any_global_hook() or torch._C._are_functorch_transforms_active())
+    return not (_has_any_global_hook() or is_transformed())
 
 
 _record_in_graphs._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, which loads it
 
 
 def _is_image(x: Tensor) -> bool:
-    return type(x) is Tensor and x.dim() == 4 and x.is_floating_point()
+    return type(x) is Tensor and x.dim() == 4 and x.is_floating_point() and not x.is_meta
 
 
 def _averages(root: nn.Module, norm: tuple[str, ...] | None) -> bool:

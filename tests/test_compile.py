@@ -108,3 +108,11 @@ def test_one_graph_for_small_and_large_batches(monkeypatch, name, channels, trai
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch in (9, 3, 7):
             call(batch)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_gradients_have_the_strides_of_their_parameters(name):
+    block = BLOCKS[name]().to(memory_format=torch.channels_last)
+    block(channels_last((4, 24, 14, 14))).sum().backward()
+    for path, p in block.named_parameters():
+        assert p.grad.stride() == p.stride(), path

@@ -25,7 +25,7 @@ from .inference import infer_chain, swallows
 from .pending import Raw, Statistics, applied, cast_weights, compute_dtype, pend
 from .program import Operands, weight_indices
 from .synchronised import GroupStatistics, merge
-from .training import refuse_second_derivatives
+from .training import refuse_more_than_once
 
 __all__ = ["DenseFunction", "DenseProgram", "infer_dense"]
 
@@ -199,7 +199,7 @@ class DenseFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        refuse_second_derivatives()
+        refuse_more_than_once(grad)
         return _DenseBackward(ctx).run(grad)
 
 

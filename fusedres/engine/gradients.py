@@ -229,6 +229,9 @@ class Gradients:
         leaves = (squeeze, *(operands[i] for i in wanted))
         dsqueeze, *grads = torch.autograd.grad(gate, leaves, dgate.to(gate.dtype))
         for i, grad in zip(wanted, grads):
+            parameter = self.tensors[slot.first + i]
+            if grad.stride() != parameter.stride():  # as autograd leaves it, and DistributedDataParallel lays it out
+                grad = torch.empty_like(parameter, dtype=grad.dtype).copy_(grad)
             self.grads[slot.first + i] = grad
         return dsqueeze
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from ..ops.activations import IDENTITY
 from ..ops.conv import conv_backward
@@ -36,16 +37,24 @@ class BlockFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        refuse_second_derivatives()
+        refuse_more_than_once(grad)
         return _Backward(ctx).run(grad)
 
 
-def refuse_second_derivatives() -> None:
-    """Raises inside a backward pass with ``create_graph=True``: a gradient that looks constant would be wrong."""
+def refuse_more_than_once(grad: Tensor) -> None:
+    """Raises inside a backward pass that is itself differentiated or batched.
+
+    With ``create_graph=True`` a gradient that looks constant would be wrong, and kernels know nothing of batches.
+    """
     if torch.is_grad_enabled():
         raise RuntimeError(
             "a fused block is differentiable once; where second derivatives are wanted (create_graph=True), run it "
             "under fusedres.use_backend('stock')"
+        )
+    if is_legacy_batchedtensor(grad) or torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "a fused block takes one gradient at a time; where several are wanted at once (is_grads_batched=True, "
+            "vectorize=True), run it under fusedres.use_backend('stock')"
         )
 
 

@@ -154,9 +154,13 @@ def _like(module: nn.Module, duplicate: Callable[[], Any]) -> Any:
     return twin
 
 
-def _new(cls: type, *args: Any, **kwargs: Any) -> Any:
-    """``type(module)(...)``, as slices of a ``Sequential`` write, builds a stock module: it has other submodules."""
-    return cls._fusedres_template.stock(*args, **kwargs)
+def _init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """``type(module)(...)``, as slices of a ``Sequential`` write, builds a stock module: it has other submodules.
+
+    Not ``__new__``, by which compilers make an empty instance that is to share a fused one's ``__dict__``.
+    """
+    self.__class__ = stock_class(type(self))
+    self.__init__(*args, **kwargs)
 
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
@@ -198,7 +202,7 @@ def _prepare_scriptable(self: nn.Module) -> Any:
 
 
 _LIFE = {
-    "__new__": _new,
+    "__init__": _init,
     "__reduce_ex__": _reduce_ex,
     "__deepcopy__": _deepcopy,
     "__copy__": _copy,

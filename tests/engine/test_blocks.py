@@ -316,6 +316,18 @@ def test_second_derivatives_raise_rather_than_vanish():
     grad.sum().backward()
 
 
+def test_batched_gradients_say_what_to_do():
+    block = basic().train()
+    fuse(block)
+    x = channels_last((2, 24, 6, 6)).requires_grad_()
+    out = block(x)
+    several = torch.ones(3, *out.shape)
+    with pytest.raises(RuntimeError, match=r"one gradient at a time.*use_backend\('stock'\)"):
+        torch.autograd.grad(out, x, several, is_grads_batched=True)
+    with use_backend("stock"):
+        torch.autograd.grad(block(x), x, several, is_grads_batched=True)
+
+
 def test_parameter_changed_between_forward_and_backward_raises():
     block = basic().train()
     fuse(block)

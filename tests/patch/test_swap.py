@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from survey_blocks import DenseBottleneckBlock, MyResNet, ResidualBlock
+from survey_blocks import DenseBottleneckBlock, MyResNet, ResidualBlock, SEBottleneckBlock
 from torch import fx, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -605,3 +606,38 @@ def test_importing_submodules_leaves_the_function():
     )
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+def test_compilers_may_freeze_a_patched_model():
+    """They make an empty instance of a module's class for it, without what its constructor asks for."""
+    model = settled(ResidualBlock(4)).eval()
+    patch(model)
+    empty = type(model).__new__(type(model))
+    empty.__dict__ = model.__dict__
+    assert type(empty) is type(model)
+    with torch.no_grad():
+        assert torch.equal(empty(images()), model(images()))
+
+
+def test_forward_mode_differentiates_the_modules():
+    model = settled(ResidualBlock(4)).eval()
+    stock = copy.deepcopy(model)
+    patch(model)
+    tangent = torch.ones_like(images())
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), forward_ad.dual_level():
+            found, expected = (
+                forward_ad.unpack_dual(m(forward_ad.make_dual(images(), tangent))).tangent for m in (model, stock)
+            )
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("make", [lambda: ResidualBlock(4), lambda: SEBottleneckBlock(4, 8, 2, 2)])
+def test_shapes_on_the_meta_device(make):
+    model = make()
+    patch(model)
+    stock = copy.deepcopy(model)
+    assert unpatch(stock)
+    x = torch.empty(2, 4, 8, 8, device="meta")
+    for training in (True, False):
+        assert model.to("meta").train(training)(x).shape == stock.to("meta").train(training)(x).shape
