@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -25,16 +25,20 @@ from .engine import DenseProgram, Program, execute, execute_dense, execute_stock
 from .engine.stock import stock_dense
 from .engine.verdict import Posed, forget, posed
 from .ops.conv import ConvGeometry
+from .ops.conv_fused import CONV_FUSED_FPROP
+from .ops.conv_fused_backward import CONV_FUSED_DGRAD, CONV_FUSED_WGRAD
 from .select import why_not
 from .testing import budget, rms
-from .triton.tuning import Verdict, bytes_and_flops, cache_path, device_name, record, record_verdicts
+from .triton.tuning import Verdict, bytes_and_flops, cache_path, device_name, pose, record, record_verdicts
 
-__all__ = ["TuneReport", "blocks", "contestants", "convolutions", "measure", "measure_block", "tune", "untunable"]
+__all__ = ["TuneReport", "blocks", "contestants", "convolutions", "measure", "measure_block"]
+__all__ += ["referee", "tune", "untunable"]
 
 _CANDIDATES = 10  # tiles that are timed per problem: each is a compilation
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MARGIN = 0.98  # of stock's time, above which a backend is not worth leaving stock for
 _DRAWS = 3
+_TF32_EPSILON = 2.0**-10
 
 Timer = Callable[[Callable[[], Any]], float]
 """From a call to its milliseconds."""
@@ -94,6 +98,15 @@ def tune(
     device = next((x.device for x in _arguments(example) if isinstance(x, Tensor)), torch.device("cpu"))
     if reason := untunable(device.type):
         raise RuntimeError(f"tune: {reason}")
+    # Events are timed on the current device, and that need not be the model's.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return _tuned(model, example, device, backward, timer, seconds)
+
+
+def _tuned(
+    model: nn.Module, example: Any, device: torch.device, backward: bool, timer: Timer | None, seconds: float
+) -> TuneReport:
+    """:func:`tune` on the current device."""
     backends = [name for name in select.MEASURED if why_not(name, device.type, torch.float32) is None]
     started, found = perf_counter(), []
     if "triton" in backends:
@@ -131,19 +144,22 @@ def _arguments(example: Any) -> tuple[Any, ...]:
 
 
 def convolutions(model: nn.Module, example: Any, backward: bool = True) -> list[Any]:
-    """The problems that a call of the model poses: every dense convolution, each with and without a pending input."""
-    from .triton.tuning import Problem
+    """The problems that a call of the model poses: every dense convolution, each with and without a pending operand.
 
+    Whichever backend has run the model until now: the vendor's convolutions are what is watched.
+    """
     watch = _Watch()
-    with watch, torch.no_grad():
+    with watch, torch.no_grad(), select.use_backend("stock"):
         copy.deepcopy(model)(*_arguments(example))
     problems = []
     for dtype, shape, filters, kernel, g in watch.found:
-        problems += [Problem("fprop", dtype, shape, filters, kernel, g, pending) for pending in (False, True)]
+        # What the engine asks for: a weight gradient of ours has something pending in any case.
+        passes = [("fprop", False), ("fprop", True)]
         if backward:
+            passes.append(("wgrad", True))
             if g.stride == (1, 1) or kernel == (1, 1):
-                problems.append(Problem("dgrad", dtype, shape, filters, kernel, g, True))
-            problems.append(Problem("wgrad", dtype, shape, filters, kernel, g, True))
+                passes += [("dgrad", False), ("dgrad", True)]
+        problems += [pose(kind, dtype, shape, filters, kernel, g, pending) for kind, pending in passes]
     return problems
 
 
@@ -181,17 +197,15 @@ def measure(problem: Any, device: torch.device, timer: Timer | None = None) -> A
     from .triton.tuning import Entry, heuristic, space, variants
 
     timer = timer or (_milliseconds if device.type == "cuda" else _milliseconds_on_the_cpu)
-    ours, vendor = contestants(problem, device)
-    expected = vendor()
-    # Two roundings of each side, the pending value's and the result's.
-    allowed = 4 * torch.finfo(problem.dtype).eps * rms(expected)
+    ours, vendor, exact = contestants(problem, device)
+    judge = referee(problem, vendor, exact)
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
     times: dict[Any, float] = {}
 
     def best_of(candidates: Iterable[Any]) -> Any:
         for tiles in candidates:
             with suppress(TritonError):  # the model of shared memory and registers lets through what a device refuses
-                if rms(ours(tiles) - expected) <= allowed:
+                if judge(ours(tiles)):
                     times[tiles] = timer(lambda tiles=tiles: ours(tiles))
         return min(times, key=times.__getitem__, default=heuristic(problem))
 
@@ -223,11 +237,34 @@ def _milliseconds_on_the_cpu(call: Callable[[], Any], runs: int = 3) -> float:
     return sorted(times)[runs // 2]
 
 
-def contestants(problem: Any, device: torch.device) -> tuple[Callable[[Any], Tensor], Callable[[], Tensor]]:
-    """The pass by our kernel with given tiles, and by the vendor's with the passes of the backend around it.
+def referee(problem: Any, vendor: Callable[[], Tensor], exact: Callable[[], Tensor]) -> Callable[[Tensor], bool]:
+    """Says of a result whether its error is within the vendor's error budget; none is that could not be checked.
 
-    Both yield the tensor that the pass is for, and also do what comes with it: statistics, sums, masks.
+    How TensorFloat-32 rounds is left open: tensor cores cut operands off, where a vendor may round them to nearest.
     """
+    try:
+        reference = exact()
+    except torch.OutOfMemoryError:
+        return lambda result: False
+    allowed = budget(vendor(), reference)
+    if problem.tf32:
+        allowed += _TF32_EPSILON * rms(reference)
+    return lambda result: rms(result.double() - reference) <= allowed
+
+
+class Contestants(NamedTuple):
+    """A pass by our kernel with given tiles, by the vendor's with the passes of the backend around it, and in float64.
+
+    Each yields the tensor that the pass is for. The first two also do what comes with it: statistics, sums, masks.
+    """
+
+    ours: Callable[[Any], Tensor]
+    vendor: Callable[[], Tensor]
+    exact: Callable[[], Tensor]
+
+
+def contestants(problem: Any, device: torch.device) -> Contestants:
+    """Who can run a problem, on operands drawn for it."""
     from .triton import bn_stats, conv_fused, conv_fused_backward, join, join_backward
 
     generator = torch.Generator(device).manual_seed(0)
@@ -255,15 +292,20 @@ def contestants(problem: Any, device: torch.device) -> tuple[Callable[[Any], Ten
             bn_stats.bn_stats(y)
             return y
 
-        return (
-            lambda tiles: conv_fused.conv_fused_fprop(x, *pending, weight, None, *geometry, True, tiles=tiles)[0],
+        operands = (x, *pending, weight, None, *geometry)
+        return Contestants(
+            lambda tiles: conv_fused.conv_fused_fprop(*operands, True, tiles=tiles)[0],
             fprop,
+            lambda: CONV_FUSED_FPROP.reference(*_in_float64(operands), False)[0],
         )
     grad, y, behind = image(k, *problem.size), image(k, *problem.size), rows(k)
     sums, count = rows(k), float(grad.numel() // k)
     grad_rows = conv_fused_backward.bn_grad_rows(behind, sums, count)
+    given = (grad, y, grad_rows) if problem.prologue else (grad, None, None)
 
     def output_gradient() -> Tensor:
+        if not problem.prologue:
+            return grad
         apply = join_backward.join_backward_apply
         return apply(grad, y, behind, None, None, 0, 0.0, sums, count, True, False, False)[0]
 
@@ -276,22 +318,35 @@ def contestants(problem: Any, device: torch.device) -> tuple[Callable[[Any], Ten
             join_backward.join_backward_reduce(dz, x, norm, None, None, 0, 0.0, False)
             return dz
 
-        def ours(tiles: Any) -> Tensor:
-            fused = conv_fused_backward.conv_fused_dgrad
-            return fused(grad, y, grad_rows, weight, x, norm, 0, 0.0, *geometry, tiles=tiles)[0]
+        operands = (*given, weight, x, norm, 0, 0.0, *geometry)
+        return Contestants(
+            lambda tiles: conv_fused_backward.conv_fused_dgrad(*operands, tiles=tiles)[0],
+            dgrad,
+            lambda: CONV_FUSED_DGRAD.reference(*_in_float64(operands))[0],
+        )
 
-        return ours, dgrad
+    pending = (norm, 1, 0.0) if problem.prologue else (None, 0, 0.0)
 
     def wgrad() -> Tensor:
-        dy, value = output_gradient(), join.join(x, norm, None, None, 1, 0.0)
+        dy, value = output_gradient(), join.join(x, norm, None, None, 1, 0.0) if problem.prologue else x
         return convolve_backward(dy, value, weight, None, *geometry, False, [0, 0], 1, (False, True, False))[1]
 
-    def ours_wgrad(tiles: Any) -> Tensor:
-        out = torch.empty_like(weight)
-        conv_fused_backward.conv_fused_wgrad(grad, y, grad_rows, x, norm, 1, 0.0, *geometry, out, tiles=tiles)
+    operands = (*given, x, *pending, *geometry)
+
+    def into(run: Callable[..., None], out: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        run(*arguments, out, **options)
         return out
 
-    return ours_wgrad, wgrad
+    fused, reference = conv_fused_backward.conv_fused_wgrad, CONV_FUSED_WGRAD.reference
+    return Contestants(
+        lambda tiles: into(fused, torch.empty_like(weight), *operands, tiles=tiles),
+        wgrad,
+        lambda: into(reference, weight.double(), *_in_float64(operands)),
+    )
+
+
+def _in_float64(operands: Sequence[Any]) -> list[Any]:
+    return [t.double() if isinstance(t, Tensor) else t for t in operands]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,9 +454,18 @@ def _is_right(case: Posed, backend: str) -> bool:
         over = [_over_budget(case, backend, 0)]
         if over[0]:
             over += [_over_budget(case, backend, seed) for seed in range(1, _DRAWS)]
-    except torch.OutOfMemoryError:  # what cannot be checked is not chosen
+    except _refusals():  # what cannot be checked is not chosen
         return False
     return not any(sum(i in draw for draw in over) > len(over) // 2 for i in over[0])
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What a device has too little for: memory, or what a kernel needs of it."""
+    if triton.missing() is not None:
+        return (torch.OutOfMemoryError,)
+    from triton.errors import TritonError
+
+    return torch.OutOfMemoryError, TritonError
 
 
 def _over_budget(case: Posed, backend: str, seed: int) -> set[int]:

@@ -18,8 +18,9 @@ from torch import Tensor
 from .. import select
 from ..ops.conv import ConvGeometry
 from ..ops.registry import OPS
-from ..testing import assert_within_budget, rms
+from ..testing import assert_within_budget
 from ..tune import contestants as convolution_contestants
+from ..tune import referee
 from .agreement import attempted
 from .results import Measurement
 from .rotation import copies, rotating
@@ -192,22 +193,20 @@ def _measure_convolution(
     turns: int,
     begin: Callable[[str], bool],
 ) -> Iterator[Measurement]:
-    from ..triton.tuning import Problem, bytes_and_flops, configuration
+    from ..triton.tuning import bytes_and_flops, configuration, pose
 
-    problem = Problem(kind, dtype, shape, filters, kernel, geometry, True)
+    problem = pose(kind, dtype, shape, filters, kernel, geometry, True)
     moved, flops = bytes_and_flops(problem)
     variant = f"{kernel[0]}x{kernel[1]} to {filters}"
     plain = _measurement(f"conv {kind}", variant, shape, dtype, moved=moved, flops=flops)
     calls: dict[str, Callable[[], Any]] = {}
 
     def check() -> str:
-        ours, vendor = convolution_contestants(problem, device)
-        expected = vendor().float()
+        ours, vendor, exact = convolution_contestants(problem, device)
         calls[_VENDOR] = vendor
         run = partial(ours, configuration(problem, device))
-        # Two roundings of each side, the pending value's and the result's.
-        if not rms(run().float() - expected) <= 4 * torch.finfo(dtype).eps * rms(expected):
-            return "RED: not the vendor's result"
+        if not referee(problem, vendor, exact)(run()):
+            return "RED: over the error budget"
         calls["triton"] = run
         return "ok"
 
