@@ -278,6 +278,23 @@ def conv_fused_unsuited(
             return f"dgrad with stride {g.stride} needs a 1x1 kernel"
         if pending_addend:
             return f"dgrad with stride {g.stride} takes no addend where its input is pending"
+    return _image_unsuited(x, weight, g)
+
+
+_LARGEST_IMAGE = 2**30  # elements: offsets are 32 bits wide, and a tile may begin in one image and end in the next
+
+
+def _image_unsuited(x: Tensor, weight: Tensor, g: ConvGeometry) -> str | None:
+    """Where pixels are not rows of the product, the kernels count them from the beginning of an image."""
+    kernel = tuple(weight.shape[2:])
+    if kernel == g.stride == (1, 1) and not any(g.padding):
+        return None
+    size = tuple(x.shape[2:])
+    pitch = max(x.shape[1], x.stride(3) if size[1] > 1 else 0)
+    p, q = output_size(size, kernel, g)
+    elements = max(size[0] * size[1] * pitch, p * q * weight.shape[0])
+    if elements > _LARGEST_IMAGE:
+        return f"an image of {elements} elements is too large for offsets of 32 bits"
     return None
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fusedres.ops.conv_fused import CONV_FUSED_FPROP, CONV_FUSED_JOIN
+from fusedres.ops.conv import ConvGeometry
+from fusedres.ops.conv_fused import CONV_FUSED_FPROP, CONV_FUSED_JOIN, conv_fused_unsuited
 from fusedres.testing import channels_last
 
 GEOMETRY = ([2, 1], [1, 1], [1, 2])
@@ -60,3 +61,23 @@ def test_opcheck_of_strided_convolutions(dtype):
     torch.library.opcheck(torch.ops.fusedres.conv_fused_fprop.default, (*args, True))
     torch.library.opcheck(torch.ops.fusedres.conv_fused_fprop.default, (*args, False))
     torch.library.opcheck(torch.ops.fusedres.conv_fused_join.default, (*args, out_norm, None, None, 1, 0.0))
+
+
+@pytest.mark.parametrize("kind", ["fprop", "dgrad", "wgrad"])
+@pytest.mark.parametrize("channels,slice_of,filters", [(64, 64, 64), (8, 64, 8), (8, 8, 64)], ids=str)
+def test_an_image_too_large_for_offsets_of_32_bits_is_refused(kind, channels, slice_of, filters):
+    """Where pixels are counted from its beginning: with a stride or with taps."""
+    weight = torch.empty(filters, channels, 1, 1, dtype=torch.bfloat16, device="meta")
+    taps = torch.empty(filters, channels, 3, 3, dtype=torch.bfloat16, device="meta")
+    dense, half, three = (ConvGeometry((s, s), (p, p), (1, 1), 1) for s, p in ((1, 0), (2, 0), (1, 1)))
+
+    def reasons(size):
+        x = torch.empty(1, slice_of, size, size, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+        x = x[:, :channels]
+        found = ((weight, dense), (weight, half), (taps, three))
+        return [conv_fused_unsuited(kind, x, w, g) for w, g in found]
+
+    assert reasons(4096) == [None] * 3
+    plain, strided, padded = reasons(8192)
+    assert plain is None and "too large for offsets of 32 bits" in padded
+    assert (strided is None) == (slice_of == 8)  # the result's pixels are a quarter as many
