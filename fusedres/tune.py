@@ -34,7 +34,7 @@ from .triton.tuning import Verdict, bytes_and_flops, cache_path, device_name, po
 __all__ = ["TuneReport", "blocks", "contestants", "convolutions", "measure", "measure_block"]
 __all__ += ["referee", "tune", "untunable"]
 
-_CANDIDATES = 10  # tiles that are timed per problem: each is a compilation
+_CANDIDATES = 10  # shapes of tiles that are timed per problem: each is a compilation
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MARGIN = 0.98  # of stock's time, above which a backend is not worth leaving stock for
 _DRAWS = 3
@@ -194,7 +194,7 @@ def measure(problem: Any, device: torch.device, timer: Timer | None = None) -> A
     """
     from triton.errors import TritonError
 
-    from .triton.tuning import Entry, heuristic, space, variants
+    from .triton.tuning import Entry, heuristic, shared_bytes, shared_memory, space, variants
 
     timer = timer or (_milliseconds if device.type == "cuda" else _milliseconds_on_the_cpu)
     ours, vendor, exact = contestants(problem, device)
@@ -209,10 +209,21 @@ def measure(problem: Any, device: torch.device, timer: Timer | None = None) -> A
                     times[tiles] = timer(lambda tiles=tiles: ours(tiles))
         return min(times, key=times.__getitem__, default=heuristic(problem))
 
-    candidates = dict.fromkeys([heuristic(problem), *space(problem, capability)])
-    best = best_of(list(candidates)[:_CANDIDATES])
+    room = shared_memory(device)
+    candidates = [tiles for tiles in space(problem, capability) if shared_bytes(problem, tiles) <= room]
+    best = best_of(first_tried([heuristic(problem), *candidates]))
+    best = best_of(tiles for tiles in candidates if tiles._replace(stages=best.stages) == best != tiles)
     best = best_of(variants(problem, best, capability))
     return Entry(best, times.get(best, float("inf")), timer(vendor))
+
+
+def first_tried(candidates: Iterable[Any]) -> list[Any]:
+    """The candidates of which the best is sought before other stages and other ways: the first few, each in a shape of
+    its own, but for the stages."""
+    found: dict[Any, Any] = {}
+    for tiles in candidates:
+        found.setdefault(tiles._replace(stages=0), tiles)
+    return list(found.values())[:_CANDIDATES]
 
 
 def _milliseconds(call: Callable[[], Any], runs: int = 20) -> float:

@@ -111,7 +111,9 @@ def excite(
     args |= {"b2": b2, "mask": None if mask is None else mask.contiguous(), "gain": gain}
     args |= {"act_param": float(act_param), "N": samples, "C": channels, "HIDDEN": hidden}
     meta = {"ACT": act, "HARD": gate == "hardsigmoid", "PRECISION": matmul_precision(w1.dtype)}
-    meta |= {"BM": _SAMPLES, "BH": wide, "BC": _COLUMNS}
+    # The tile of weights waits in shared memory, twice, of which some devices have 99 KiB.
+    columns = _COLUMNS if wide * w1.element_size() <= 1024 else _COLUMNS // 2
+    meta |= {"BM": _SAMPLES, "BH": wide, "BC": columns}
     launch(excite_kernel, (cdiv(samples, _SAMPLES),), args, meta, warps=4 if wide <= 128 else 8, stages=2)
     return gain
 

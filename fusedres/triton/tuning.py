@@ -43,6 +43,8 @@ __all__ = [
     "record",
     "record_verdicts",
     "resident",
+    "shared_bytes",
+    "shared_memory",
     "ship",
     "source_hash",
     "space",
@@ -118,15 +120,32 @@ class Problem(NamedTuple):
 
     @property
     def gemm(self) -> tuple[int, int, int]:
-        """Rows, columns and depth of the matrix product."""
+        """Rows, columns and depth of the matrix product, over all taps."""
         n, c, h, w = self.shape
         p, q = self.size
-        taps = self.kernel_size[0] * self.kernel_size[1]
         if self.kind == "fprop":
-            return n * p * q, self.filters, c * taps
+            return n * p * q, self.filters, c * self.taps
         if self.kind == "dgrad":
-            return (n * p * q if taps == 1 else n * h * w), c, self.filters * taps
-        return self.filters, c * taps, n * p * q
+            return (n * p * q if self.taps == 1 else n * h * w), c, self.filters * self.taps
+        return self.filters, c * self.taps, n * p * q
+
+    @property
+    def taps(self) -> int:
+        """Of the kernel; a program steps through them one at a time."""
+        return math.prod(self.kernel_size)
+
+    @property
+    def product(self) -> tuple[int, int, int]:
+        """Rows, columns and depth of one tap's matrix product, from which tiles are cut."""
+        rows, columns, depth = self.gemm
+        if self.kind == "wgrad":
+            return rows, columns // self.taps, depth
+        return rows, columns, depth // self.taps
+
+    def steps(self, deep: int) -> int:
+        """Turns of a program's loop, each of which multiplies tiles of this depth."""
+        depth = math.ceil(self.product[2] / deep)
+        return depth if self.kind == "wgrad" else depth * self.taps
 
     @property
     def key(self) -> str:
@@ -198,7 +217,8 @@ def bytes_and_flops(problem: Problem) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 _MULTIPROCESSORS = 132  # an H100's
-_ACCUMULATORS = 128  # registers of a thread: with more, two tiles of operands beside them spill
+_REGISTERS = 255  # of a thread, where nothing limits them
+_ADDRESSES = 40  # registers of a thread that addresses, masks and a norm's rows take
 _RESERVED = 1024  # bytes of shared memory that every program takes beside its own
 _SHARED = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
 
@@ -216,8 +236,11 @@ def shared_bytes(problem: Problem, tiles: Tiles) -> int:
 
 
 def space(problem: Problem, capability: int = 9) -> list[Tiles]:
-    """The candidates for a problem, pruned by a model of registers, shared memory and waves."""
-    rows, columns, depth = problem.gemm
+    """The candidates for a problem, pruned by a model of registers, shared memory and waves, the likeliest first.
+
+    Of those that differ in the number of stages alone, the heuristic's comes first.
+    """
+    usual = heuristic(problem).stages
     found = []
     for m in (64, 128, 256):
         for n in (32, 64, 128, 256):
@@ -225,9 +248,9 @@ def space(problem: Problem, capability: int = 9) -> list[Tiles]:
                 for warps in (4, 8):
                     for stages in (2, 3, 4):
                         tiles = Tiles(m, n, k, warps, stages, 128 if warps == 8 else 0)
-                        if _fits(problem, tiles, capability) and _suits(tiles, rows, columns, depth):
+                        if _fits(problem, tiles, capability) and _suits(problem, tiles):
                             found.append(tiles)
-    return sorted(found, key=lambda tiles: _cost(tiles, rows, columns))
+    return sorted(found, key=lambda tiles: (_cost(problem, tiles), abs(tiles.stages - usual)))
 
 
 def variants(problem: Problem, tiles: Tiles, capability: int = 9) -> list[Tiles]:
@@ -248,46 +271,76 @@ def variants(problem: Problem, tiles: Tiles, capability: int = 9) -> list[Tiles]
 
 def _is_short(problem: Problem, tiles: Tiles) -> bool:
     """Whether a persistent program has something to gain: more tiles than run at once, and few steps in each."""
-    rows, columns, depth = problem.gemm
+    rows, columns, _ = problem.product
     blocks = math.ceil(rows / tiles.rows) * math.ceil(columns / tiles.columns)
-    return problem.kind != "wgrad" and depth <= 4 * tiles.depth and blocks > _MULTIPROCESSORS * resident(problem, tiles)
+    several = blocks > _MULTIPROCESSORS * resident(problem, tiles)
+    return problem.kind != "wgrad" and problem.steps(tiles.depth) <= 4 and several
 
 
 def resident(problem: Problem, tiles: Tiles, capability: int = 9) -> int:
     """How many programs share a multiprocessor, by registers and shared memory."""
-    by_registers = 65536 // ((tiles.registers or 255) * 32 * tiles.warps)
+    by_registers = 65536 // ((tiles.registers or _REGISTERS) * 32 * tiles.warps)
     by_memory = _SHARED.get(capability, _SHARED[8]) // (shared_bytes(problem, tiles) + _RESERVED)
     return max(1, min(by_registers, by_memory))
 
 
-def _cost(tiles: Tiles, rows: int, columns: int) -> float:
-    """Relative: operands read per result, times what padding and a last wave that is not full add to the work."""
+def _cost(problem: Problem, tiles: Tiles) -> float:
+    """Relative: operands read per result, times what padding and a last wave that is not full add to the work.
+
+    wgrad's waves are full: its sum is split for that.
+    """
+    rows, columns, _ = problem.product
     blocks = math.ceil(rows / tiles.rows) * math.ceil(columns / tiles.columns)
-    resident = _MULTIPROCESSORS * max(1, 65536 // ((tiles.registers or 255) * 32 * tiles.warps))
+    read = (1 / tiles.rows + 1 / tiles.columns) * blocks * tiles.rows * tiles.columns / (rows * columns)
+    if problem.kind == "wgrad":
+        return read
+    resident = _MULTIPROCESSORS * max(1, 65536 // ((tiles.registers or _REGISTERS) * 32 * tiles.warps))
     waves = blocks / resident
-    padded = blocks * tiles.rows * tiles.columns / (rows * columns)
-    return (1 / tiles.rows + 1 / tiles.columns) * padded * math.ceil(waves) / waves
+    return read * math.ceil(waves) / waves
 
 
 def _fits(problem: Problem, tiles: Tiles, capability: int) -> bool:
-    accumulators = tiles.rows * tiles.columns // (32 * tiles.warps)
-    # A prologue's operand passes through registers: one tile, widened.
-    operand = tiles.rows * tiles.depth // (32 * tiles.warps) if problem.prologue else 0
+    threads = 32 * tiles.warps
     return (
-        accumulators >= 16
-        and accumulators + operand <= _ACCUMULATORS
+        tiles.rows * tiles.columns // threads >= 16
+        and _live(problem, tiles) <= (tiles.registers or _REGISTERS) - _ADDRESSES
         and shared_bytes(problem, tiles) <= _SHARED.get(capability, _SHARED[8])
     )
 
 
-def _suits(tiles: Tiles, rows: int, columns: int, depth: int) -> bool:
+def _live(problem: Problem, tiles: Tiles) -> float:
+    """Registers of a thread with values in them: the sums, and what the prologue or the epilogue has beside them.
+
+    A prologue holds the tile that it makes, in float32, and each tensor that it makes it from. wgrad has one for either
+    operand, one after the other. dgrad's epilogue reads a tile of the input. The compiler has the last word: offline,
+    the first candidates of ResNet-50's convolutions do not spill, and tiles a step larger do.
+    """
+    threads = 32 * tiles.warps
+    sums = tiles.rows * tiles.columns / threads
+    wide = 1 + problem.dtype.itemsize / 4
+    left, right = (wide * tiles.depth * length / threads for length in (tiles.rows, tiles.columns))
+    beside = 0.0
+    if problem.prologue:
+        beside = {"fprop": left, "dgrad": 2 * left, "wgrad": max(2 * left, right)}[problem.kind]
+    return sums + max(beside, sums if problem.kind == "dgrad" else 0)
+
+
+def _suits(problem: Problem, tiles: Tiles) -> bool:
     """Whether less than half of a tile is padding, and the pipeline is no longer than the loop."""
+    rows, columns, depth = problem.product
     return (
         tiles.columns < 2 * max(columns, 32)
         and tiles.rows < 2 * max(rows, 64)
         and tiles.depth < 2 * max(depth, 32)
-        and (tiles.stages - 1) * tiles.depth <= max(depth, tiles.depth)
+        and tiles.stages - 1 <= problem.steps(tiles.depth)
     )
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of it that a program may have on a device: less on many than on others of the same major capability."""
+    if device.type != "cuda":
+        return _SHARED[8]
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def heuristic(problem: Problem) -> Tiles:
@@ -296,10 +349,10 @@ def heuristic(problem: Problem) -> Tiles:
     Two such programs share a multiprocessor, so that one computes while the other stores. A gradient's prologue reads
     two tensors and four rows, a forward's epilogue may read a residual; 128 rows and 128 columns would not fit.
     """
-    _, columns, depth = problem.gemm
+    _, columns, depth = problem.product
     deep = 32 if problem.dtype == torch.float32 or depth <= 32 else 64
     n = 128 if columns > 64 else 64 if columns > 32 else 32
-    stages = 2 if depth <= 2 * deep else 3
+    stages = 2 if problem.steps(deep) <= 2 else 3
     if problem.kind == "wgrad":
         return Tiles(64, min(n, 64), deep if problem.kernel_size == (1, 1) else 32, 8, 3, 128)
     if problem.kind == "dgrad":

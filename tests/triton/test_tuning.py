@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +107,19 @@ def test_few_tiles_are_not_walked_over():
     assert len(tuning.variants(problem(), tuning.heuristic(problem()))) == 2
     small = problem(shape=(1, 64, 7, 7))
     assert len(tuning.variants(small, tuning.heuristic(small))) == 1
+
+
+def test_a_taps_columns_are_those_of_wgrad():
+    narrow = problem("wgrad", shape=(64, 8, 32, 32), filters=64, kernel=(3, 3), g=THREE)
+    assert narrow.product[1] == 8 and narrow.gemm[1] == 72
+    assert tuning.heuristic(narrow).columns == 32 and {tiles.columns for tiles in tuning.space(narrow)} == {32}
+
+
+@pytest.mark.parametrize("capability,bytes_of_it", [(8.6, 101376), (9.0, 232448)])
+def test_a_device_says_how_much_shared_memory_it_has(monkeypatch, capability, bytes_of_it):
+    properties = SimpleNamespace(shared_memory_per_block_optin=bytes_of_it)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert tuning.shared_memory(torch.device("cuda:0")) == bytes_of_it
 
 
 def test_fixed_tiles_come_before_every_table():

@@ -55,11 +55,45 @@ def test_other_ways_are_tried_on_the_best_tiles(device, monkeypatch):
     assert asked == [CANDIDATES[0]]
 
 
+def test_every_shape_is_tried_before_other_stages_of_the_best(device, monkeypatch):
+    shapes = [each._replace(stages=stages) for each in CANDIDATES for stages in (3, 2, 4)]
+    monkeypatch.setattr(tuning, "space", lambda problem, capability: shapes)
+    monkeypatch.setattr(tuning, "variants", lambda problem, tiles, capability: [])
+    times = iter([5.0, 4.0, 3.0, 2.0, 1.0, 7.0])  # the heuristic, the two shapes, stages of the second, the vendor
+    each = Problem("fprop", torch.bfloat16, (2, 16, 6, 5), 24, (3, 3), THREE, True)
+    entry = measure(each, torch.device(device), lambda call: next(times))
+    assert entry == (CANDIDATES[1]._replace(stages=4), 1.0, 7.0)
+
+
+@pytest.mark.parametrize("room,milliseconds", [(2**20, 1.0), (2**10, 2.0)])
+def test_what_asks_for_more_memory_than_there_is_is_not_tried(device, monkeypatch, room, milliseconds):
+    monkeypatch.setattr(tuning, "space", lambda problem, capability: CANDIDATES)
+    monkeypatch.setattr(tuning, "shared_memory", lambda device: room)
+    times = iter([2.0, 1.0, 3.0, 7.0] if room > 2**10 else [2.0, 7.0])
+    each = Problem("fprop", torch.bfloat16, (2, 16, 6, 5), 24, (1, 1), ONE, True)
+    assert measure(each, torch.device(device), lambda call: next(times)).milliseconds == milliseconds
+
+
 def test_sums_of_many_terms_are_not_held_to_the_vendors_last_digit(device, monkeypatch):
     """A weight gradient of float32 over 5000 pixels, whose sums no two implementations take in one order."""
     monkeypatch.setattr(tuning, "space", lambda problem, capability: [])
     each = Problem("wgrad", torch.float32, (2, 8, 50, 50), 8, (1, 1), ONE, True)
     assert measure(each, torch.device(device), lambda call: 1.0).milliseconds == 1.0
+
+
+def test_a_backend_whose_kernel_the_device_refuses_is_not_chosen(device, monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    def refuses(*_, **__):
+        raise OutOfResources(168960, 101376, "shared memory")
+
+    monkeypatch.setattr(select, "_AUTOMATIC", {})
+    monkeypatch.setattr(select, "_resolve", select._resolve.__wrapped__)
+    block = fusedres.nn.BottleneckBlock(16, 32, 2).to(device)
+    case = next(iter(blocks(block, channels_last((2, 16, 8, 6)).to(device)).values()))
+    monkeypatch.setattr("fusedres.triton.conv_fused.launch", refuses)
+    monkeypatch.setattr("fusedres.triton.join.launch", refuses)
+    assert measure_block(case, ["triton"], lambda call: 1.0) == Verdict("stock", 1.0, 1.0, ("triton",))
 
 
 @pytest.mark.parametrize("ours,expected", [(1.0, "triton"), (2.0, "stock")])
