@@ -51,6 +51,8 @@ def _check_unhooked(module: nn.Module) -> None:
     """Raises :class:`NotOurs` where calling ``module`` does more than its class's forward."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         raise NotOurs
+    if type(module).__call__ is not nn.Module.__call__:
+        raise NotOurs
     # Read by its name as well: compilers guard that, but not what a __dict__ holds.
     if "forward" in module.__dict__ or not callable(module.forward):
         raise NotOurs
@@ -60,6 +62,13 @@ def _check_ours(module: nn.Module, kind: type[nn.Module]) -> None:
     """Raises :class:`NotOurs` unless calling ``module`` is nothing but ``kind``'s forward on its own parameters."""
     _check_unhooked(module)
     if type(module).forward is not kind.forward or "weight" not in module._parameters:
+        raise NotOurs
+
+
+def _check_convolves(conv: nn.Module, kind: type[nn.Module]) -> None:
+    """As :func:`_check_ours`, for a forward that leaves the work to another method."""
+    _check_ours(conv, kind)
+    if "_conv_forward" in conv.__dict__ or type(conv)._conv_forward is not kind._conv_forward:
         raise NotOurs
 
 
@@ -122,7 +131,7 @@ class Binder:
         )
 
     def _conv(self, conv: nn.Module, bare: bool) -> ConvSlot:
-        _check_ours(conv, type(conv) if bare else nn.Conv2d)
+        _check_convolves(conv, type(conv) if bare else nn.Conv2d)
         first = len(self.tensors)
         state = conv.__dict__
         if state["padding_mode"] != "zeros":
@@ -170,7 +179,10 @@ class Binder:
         first = len(self.tensors)
         for path in (step.fc1, step.fc2):
             layer = module_at(self.root, self._names_of(path))
-            _check_ours(layer, nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear)
+            if isinstance(layer, nn.Conv2d):
+                _check_convolves(layer, nn.Conv2d)
+            else:
+                _check_ours(layer, nn.Linear)
             parameters = layer._parameters
             self.tensors += (parameters["weight"], parameters["bias"])
             self.weights.append(parameters["weight"])

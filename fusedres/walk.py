@@ -75,7 +75,7 @@ def activated(act: Activation, value: Tensor, ours: bool) -> tuple[Tensor, bool]
 
 
 def _convolved(layer: nn.Conv2d, state: dict, x: Tensor) -> tuple[Tensor, bool]:
-    if state["padding_mode"] != "zeros":
+    if state["padding_mode"] != "zeros" or "_conv_forward" in state:
         return layer(x), False
     parameters = state["_parameters"]
     weight, bias, stride, padding = parameters["weight"], parameters["bias"], state["stride"], state["padding"]

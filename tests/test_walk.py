@@ -79,10 +79,15 @@ def replace_forward(block: nn.Module) -> None:
     block.branch[2].forward = lambda x: x * 0.5
 
 
+def replace_convolution(block: nn.Module) -> None:
+    block.branch[0]._conv_forward = lambda x, weight, bias: x * 0.5
+
+
 CHANGES: dict[str, Callable[[nn.Module], None]] = {
     "statistics taken away": reset_statistics,
     "hooks": halve_by_a_hook,
     "a forward of its own": replace_forward,
+    "a convolution of its own": replace_convolution,
     "weight norm": lambda block: nn.utils.parametrizations.weight_norm(block.branch[0]),
     "another layer": lambda block: block.branch.__setitem__(1, nn.InstanceNorm2d(24)),
 }

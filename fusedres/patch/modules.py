@@ -23,11 +23,21 @@ __all__ = [
     "linear_problem",
     "norm_problem",
     "opaque_problem",
+    "overrides_call",
     "shared_parameters",
 ]
 
 _OWN_MODULES = ("torch.nn.modules.", "torch.ao.")
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_METHODS = ("forward", "_conv_forward")
+
+
+def _methods(cls: type) -> tuple:
+    return cls.forward, getattr(cls, "_conv_forward", None)
+
+
+# As they were when this was imported: someone may replace them for all layers.
+_ORIGINAL = {cls: _methods(cls) for cls in vars(nn).values() if isinstance(cls, type) and issubclass(cls, nn.Module)}
 _HOOKS = {
     "_forward_hooks": "a forward hook",
     "_forward_pre_hooks": "a forward pre-hook",
@@ -51,11 +61,20 @@ def hook_problem(module: nn.Module) -> str | None:
     for attribute, name in _HOOKS.items():
         if getattr(module, attribute, None):
             return f"has {name}"
-    if "forward" in module.__dict__:
-        return "has a forward that was replaced on the instance"
-    if type(module).__call__ is not nn.Module.__call__:
+    for name in _METHODS:
+        if name in module.__dict__:
+            return f"has a {name} that was replaced on the instance"
+    if overrides_call(module):
         return f"is a {type(module).__name__}, which overrides __call__"
+    for cls in type(module).__mro__:
+        if cls in _ORIGINAL and _ORIGINAL[cls] != _methods(cls):
+            return f"is a {type(module).__name__}, and {cls.__name__}'s forward was replaced on the class"
     return opaque_problem(module)
+
+
+def overrides_call(module: nn.Module) -> bool:
+    """Whether calling the module does more than its hooks and its forward."""
+    return type(module).__call__ is not nn.Module.__call__
 
 
 def opaque_problem(module: nn.Module) -> str | None:

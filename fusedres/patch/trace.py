@@ -20,8 +20,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
+from threading import get_ident
 from types import FunctionType
 from typing import Any
 
@@ -32,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from ..mask import undone_draws
-from .modules import has_own_conv_forward, is_builtin
+from .modules import has_own_conv_forward, is_builtin, overrides_call
 
 __all__ = ["IN_PLACE_OPERATORS", "Traced", "Untraceable", "is_users_function", "survey", "trace"]
 
@@ -149,7 +150,7 @@ def _trace_once(module: nn.Module, inline: Inline, training: bool, called: Seque
     tracer = _Tracer(signature, inline)
     with _unchanged(module), _no_random_numbers(), _mode(module, training):
         try:
-            with _Watch(), _as_calls(tracer, called):
+            with _Watch(), _as_calls(tracer, called), _whole_calls(tracer, module):
                 graph = tracer.trace(module)
         except Exception as error:
             raise Untraceable(_in_words(error), getattr(error, "_fusedres_culprit", "")) from error
@@ -244,7 +245,8 @@ class _Tracer(fx.Tracer):
         self.given[module] = False if False in kinds else None if None in kinds else True
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
-        return (is_builtin(module) and not has_own_conv_forward(module)) or not self._inline(module)
+        as_it_is = (is_builtin(module) and not has_own_conv_forward(module)) or overrides_call(module)
+        return as_it_is or not self._inline(module)
 
     def call_module(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         try:
@@ -384,6 +386,39 @@ def _recorded(tracer: _Tracer, function: Callable) -> Callable:
         if not any(type(leaf) is _Proxy or isinstance(leaf, fx.Proxy) for leaf in leaves):
             return function(*args, **kwargs)
         return tracer.create_proxy("call_function", function, args, kwargs)
+
+    return record
+
+
+@contextmanager
+def _whole_calls(tracer: _Tracer, root: nn.Module) -> Iterator[None]:
+    """Makes the call of a module whose class overrides ``__call__`` one node.
+
+    ``fx`` takes the place of ``nn.Module.__call__`` alone: what the override does around it would be in the graph, and
+    be done again by the override when the graph calls the module.
+    """
+    classes = {type(m) for m in root.modules() if m is not root and overrides_call(m)}
+    before = [(cls, cls.__dict__.get("__call__"), cls.__call__) for cls in classes]
+    for cls, _, call in before:
+        cls.__call__ = _recorded_call(tracer, call)
+    try:
+        yield
+    finally:
+        for cls, own, _ in before:
+            if own is None:
+                del cls.__call__
+            else:
+                cls.__call__ = own
+
+
+def _recorded_call(tracer: _Tracer, call: Callable) -> Callable:
+    tracing = get_ident()
+
+    @wraps(call)
+    def record(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if get_ident() != tracing:
+            return call(module, *args, **kwargs)
+        return tracer.call_module(module, partial(call, module), args, kwargs)
 
     return record
 

@@ -112,6 +112,11 @@ def replaced_forward(m: Layers) -> None:
     m.conv1.forward = lambda x: stock(x) * 2
 
 
+def replaced_conv_forward(m: Layers) -> None:
+    """As the hack that makes images tile does it."""
+    m.conv1._conv_forward = lambda x, weight, bias: F.conv2d(x.roll(1, -1), weight, bias, padding=1)
+
+
 def share_weight(m: Layers) -> None:
     m.conv1.weight = m.conv2.weight
 
@@ -133,6 +138,7 @@ CONV1_PROBLEMS = {
     "padding mode": (lambda m: setattr(m, "conv1", nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")), "circular"),
     "subclass": (lambda m: setattr(m, "conv1", StandardizedConv(4, 4, 3, padding=1)), "forward of its own"),
     "replaced forward": (replaced_forward, "replaced on the instance"),
+    "replaced _conv_forward": (replaced_conv_forward, "has a _conv_forward that was replaced on the instance"),
     "shared weight": (share_weight, "shares its weight with another module (conv1, conv2)"),
 }
 
@@ -170,6 +176,31 @@ def test_layers_that_no_block_has_end_the_region(norm, words):
     assert words in reasons(report)["conv1"]
     assert patterns(report) == {"": ["post-activation residual (second input)"]}
     assert "self.bn1(" in report.source("")
+
+
+@pytest.mark.parametrize(
+    ("cls", "method", "layer"),
+    [
+        (nn.Conv2d, "forward", "conv1"),
+        (nn.Conv2d, "_conv_forward", "conv1"),
+        (nn.BatchNorm2d, "forward", "bn1"),
+    ],
+    ids=str,
+)
+def test_layers_whose_forward_was_replaced_for_all_are_left(monkeypatch, cls, method, layer):
+    stock = getattr(cls, method)
+    monkeypatch.setattr(cls, method, lambda *args: stock(*args) * 2)
+    report = check_patched(Layers())
+    assert f"{layer} is a {cls.__name__}, and {cls.__name__}'s forward was replaced on the class" in str(report)
+
+
+def test_activations_whose_forward_was_replaced_for_all_are_called(monkeypatch):
+    class Chain(Layers):
+        def forward(self, x):
+            return self.relu(self.bn1(self.conv1(x)))
+
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x * 2)
+    assert "self.relu(" in check_patched(Chain()).source("")
 
 
 def test_synchronised_norms_are_taken():

@@ -130,6 +130,63 @@ def test_a_layer_that_is_kept_in_a_list_is_left():
     assert "not registered as a submodule" in report.declined[0].reason
 
 
+# -- modules that override __call__ ------------------------------------------------------------------------------------
+
+
+class DoublingNorm(nn.BatchNorm2d):
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+
+class DoublingPool(nn.MaxPool2d):
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+
+class DoublingBlock(Layers):
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+
+class Mixin:
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+
+class DoublingConv(Mixin, nn.Conv2d):
+    pass
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DoublingNorm(4),
+        lambda: DoublingPool(1),
+        lambda: DoublingBlock(),
+        lambda: DoublingConv(4, 4, 1),
+        lambda: nn.Sequential(DoublingBlock(), DoublingNorm(4)),
+    ],
+    ids=["norm", "pool", "block", "mixin", "nested"],
+)
+def test_a_module_that_overrides_call_does_it_once(make):
+    class Block(Layers):
+        def __init__(self):
+            super().__init__()
+            self.inner = make()
+
+        def forward(self, x):
+            return torch.relu(self.inner(self.branch(x)) + x)
+
+    assert check_patched(Block()).covered >= 2
+    assert "__call__" in vars(DoublingBlock)
+    assert "__call__" not in vars(DoublingConv)
+
+
+def test_such_a_module_is_called_whatever_is_inlined():
+    traced = trace(nn.Sequential(DoublingBlock()), everything)
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
+
+
 # -- functions that are called from the graph --------------------------------------------------------------------------
 
 

@@ -40,6 +40,16 @@ def replace(name: str, module: nn.Module):
     return lambda m: setattr(m, name, module)
 
 
+class TiledConv(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x.roll(1, -1), weight, bias)
+
+
+class CalledTwiceConv(nn.Conv2d):
+    def __call__(self, x):
+        return super().__call__(super().__call__(x))
+
+
 CHANGES = {
     "activation": replace("act", nn.SiLU()),
     "slope": lambda m: setattr(m.act, "negative_slope", 0.5),
@@ -50,11 +60,14 @@ CHANGES = {
     "shortcut": replace("skip", nn.AvgPool2d(3, 1, 1)),
     "convolution": replace("conv1", nn.Conv2d(4, 4, 5, padding=2)),
     "convolution for nothing": replace("conv1", nn.Identity()),
+    "convolution that convolves in its own way": replace("conv1", TiledConv(4, 4, 3, padding=1)),
+    "convolution that is called in its own way": replace("conv1", CalledTwiceConv(4, 4, 3, padding=1)),
     "norm for nothing": replace("bn2", nn.Identity()),
     "norm of another kind": replace("bn1", nn.InstanceNorm2d(4)),
     "scale": lambda m: setattr(m, "scale", 2.0),
     "switch": lambda m: setattr(m, "joins", False),
     "forward of a layer": lambda m: setattr(m.conv1, "forward", lambda x: x * 2),
+    "convolution of a layer": lambda m: setattr(m.conv1, "_conv_forward", lambda x, weight, bias: x * 2),
     "forward of an activation": lambda m: setattr(m.act, "forward", lambda x: x * 2),
 }
 
