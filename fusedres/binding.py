@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .engine import IDENTITY_SHORTCUT, ConvSlot, ExciteSlot, GainSlot, Link, MaskSlot, NormSlot, group_of
+from .frozen import BUFFERS, FrozenNorm, frozen_norm
 from .mask import mask_of
 from .ops.conv import geometry
 
@@ -86,6 +87,7 @@ _ORDINARY = (Tensor, nn.Parameter)
 class Binder:
     """Collects the operands of a block from its modules, in one flat list, and the slots that point into it."""
 
+    _frozen_norm = staticmethod(frozen_norm)
     _geometry = staticmethod(geometry)
     _is_norm_act = staticmethod(is_norm_act)
     _names_of = staticmethod(names_of)
@@ -149,6 +151,8 @@ class Binder:
         return ConvSlot(first, of_conv)
 
     def _norm(self, norm: nn.Module) -> NormSlot:
+        if (frozen := self._frozen_norm(type(norm))) is not None:
+            return self._frozen(norm, frozen)
         synchronised = isinstance(norm, nn.SyncBatchNorm)
         plain = nn.SyncBatchNorm if synchronised else nn.BatchNorm2d
         _check_ours(norm, type(norm) if self._is_norm_act(type(norm)) else plain)
@@ -167,6 +171,24 @@ class Binder:
         self.tensors += (parameters["weight"], parameters["bias"], mean, var)
         group = group_of(norm.process_group) if synchronised and norm.training else None
         return NormSlot(first, batch_statistics, momentum, norm.eps, group)
+
+    def _frozen(self, norm: nn.Module, frozen: FrozenNorm) -> NormSlot:
+        _check_unhooked(norm)
+        first, buffers = len(self.tensors), norm._buffers
+        try:
+            eps = norm.__dict__["eps"] if frozen.eps is None else frozen.eps
+            operands = [buffers[name] for name in BUFFERS]
+        except KeyError:  # one has become a parameter
+            raise NotOurs from None
+        if frozen.eps is None and type(eps) is not float:
+            raise NotOurs
+        for t in operands:
+            if t is None or t.requires_grad:
+                raise NotOurs
+        self.tensors += operands
+        if frozen.promotes:  # outside autocast, the next convolution would refuse the result of another dtype
+            self.weights += operands
+        return NormSlot(first, False, 0.0, eps, None, frozen.promotes)
 
     def _gain(self, plan: LinkPlan) -> GainSlot | None:
         drop_path = 0.0 if plan.drop_path is None else self._drop_path(module_at(self.root, plan.drop_path))
@@ -214,9 +236,17 @@ class Binder:
         return MaskSlot(ref(module), 0.0, found.channels, found.number) if module.training else None
 
 
+def _known_frozen_norm(cls: type[nn.Module]) -> FrozenNorm | None:
+    return frozen_norm(cls)
+
+
+_known_frozen_norm._dynamo_marked_constant = True  # compilers ask, and do not follow
+
+
 class FollowedBinder(Binder):
     """A binder for compilers to follow, which warn of functions that keep their results."""
 
+    _frozen_norm = staticmethod(_known_frozen_norm)
     _geometry = staticmethod(geometry.__wrapped__)
     _is_norm_act = staticmethod(is_norm_act.__wrapped__)
     _names_of = staticmethod(names_of.__wrapped__)

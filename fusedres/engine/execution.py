@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from .dense import DenseFunction, DenseProgram, infer_dense
 from .graph import infer_in_graph
 from .inference import infer
 from .pending import compute_dtype
-from .program import Link, Operands, Program, is_constant, is_synchronised, needs_gradient
+from .program import Link, Operands, Program, is_constant, is_synchronised, needs_gradient, promoting_norm
 from .stock import execute_stock, stock_dense
 from .training import BlockFunction
 from .verdict import winner
@@ -31,6 +31,29 @@ def execute(
         tensors: the operands of the program's slots.
         folded: where folded and packed weights are kept between inference calls; only of a constant block.
     """
+    if torch.is_autocast_enabled(x.device.type) and (norm := promoting_norm(program)) is not None:
+        dtype = reduce(torch.promote_types, [t.dtype for t in tensors[norm.first : norm.first + 4]], compute_dtype(x))
+        if dtype != compute_dtype(x):
+            return _promoted(program, x, residual, tensors, folded, dtype)
+    return _execute(program, x, residual, tensors, folded)
+
+
+def _promoted(
+    program: Program,
+    x: Tensor,
+    residual: Tensor | None,
+    tensors: Operands,
+    folded: dict[int, Any] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A block whose last norm has a result of another ``dtype``: convolutions cast what they read, joins promote."""
+    x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
+    return _execute(program._replace(in_place=False), x, residual, tensors, folded).to(dtype)
+
+
+def _execute(
+    program: Program, x: Tensor, residual: Tensor | None, tensors: Operands, folded: dict[int, Any] | None
+) -> Tensor:
     # Who has kept folded weights has asked.
     inference = (folded is not None or program.constant) and not needs_gradient((x, residual, *tensors))
     chosen: Program | None = program

@@ -28,6 +28,7 @@ class NormSlot(NamedTuple):
         batch_statistics: whether it normalises with the statistics of the batch, or with the running ones.
         momentum: the weight of the batch in the running statistics.
         group: the processes whose batches are one batch to it, or ``None``; only with batch statistics.
+        promotes: whether stock's result has the dtype that the input and the four tensors have in common.
     """
 
     first: int
@@ -35,6 +36,7 @@ class NormSlot(NamedTuple):
     momentum: float
     eps: float
     group: Any = None
+    promotes: bool = False
 
 
 class ExciteSlot(NamedTuple):
@@ -152,6 +154,27 @@ class Program(NamedTuple):
             return False
         ends = self.branch[-1].norm, self.shortcut[-1].norm
         return None not in ends and ends[0].group is not None and ends[0].group == ends[1].group
+
+
+def promoting_norm(program: Program) -> NormSlot | None:
+    """The norm that makes the dtype of a block's result another than that of the convolutions, if there is one."""
+    found = _promoting(program.branch)
+    if found is not None or program.shortcut is None or program.in_place:
+        return found
+    first = program.branch[0].norm
+    if program.shares and len(program.shortcut) == 1 and first is not None and first.promotes:
+        return first
+    return _promoting(program.shortcut)
+
+
+def _promoting(chain: tuple[Link, ...]) -> NormSlot | None:
+    """The last norm that promotes behind a chain's last convolution."""
+    for link in reversed(chain):
+        if link.conv is not None:
+            return None
+        if link.norm is not None and link.norm.promotes:
+            return link.norm
+    return None
 
 
 def is_constant(links: tuple[Link, ...]) -> bool:

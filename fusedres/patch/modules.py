@@ -7,10 +7,12 @@ from functools import cache
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..binding import is_norm_act
+from ..frozen import frozen_norm, has_frozen_name
 
 __all__ = [
     "bare_conv_problem",
@@ -20,6 +22,8 @@ __all__ = [
     "hook_problem",
     "is_builtin",
     "is_drop_path",
+    "is_norm",
+    "is_unknown_norm",
     "linear_problem",
     "norm_problem",
     "opaque_problem",
@@ -111,12 +115,42 @@ def bare_conv_problem(module: nn.Conv2d, shared: dict[int, str]) -> str | None:
 
 def norm_problem(module: nn.Module, shared: dict[int, str]) -> str | None:
     """Why a normalisation layer cannot be part of a fused site; ``None`` where it can."""
+    if has_frozen_name(module):
+        return _frozen_problem(module)
     cls, kinds = type(module), (nn.BatchNorm2d, nn.SyncBatchNorm)
     if not isinstance(module, kinds) or not (is_norm_act(cls) or cls.forward in [kind.forward for kind in kinds]):
         return _subclass_problem(module)
     if is_norm_act(cls) and not module._modules.keys() >= {"act", "drop"}:
         return f"is a {cls.__name__} without an activation"
     return _layer_problem(module, shared)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a normalisation layer, which is a step or nothing, and never inlined."""
+    return isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm)) or has_frozen_name(module)
+
+
+def is_unknown_norm(module: nn.Module) -> bool:
+    """Whether the module has the name and the buffers of a frozen norm, and a forward that does something else."""
+    return has_frozen_name(module) and frozen_norm(type(module)) is None
+
+
+def _frozen_problem(module: nn.Module) -> str | None:
+    """As :func:`norm_problem`, for a norm that has the name and the buffers of a frozen one."""
+    name = type(module).__name__
+    frozen = frozen_norm(type(module))
+    if frozen is None:
+        return f"is a {name}, whose forward is not that of a batch norm with constant statistics"
+    # Instances of the class were run without settings of their own.
+    read = type(module).forward.__code__.co_names
+    if own := [k for k in module.__dict__ if k in read and k not in ("eps", "num_features", "training")]:
+        return f"is a {name}, whose forward reads a setting of its own ({own[0]!r})"
+    if frozen.eps is None and type(module.__dict__.get("eps")) is not float:
+        return f"is a {name} without a number for eps"
+    shapes = {(type(t), None if t is None else t.shape) for t in module._buffers.values()}
+    if shapes != {(torch.Tensor, module.weight.shape)} or module.weight.dim() != 1:
+        return f"is a {name} with buffers that are not a number for each channel"
+    return hook_problem(module)
 
 
 def linear_problem(module: nn.Linear, shared: dict[int, str]) -> str | None:

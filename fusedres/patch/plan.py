@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from ..block import unsupported
 from ..mask import mask_of
@@ -24,6 +23,7 @@ from .modules import (
     hook_problem,
     is_builtin,
     is_drop_path,
+    is_norm,
     linear_problem,
     norm_problem,
     opaque_problem,
@@ -184,7 +184,7 @@ class _Planner:
             self._given_tensors[child] = self._given_tensors.get(child, True) and known
 
     def _may_inline(self, module: nn.Module) -> bool:
-        if template_of(module) is not None or is_drop_path(module) or module in self._masks:
+        if template_of(module) is not None or is_drop_path(module) or is_norm(module) or module in self._masks:
             return False
         return self._convolutions(module) <= _SMALL and hook_problem(module) is None
 
@@ -203,7 +203,7 @@ class _Planner:
         if isinstance(module, nn.Conv2d):
             problem = bare_conv_problem if bare else conv_problem
             return self._selection.problem(module) or problem(module, self._shared)
-        if isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm)):
+        if is_norm(module):
             return norm_problem(module, self._shared)
         if isinstance(module, nn.Linear):
             return linear_problem(module, self._shared)

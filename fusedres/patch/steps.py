@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from ..binding import is_norm_act
 from ..block import Act, Conv, Dropout, DropPath, Mask, Norm, SqueezeExcite, Step
@@ -26,6 +25,8 @@ from .modules import (
     hook_problem,
     is_builtin,
     is_drop_path,
+    is_norm,
+    is_unknown_norm,
     linear_problem,
     norm_problem,
 )
@@ -174,7 +175,7 @@ def _read_module(path: str, module: nn.Module, excluded: Callable[[nn.Module], s
     if isinstance(module, nn.Conv2d):
         problem = excluded(module)
         return Stop(f"{path} {problem}") if problem else Conv(path)
-    if isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm)):
+    if is_norm(module):
         problem = excluded(module)
         return Stop(f"{path} {problem}") if problem else _read_norm(path, module, excluded)
     if hooked := excluded(module):
@@ -340,14 +341,15 @@ def makes_its_result(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether ``node``, which writes to nothing, surely makes a tensor of its own; a view and the unknown do not."""
     if node.op == "call_module":
         # Dropout and stochastic depth hand their input on in evaluation.
-        return isinstance(module, (nn.Conv2d, nn.Linear, _NormBase, nn.AdaptiveAvgPool2d, nn.Sigmoid, nn.Hardsigmoid))
+        made = isinstance(module, (nn.Conv2d, nn.Linear, nn.AdaptiveAvgPool2d, nn.Sigmoid, nn.Hardsigmoid))
+        return made or is_norm(module)
     return node.target in _MAKERS or addition(node) is not None
 
 
 def changes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether ``node`` writes into the tensor that it reads first; a function of the user's may write into any."""
     if node.op == "call_module":
-        return bool(getattr(module, "inplace", False))
+        return bool(getattr(module, "inplace", False)) or is_unknown_norm(module)
     if node.op == "call_method":
         return node.target.endswith("_") and not node.target.endswith("__")
     if node.op == "call_function":

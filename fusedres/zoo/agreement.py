@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..frozen import has_frozen_name
 from ..patch import PatchReport, explain, patch
 from ..select import use_backend
 from ..testing import rms
@@ -130,7 +131,7 @@ def _unsettle(model: nn.Module, seed: int) -> None:
                 noise = torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype)
                 parameter.add_(noise - 0.5, alpha=0.4)
         for norm in model.modules():
-            if isinstance(norm, _NormBase) and norm.running_mean is not None:
+            if (isinstance(norm, _NormBase) and norm.running_mean is not None) or has_frozen_name(norm):
                 norm.running_mean.uniform_(-0.2, 0.2, generator=generator)
                 norm.running_var.uniform_(0.5, 1.5, generator=generator)
 
