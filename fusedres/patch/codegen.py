@@ -57,8 +57,10 @@ def generate(
         _replace(traced.graph, region, run, name, options, calls)
     code = traced.graph.python_code("self")
     body = _body(code.src)
-    others = [f"not isinstance({name}, {tensor})" for name in sorted(traced.tensors)]
-    guard = _guard(traced.signature, stock, [*others, f"{changed}(self, {constants})"])
+    tensors = traced.tensors | {name for name, _ in traced.asked}
+    others = [f"not isinstance({name}, {tensor})" for name in sorted(tensors)]
+    sizes = [_negated(question) for _, question in traced.asked]
+    guard = _guard(traced.signature, stock, [*others, *sizes, f"{changed}(self, {constants})"])
     arguments = ", ".join(["self", str(traced.signature)[1:-1]] if traced.signature.parameters else ["self"])
     source = f"{_header(type(module), blocks)}def forward({arguments}):\n{guard}{body}"
     globals_ = {run: block, stock: type(module), changed: watch.changed, constants: watched}
@@ -177,12 +179,26 @@ def _body(source: str) -> str:
 def _guard(signature: inspect.Signature, stock: str, others: list[str]) -> str:
     """The lines that send a call to the stock forward where the graph does not stand for it."""
     parameters = list(signature.parameters.values())
-    required = [p.name for p in parameters if p.default is p.empty]
+    more = [p.name for p in parameters if p.kind in _MORE]
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in _MORE]
     conditions = [f"{name} is None" for name in required] if len(required) > 1 else []
-    conditions += [_differs(p) for p in parameters if p.default is not p.empty]
-    conditions += others
-    arguments = ", ".join(["self", *(f"{p.name}={p.name}" if p.kind == p.KEYWORD_ONLY else p.name for p in parameters)])
+    conditions += [*more, *(_differs(p) for p in parameters if p.default is not p.empty), *others]
+    arguments = ", ".join(["self", *map(_handed_on, parameters)])
     return f"    if {' or '.join(conditions)}:\n        return {stock}.forward({arguments})\n"
+
+
+_MORE = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+
+
+def _handed_on(parameter: inspect.Parameter) -> str:
+    """An argument of the stock forward's."""
+    if parameter.kind == parameter.KEYWORD_ONLY:
+        return f"{parameter.name}={parameter.name}"
+    return _MORE.get(parameter.kind, "") + parameter.name
+
+
+def _negated(question: str) -> str:
+    return question.removeprefix("not ") if question.startswith("not ") else f"not {question}"
 
 
 def _differs(parameter: inspect.Parameter) -> str:

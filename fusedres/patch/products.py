@@ -60,9 +60,12 @@ def written_activation(module: nn.Module) -> Activation | None:
     if module._parameters or module._buffers or module._modules:
         return None
     try:
-        nodes = list(trace(module, lambda _: False).graph.nodes)
+        traced = trace(module, lambda _: False)
     except Untraceable:
         return None
+    if traced.asked:  # nobody asks again
+        return None
+    nodes = list(traced.graph.nodes)
     *inner, output = nodes[1:]
     if nodes[0].op != "placeholder" or not inner or output.args != (inner[-1],):
         return None

@@ -95,11 +95,17 @@ def _gelu(approximate: str) -> Activation | None:
 _MODULE_ACTIVATIONS: dict[type, Callable[[Any], Activation | None]] = {
     nn.ReLU: lambda _: Activation("relu"),
     nn.ReLU6: lambda _: Activation("relu6"),
+    nn.Hardtanh: lambda m: _hardtanh(m.min_val, m.max_val),
     nn.LeakyReLU: lambda m: Activation("leaky_relu", float(m.negative_slope)),
     nn.SiLU: lambda _: Activation("silu"),
     nn.Hardswish: lambda _: Activation("hardswish"),
     nn.GELU: lambda m: _gelu(m.approximate),
 }
+
+
+def _hardtanh(min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Activation | None:
+    """ReLU6, which is nothing else; ``clamp(min=0)`` is no ReLU, whose gradient at zero is another."""
+    return Activation("relu6") if (min_val, max_val) == (0, 6) else None
 
 
 # Each function takes the arguments that follow the tensor, as the stock function names them.
@@ -133,6 +139,8 @@ _FUNCTION_ACTIVATIONS: dict[Any, Callable[..., Activation | None]] = {
     torch.relu: _relu,
     torch.relu_: _relu,
     F.relu6: _relu6,
+    F.hardtanh: _hardtanh,
+    F.hardtanh_: _hardtanh,
     F.leaky_relu: _leaky_relu,
     F.leaky_relu_: _leaky_relu,
     F.silu: _silu,

@@ -5,12 +5,14 @@ context disappears, a random draw or a value kept on ``self`` is baked in. :func
 what they are, and raises :class:`Untraceable`, with the reason in words, for everything that a graph would lose.
 
 A function of the user's that cannot be traced, such as one that computes a padding from the size of the image, is
-called from the graph. What a forward asks of the type of its arguments is answered as for tensors, and remembered.
+called from the graph. What a forward asks of the type of its arguments is answered as for tensors, and remembered; and
+so are questions about their sizes that have an answer to be expected, as assertions have.
 """
 
 from __future__ import annotations
 
 import inspect
+import linecache
 import operator
 import os
 import sys
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
 from threading import get_ident
-from types import FunctionType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -63,6 +65,8 @@ class Traced:
         signature: of the forward, without ``self``. Parameters with a default are fixed at it in the graph.
         inlined: the submodules whose forward became part of the graph; the others are called from it.
         tensors: the arguments that the graph takes for tensors, because the forward has asked whether they are.
+        asked: what the forward has asked of the sizes of its arguments, with the answers that the graph is for, each as
+            an expression in an argument's name, behind that name.
         given: for each submodule, called or inlined, whether it is given nothing but tensors; ``None`` where it is
             given what the module itself is given.
     """
@@ -71,6 +75,7 @@ class Traced:
     signature: inspect.Signature
     inlined: frozenset[nn.Module]
     tensors: frozenset[str]
+    asked: tuple[tuple[str, str], ...]
     given: dict[nn.Module, bool | None]
 
 
@@ -78,7 +83,7 @@ Inline = Callable[[nn.Module], bool]
 
 
 def trace(module: nn.Module, inline: Inline, surveyed: Traced | None = None) -> Traced:
-    """The graph of ``module.forward``, the same in train and in eval mode.
+    """The graph of ``module.forward``, the same in train and in eval mode; of calls without ``*args`` and ``**kwargs``.
 
     Args:
         inline: called with a submodule, says whether its forward should become part of the graph. A submodule
@@ -116,7 +121,8 @@ def _in_both_modes(
 
 
 def _same(evaluating: Traced, training: Traced) -> bool:
-    return _comparable(evaluating.graph) == _comparable(training.graph)
+    asked = evaluating.asked == training.asked
+    return asked and _comparable(evaluating.graph) == _comparable(training.graph)
 
 
 def survey(module: nn.Module, inline: Inline) -> Traced:
@@ -154,15 +160,16 @@ def _trace_once(module: nn.Module, inline: Inline, training: bool, called: Seque
                 graph = tracer.trace(module)
         except Exception as error:
             raise Untraceable(_in_words(error), getattr(error, "_fusedres_culprit", "")) from error
-    return Traced(graph, signature, frozenset(tracer.inlined), frozenset(tracer.tensors), tracer.given)
+    tensors, asked = frozenset(tracer.tensors), tuple(dict.fromkeys(tracer.asked))
+    return Traced(graph, signature, frozenset(tracer.inlined), tensors, asked, tracer.given)
 
 
 def _signature(module: nn.Module) -> inspect.Signature:
     signature = inspect.signature(type(module).forward)
     parameters = list(signature.parameters.values())[1:]
     for parameter in parameters:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise Untraceable(f"its forward takes {parameter.replace(annotation=parameter.empty)}")
+        if parameter.kind == parameter.VAR_POSITIONAL and parameter is parameters[0]:
+            raise Untraceable(f"its forward takes {parameter.replace(annotation=parameter.empty)} and nothing by name")
         if parameter.default is not parameter.empty and type(parameter.default) not in _LITERALS:
             raise Untraceable(f"the default of its argument {parameter.name!r} is not a plain value")
     return signature.replace(
@@ -217,6 +224,7 @@ class _Tracer(fx.Tracer):
         self.proxy_buffer_attributes = True
         self.inlined: set[nn.Module] = set()
         self.tensors: set[str] = set()
+        self.asked: list[tuple[str, str]] = []
         self.given: dict[nn.Module, bool | None] = {}
         self._signature = signature
         self._inline = inline
@@ -239,6 +247,17 @@ class _Tracer(fx.Tracer):
         if node.op == "call_module":
             return _makes_tensors(self.root.get_submodule(node.target))
         return node.target in _MAKE_TENSORS
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """The answer to a question about the sizes of an argument, which is then asked at every call."""
+        found = _size_question(obj.node)
+        answer = None if found is None else _expected(obj.node, sys._getframe(2))
+        if answer is None or _reshapes(obj.node):
+            return super().to_bool(obj)
+        name, text = found
+        self.asked.append((name, text if answer else f"not {text}"))
+        _erase(obj.node)
+        return answer
 
     def _note_what_is_given(self, module: nn.Module, args: tuple) -> None:
         kinds = {self._is_tensor(a) for a in args} | {self.given.get(module, True)}
@@ -275,6 +294,8 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
         positional, keyword = [], {}
         for parameter in self._signature.parameters.values():
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
             given = parameter.default is not parameter.empty
             value = parameter.default if given else self.create_proxy("placeholder", parameter.name, (), {})
             if parameter.kind == parameter.KEYWORD_ONLY:
@@ -328,6 +349,93 @@ def _context() -> tuple:
         torch.is_autocast_enabled("cuda"),
         torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions about sizes
+# ---------------------------------------------------------------------------------------------------------------------
+
+_COMPARISONS = {
+    operator.eq: "==",
+    operator.ne: "!=",
+    operator.lt: "<",
+    operator.le: "<=",
+    operator.gt: ">",
+    operator.ge: ">=",
+}
+_IN_SIZES = _COMPARISONS | {operator.mod: "%", operator.floordiv: "//", operator.add: "+", operator.mul: "*"}
+
+
+def _size_question(node: fx.Node) -> tuple[str, str] | None:
+    """The argument whose sizes a comparison asks about, and the comparison as an expression."""
+    arguments: set[str] = set()
+    text = _in_sizes(node, arguments) if node.target in _COMPARISONS else None
+    return (*arguments, text) if text is not None and len(arguments) == 1 else None
+
+
+def _in_sizes(value: Any, arguments: set[str]) -> str | None:
+    """A number or a size of an argument as an expression; ``None`` for anything else."""
+    if type(value) is int:
+        return repr(value)
+    if not isinstance(value, fx.Node):
+        return None
+    if (size := _size(value)) is not None:
+        arguments.add(size[0])
+        return f"{size[0]}.dim()" if size[1] is None else f"{size[0]}.shape[{size[1]}]"
+    if value.target not in _IN_SIZES or len(value.args) != 2:
+        return None
+    left, right = (_in_sizes(a, arguments) for a in value.args)
+    return None if left is None or right is None else f"({left} {_IN_SIZES[value.target]} {right})"
+
+
+def _size(node: fx.Node) -> tuple[str, int | None] | None:
+    """The argument and the dimension whose size a node is, or no dimension where it is their number."""
+    whole, index = node, None
+    if node.target == "size" and len(node.args) == 2:
+        index = node.args[1]
+    elif node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        whole, index = node.args
+    if not whole.args:
+        return None
+    read = (whole.target, *whole.args[1:])
+    known = read in _NUMBERS if index is None else type(index) is int and (whole is node or read in _SHAPES)
+    if not known or whole.kwargs or not isinstance(whole.args[0], fx.Node) or whole.args[0].op != "placeholder":
+        return None
+    return whole.args[0].target, index
+
+
+_NUMBERS = (("dim",), (getattr, "ndim"))
+_SHAPES = (("size",), (getattr, "shape"))
+
+
+def _expected(node: fx.Node, frame: FrameType) -> bool | None:
+    """The answer that a block is fused for, or ``None`` where either is as likely.
+
+    What is asserted is true, an image has four dimensions, and channels are as many as the forward compares them with.
+    """
+    if linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("assert "):
+        return True
+    left, right = node.args
+    size = _size(left) if isinstance(left, fx.Node) else None
+    if size is None or type(right) is not int:
+        return None
+    if size[1] is None:
+        return node.target(4, right)
+    return {operator.eq: True, operator.ne: False}.get(node.target) if size[1] in (1, -3) else None
+
+
+def _reshapes(node: fx.Node) -> bool:
+    """Whether some method before ``node`` may have changed the sizes of an argument in place."""
+    return any(n.op == "call_method" and n.target.endswith("_") for n in node.graph.nodes)
+
+
+def _erase(node: fx.Node) -> None:
+    """Takes a question that has been answered out of its graph, with the sizes that nothing else reads."""
+    if not node.users and node.op != "placeholder":
+        inputs = node.all_input_nodes
+        node.graph.erase_node(node)
+        for before in inputs:
+            _erase(before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

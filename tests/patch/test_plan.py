@@ -440,10 +440,6 @@ def takes_any(self, *tensors):
     return self.branch(tensors[0])
 
 
-def takes_options(self, x, **options):
-    return self.branch(x)
-
-
 def odd_default(self, x, sizes=(1, 2)):
     return self.branch(x)
 
@@ -480,7 +476,6 @@ UNTRACEABLE = {
     makes_constant: "builds a constant tensor",
     trains_differently: "different things in train and in eval",
     takes_any: "takes *tensors",
-    takes_options: "takes **options",
     odd_default: "'sizes' is not a plain value",
     loops: "loops over",
     stores_item: "could not be traced (TypeError",

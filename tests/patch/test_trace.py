@@ -114,6 +114,100 @@ def test_what_a_layer_makes_is_a_tensor():
     assert "isinstance" not in report.source("")
 
 
+# -- what a forward asks of the sizes of its arguments -----------------------------------------------------------------
+
+
+def asserts(self, x):
+    assert x.shape[1] == 4
+    assert x.dim() == 4, "images"
+    assert x.size(2) % 2 == 0 and x.size()[3] >= 2 * 2
+    return torch.relu(self.branch(x) + x)
+
+
+def raises(self, x):
+    if x.ndim != 4 or x.size(1) != 4:
+        raise ValueError("not for this")
+    return torch.relu(self.branch(x) + x)
+
+
+def adds_a_dimension(self, x):
+    if x.dim() == 3:
+        x = x[None]
+    return torch.relu(self.branch(x) + x)
+
+
+@pytest.mark.parametrize("forward", [asserts, raises, adds_a_dimension])
+def test_questions_about_sizes_are_asked_at_every_call(forward):
+    stock = settled(type("Asking", (Layers,), {"forward": forward})())
+    model = copy.deepcopy(stock)
+    report = check_patched(copy.deepcopy(stock))
+    assert report.coverage == 1.0
+    assert report.fused[0].pattern.startswith("post-activation residual")
+    patch(model)
+    for x in (images(3), images()[0], images(size=5)):
+        expected, found = (_outcome(m.eval(), x) for m in (stock, model))
+        assert type(found) is type(expected)
+        if isinstance(expected, torch.Tensor):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+        else:
+            assert str(found) == str(expected)
+
+
+def _outcome(model: nn.Module, x: torch.Tensor) -> torch.Tensor | Exception:
+    try:
+        return model(x)
+    except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+        return error
+
+
+def asks_for_height(self, x):
+    return torch.relu(self.branch(x) + x) if x.shape[2] == 6 else x
+
+
+def asks_behind_a_write(self, x):
+    x.unsqueeze_(0)
+    assert x.dim() == 4
+    return torch.relu(self.branch(x) + x)
+
+
+def asks_for_more(self, x):
+    out = self.branch(x)
+    return torch.relu(out + x) if out.shape == x.shape else out
+
+
+@pytest.mark.parametrize("forward", [asks_for_height, asks_behind_a_write, asks_for_more])
+def test_questions_without_an_answer_to_be_expected_are_declined(forward):
+    report = patch(settled(type("Asking", (Layers,), {"forward": forward})()))
+    assert report.fused == ()
+    assert "branches on data" in report.declined[0].reason
+
+
+# -- arguments without names -------------------------------------------------------------------------------------------
+
+
+def takes_more(self, x, *more, **options):
+    out = torch.relu(self.branch(x) + x)
+    return sum(more, out) * options.get("scale", 1)
+
+
+def takes_options(self, x, *, flag=False, **options):
+    return torch.relu(self.branch(x) + x) * (2 if flag or options else 1)
+
+
+@pytest.mark.parametrize(
+    "forward, args, options",
+    [(takes_more, (1,), {}), (takes_more, (), {"scale": 2}), (takes_options, (), {"flag": True, "scale": 3})],
+)
+def test_more_arguments_are_for_the_stock_forward(forward, args, options):
+    stock = settled(type("Taking", (Layers,), {"forward": forward})())
+    model = copy.deepcopy(stock)
+    assert check_patched(copy.deepcopy(stock)).coverage == 1.0
+    patch(model)
+    found, expected = (m.eval()(images(), *args, **options) for m in (model, stock))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    assert not torch.allclose(found, stock(images()))
+
+
 # -- layers that are made on the way -----------------------------------------------------------------------------------
 
 

@@ -19,6 +19,8 @@ from .test_residual import block
         (lambda self, x: self.bn1(self.conv1(x)), "conv-bn"),
         (lambda self, x: self.relu(self.bn1(self.conv1(x))), "conv-bn-relu"),
         (lambda self, x: F.relu6(self.conv1(x)), "conv-relu6"),
+        (lambda self, x: F.hardtanh(self.conv1(x), 0, 6), "conv-relu6"),
+        (lambda self, x: self.clipped(self.conv1(x)), "conv-relu6"),
         (lambda self, x: F.leaky_relu(self.conv1(x), negative_slope=0.2), "conv-leaky_relu(0.2)"),
         (lambda self, x: self.conv2(self.conv1(x)), "conv x 2"),
         (lambda self, x: F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))), "conv-bn-relu x 2"),
@@ -26,7 +28,7 @@ from .test_residual import block
     ],
 )
 def test_names(forward, pattern):
-    report = check_patched(block(forward))
+    report = check_patched(block(forward, clipped=nn.Hardtanh(0.0, 6.0)))
     assert [site.pattern for site in report.fused] == [pattern]
 
 
@@ -42,6 +44,17 @@ def test_a_lone_convolution_is_left_alone():
     assert report.fused == ()
     assert "stands alone" in reasons["conv1"]
     assert "does not call it" in reasons["conv2"]
+
+
+@pytest.mark.parametrize("act", [nn.Hardtanh(), nn.Hardtanh(0.0, 5.0)])
+def test_other_bounds_are_no_relu6(act):
+    report = check_patched(block(lambda self, x: self.act(self.bn1(self.conv1(x))), act=act))
+    assert [site.pattern for site in report.fused] == ["conv-bn"]
+
+
+def test_clamp_has_another_gradient_at_zero_than_relu():
+    report = check_patched(block(lambda self, x: self.bn1(self.conv1(x)).clamp(min=0)))
+    assert [site.pattern for site in report.fused] == ["conv-bn"]
 
 
 def test_stays_within_one_module():
