@@ -1,4 +1,5 @@
-"""An op's contestants: stock PyTorch, the op's reference and its compiled kernel, called on the same operands."""
+"""An op's contestants, called on the same operands: stock PyTorch, what torch.compile makes of it, the op's reference
+and its compiled kernel."""
 
 from __future__ import annotations
 
@@ -13,15 +14,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fusedres import select
 from fusedres.benchmarking.memory import peak_allocated
+from fusedres.benchmarking.peers import COMPILE
 from fusedres.benchmarking.race import Entrant
 from fusedres.benchmarking.results import Measurement
 from fusedres.benchmarking.rotation import copies, rotating
 from fusedres.ops.registry import Op
 from fusedres.testing import assert_within_budget
 
-__all__ = ["BACKENDS", "Contest", "affine_rows", "check", "group_of", "nbytes"]
+__all__ = ["BACKENDS", "COMPILED", "Contest", "affine_rows", "check", "compiled", "group_of", "nbytes"]
 
 BACKENDS = ("reference", "cpu")
+COMPILED = COMPILE.name
 
 Call = Callable[[], Any]
 
@@ -58,6 +61,7 @@ class Contest:
     memory: bool = True
 
     def entrants(self) -> list[Entrant]:
+        torch.compiler.reset()  # else the eighth group of an op would run as eager
         size = nbytes(*tree_leaves(self.operands))
         # Calls that have operands of their own, such as a graph's, are made once.
         count = copies(size) if size else 1
@@ -66,7 +70,7 @@ class Contest:
 
     def _entrant(self, name: str, make: Callable[[Any], Call], sets: Sequence[Any]) -> Entrant:
         about = replace(self.group, contestant=name, baseline=name == "eager")
-        about = replace(about, moved=self.moved or None, flops=self.flops or None)
+        about = replace(about, moved=self.moved or None, flops=self.flops or None, images=self._images())
         if reason := self._missing(name):
             return Entrant(replace(about, missing=reason))
         calls = [make(operands) for operands in sets]
@@ -75,10 +79,33 @@ class Contest:
         check = self.checks.get(name)
         return Entrant(about, rotating(calls), None if check is None else partial(_verdict, check))
 
+    def _images(self) -> int | None:
+        """In a call; nothing where the operands are no images, or the call's own, as are a graph's of many calls."""
+        has_operands = any(isinstance(t, Tensor) for t in tree_leaves(self.operands))
+        return self.group.shape[0] if has_operands and len(self.group.shape) >= 4 else None
+
     def _missing(self, name: str) -> str | None:
         if self.absent is not None and (reason := self.absent.get(name)):
             return reason
         return select.why_not(name, "cpu", getattr(torch, self.group.dtype)) if name in BACKENDS else None
+
+
+def compiled(eager: Callable[[Any], Call], operands: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A contestant that is stock PyTorch's composition compiled, as a call and a check for a :class:`Contest`.
+
+    Args:
+        eager: makes stock's call; it neither writes to its operands nor draws random numbers.
+    """
+
+    def make(given: Any) -> Call:
+        return torch.compile(eager(given))
+
+    def holds() -> None:
+        calls = make(operands), eager(operands), eager(tree_map(_wide, operands))
+        for i, results in enumerate(zip(*(tree_leaves(call()) for call in calls), strict=True)):
+            assert_within_budget(*results, name=f"{COMPILED}, result {i}")
+
+    return {COMPILED: make}, {COMPILED: holds}
 
 
 def _verdict(check: Callable[[], Any]) -> str:

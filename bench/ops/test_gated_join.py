@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.ops.contestants import BACKENDS, Contest, check, group_of, nbytes
+from bench.ops.contestants import BACKENDS, COMPILED, Contest, check, compiled, group_of, nbytes
 from bench.shapes import activations
 from fusedres.ops.registry import OPS
 from fusedres.testing import channels_last
@@ -15,7 +15,7 @@ THRESHOLDS = {"smooth": None, "sparse": 0.5}
 SHAPES = activations("ResNet-50", "CIFAR ResNet-20")
 
 
-@pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
+@pytest.mark.parametrize("contestant", ["eager", COMPILED, *BACKENDS])
 @pytest.mark.parametrize("kind", THRESHOLDS)
 @pytest.mark.parametrize("shape", SHAPES, indirect=True)
 def test_gated_join(race, shape, dtype, kind, contestant):
@@ -26,7 +26,8 @@ def test_gated_join(race, shape, dtype, kind, contestant):
         calls = {"eager": lambda given: lambda: stock(*given, threshold)}
         calls |= {name: lambda given, name=name: lambda: FORWARD.overload(name)(*given, threshold) for name in BACKENDS}
         checks = {name: lambda name=name: check(FORWARD, name, [f, logits, x, threshold]) for name in BACKENDS}
-        return Contest(group, (f, logits, x), calls, checks, nbytes(f, logits, x, f))
+        call, holds = compiled(calls["eager"], (f, logits, x))
+        return Contest(group, (f, logits, x), calls | call, checks | holds, nbytes(f, logits, x, f))
 
     race(group, contestant, contest)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.ops.contestants import BACKENDS, Contest, affine_rows, check, group_of, nbytes
+from bench.ops.contestants import BACKENDS, COMPILED, Contest, affine_rows, check, compiled, group_of, nbytes
 from bench.shapes import MODIFIED, activations
 from fusedres.ops.activations import RELU
 from fusedres.ops.registry import OPS
@@ -26,7 +28,7 @@ def contest_of(group, arguments, eager, moved):
     return Contest(group, arguments, calls, checks, moved)
 
 
-@pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
+@pytest.mark.parametrize("contestant", ["eager", COMPILED, *BACKENDS])
 @pytest.mark.parametrize("residual", ["none", "plain", "affine"])
 @pytest.mark.parametrize("shape", activations(), indirect=True)
 def test_join(race, shape, dtype, residual, contestant):
@@ -38,7 +40,9 @@ def test_join(race, shape, dtype, residual, contestant):
         side_norm = affine_rows(shape[1], 1) if residual == "affine" else None
         arguments = [y, affine_rows(shape[1]), side, side_norm, RELU.code, RELU.param]
         check(WITH_STATISTICS, "reference", arguments)
-        return contest_of(group, arguments, lambda given: eager(*given[:4]), nbytes(y, side, y))
+        found = contest_of(group, arguments, lambda given: eager(*given[:4]), nbytes(y, side, y))
+        call, holds = compiled(found.calls["eager"], arguments)
+        return replace(found, calls=found.calls | call, checks=found.checks | holds)
 
     race(group, contestant, contest)
 

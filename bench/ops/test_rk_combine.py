@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.ops.contestants import BACKENDS, Contest, check, group_of, nbytes
+from bench.ops.contestants import BACKENDS, COMPILED, Contest, check, compiled, group_of, nbytes
 from bench.shapes import ODE_STATES, activations
 from fusedres.ode import METHODS
 from fusedres.ops.registry import OPS
@@ -25,12 +25,12 @@ SHAPES = (*ODE_STATES, *activations("ResNet-50"))
 def contest_of(op, group, arguments, eager, moved):
     calls = {"eager": eager}
     calls |= {name: lambda given, name=name: lambda: op.overload(name)(*given) for name in BACKENDS}
-    return Contest(
-        group, arguments, calls, {name: lambda name=name: check(op, name, arguments) for name in BACKENDS}, moved
-    )
+    checks = {name: lambda name=name: check(op, name, arguments) for name in BACKENDS}
+    call, holds = compiled(eager, arguments)
+    return Contest(group, arguments, calls | call, checks | holds, moved)
 
 
-@pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
+@pytest.mark.parametrize("contestant", ["eager", COMPILED, *BACKENDS])
 @pytest.mark.parametrize("shape", SHAPES, indirect=True)
 def test_rk_combine(race, shape, dtype, contestant):
     group = group_of("rk_combine", dtype, shape)
@@ -43,7 +43,7 @@ def test_rk_combine(race, shape, dtype, contestant):
     race(group, contestant, contest)
 
 
-@pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
+@pytest.mark.parametrize("contestant", ["eager", COMPILED, *BACKENDS])
 @pytest.mark.parametrize("shape", SHAPES, indirect=True)
 def test_rk_combine_backward(race, shape, dtype, contestant):
     group = group_of("rk_combine_backward", dtype, shape)
@@ -59,7 +59,7 @@ def test_rk_combine_backward(race, shape, dtype, contestant):
     race(group, contestant, contest)
 
 
-@pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
+@pytest.mark.parametrize("contestant", ["eager", COMPILED, *BACKENDS])
 @pytest.mark.parametrize("shape", SHAPES, indirect=True)
 def test_rk_error(race, shape, dtype, contestant):
     group = group_of("rk_error", dtype, shape)

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench import racing, shapes  # noqa: E402
+from bench.ops import contestants  # noqa: E402
 from bench.racing import Groups, ReplayClock, extra_info  # noqa: E402
 
 SUITES = ROOT / "bench"
@@ -265,3 +266,28 @@ def test_no_ratio_on_a_red_check(planted):
     by_name = {m["contestant"]: m for m in results["measurements"]}
     assert by_name["wrong"]["check"].startswith("RED") and by_name["wrong"]["seconds"] is None
     assert "wrong" not in by_name["right"]["speedup"] and by_name["absent"]["missing"] == "not installed"
+
+
+def test_an_op_s_stock_composition_is_compiled_and_checked(monkeypatch):
+    """Its ratio is what ``extra_info`` calls the speed-up over compile; images are those of a call."""
+    x = torch.randn(2, 3, 4, 5)
+
+    def eager(x):
+        return lambda: torch.relu(x) + 1
+
+    call, holds = contestants.compiled(eager, x)
+    group = contestants.group_of("relu", torch.float32, x.shape)
+    made = contestants.Contest(group, x, {"eager": eager} | call, holds, memory=False)
+    stock, compiled = made.entrants()
+    assert compiled.about.contestant == "torch.compile" and compiled.about.images == 2
+    assert compiled.verdict() == "ok" and torch.equal(compiled.call(), stock.call())
+    monkeypatch.setattr(torch, "compile", lambda call: lambda: 2 * call())
+    assert compiled.verdict().startswith("RED")
+    faster = replace(compiled.about, speedup={"torch.compile": 2.0})
+    assert extra_info(faster)["speed-up over compile"] == 2.0
+
+
+def test_a_graph_of_many_calls_has_no_images():
+    group = contestants.group_of("relu", torch.float32, (2, 3, 4, 5))
+    (only,) = contestants.Contest(group, (), {"eager": lambda _: lambda: None}, {}, memory=False).entrants()
+    assert only.about.images is None
