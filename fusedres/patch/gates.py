@@ -105,8 +105,9 @@ def _asks_for_size(node: fx.Node) -> bool:
 # Shapes
 # ---------------------------------------------------------------------------------------------------------------------
 
-# The batch, the image's height and width; channels are numbers.
-_N, _H, _W = "N", "H", "W"
+# The batch, the image's height and width, and both as one dimension; channels are numbers.
+_N, _H, _W, _HW = "N", "H", "W", "HW"
+_IMAGE = {_H, _W, _HW}
 _Shape = tuple[str | int, ...]
 
 
@@ -143,8 +144,8 @@ class _Excitation:
         module = self.module_of(node)
         if module is not None and not self.usable(node):
             raise _Unknown
-        if _H in shape:
-            return _squeeze(node, module, shape)
+        if not _IMAGE.isdisjoint(shape):
+            return self._squeezed(node, module, shape)
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             return self._layer(node.target, module, shape)
         if (gate := _gate(node, module)) is not None:
@@ -173,6 +174,19 @@ class _Excitation:
         self.layers.append(layer)
         self.names.append(name)
         return (_N, made, *flat[2:])
+
+    def _squeezed(self, node: fx.Node, module: nn.Module | None, shape: _Shape) -> _Shape:
+        """The shape of a mean, or of a view of all pixels as one dimension before it."""
+        if shape[2:] == (_H, _W) and module is None:
+            if node.target in ("view", "reshape"):
+                sizes = node.args[1:]
+                sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+                if [self._size(size) for size in sizes] == [*shape[:2], -1]:
+                    return (*shape[:2], _HW)
+                raise _Unknown
+            if node.target in ("flatten", torch.flatten) and node.args[1:] in ((2,), (2, -1), (2, 3)):
+                return (*shape[:2], _HW)
+        return _squeeze(node, module, shape)
 
     # -- views --------------------------------------------------------------------------------------------------------
 
@@ -245,20 +259,25 @@ _MEANS = ("mean", torch.mean)
 
 
 def _squeeze(node: fx.Node, module: nn.Module | None, shape: _Shape) -> _Shape:
-    """The shape of the mean over height and width."""
+    """The shape of the mean over height and width, or over one of them."""
+    whole = shape[2:] == (_H, _W)
     if module is not None:
-        if type(module) is nn.AdaptiveAvgPool2d and module.output_size in _ONE:
+        if whole and type(module) is nn.AdaptiveAvgPool2d and module.output_size in _ONE:
             return (*shape[:2], 1, 1)
         raise _Unknown
     if node.target is F.adaptive_avg_pool2d:
         (size,) = node.args[1:] or (node.kwargs.get("output_size"),)
-        if size in _ONE:
+        if whole and size in _ONE:
             return (*shape[:2], 1, 1)
     elif node.target in _MEANS and node.kwargs.keys() <= {"dim", "keepdim", "input"}:
         arguments = dict(zip(("dim", "keepdim"), node.args[1:])) | node.kwargs
         dims = arguments.get("dim")
-        if isinstance(dims, (tuple, list)) and sorted(d % 4 for d in dims) == [2, 3]:
-            return (*shape[:2], 1, 1) if arguments.get("keepdim", False) else shape[:2]
+        dims = dims if isinstance(dims, (tuple, list)) else (dims,)
+        if dims and all(type(d) is int and shape[d % len(shape)] in _IMAGE for d in dims):
+            dims = {d % len(shape) for d in dims}
+            left = 1 if arguments.get("keepdim", False) else None
+            sizes = (left if i in dims else size for i, size in enumerate(shape))
+            return tuple(size for size in sizes if size is not None)
     raise _Unknown
 
 

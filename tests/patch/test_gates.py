@@ -63,7 +63,11 @@ def expanded(self, x):
     return x * torch.sigmoid(self.fc2(self.fc1(self.pool(x)))).expand_as(x)
 
 
-CONVOLUTIONS = [timm, torchvision, functional, by_name, expanded]
+def one_after_the_other(self, x):
+    return x * torch.sigmoid(self.fc2(self.fc1(x.mean(3, keepdim=True).mean(2, keepdim=True))))
+
+
+CONVOLUTIONS = [one_after_the_other, timm, torchvision, functional, by_name, expanded]
 
 
 def unpacked_sizes(self, x):
@@ -99,7 +103,31 @@ def squeezed(self, x):
     return x * self.excite(self.pool(x).squeeze(-1).squeeze(-1)).view(x.size(0), -1, 1, 1)
 
 
-LINEARS = [unpacked_sizes, sizes_one_by_one, wildcards, flattened, flattened_by_module, means, squeezed]
+def rows_then_columns(self, x):
+    return x * self.excite(x.mean(2).mean(dim=2)).view(x.size(0), x.size(1), 1, 1)
+
+
+def of_one_dimension(self, x):
+    b, c, _, _ = x.size()
+    return x * self.excite(x.view(b, c, -1).mean(2)).view(b, c, 1, 1)
+
+
+def flattened_first(self, x):
+    return x * self.excite(torch.mean(x.flatten(2), -1))[:, :, None, None]
+
+
+LINEARS = [
+    rows_then_columns,
+    of_one_dimension,
+    flattened_first,
+    unpacked_sizes,
+    sizes_one_by_one,
+    wildcards,
+    flattened,
+    flattened_by_module,
+    means,
+    squeezed,
+]
 
 
 @pytest.mark.parametrize(("forward", "linear"), [(f, False) for f in CONVOLUTIONS] + [(f, True) for f in LINEARS])
@@ -141,6 +169,10 @@ def over_rows_alone(self, x):
     return x * torch.sigmoid(self.fc2(self.fc1(x.mean(2, keepdim=True))))
 
 
+def over_channels_in_the_end(self, x):
+    return x * torch.sigmoid(self.fc2(self.fc1(x.flatten(2).mean(1, keepdim=True)[:, :, :C, None].transpose(1, 2))))
+
+
 def with_a_maximum(self, x):
     return x * torch.sigmoid(self.fc2(self.fc1(x.mean((2, 3), keepdim=True) + x.amax((2, 3), keepdim=True))))
 
@@ -174,7 +206,15 @@ def transposed_view(self, x):
 @pytest.mark.parametrize(
     "forward",
     [
-        *[only_one_layer, of_another_tensor, over_rows_alone, with_a_maximum, without_a_gate, two_gates],
+        *[
+            only_one_layer,
+            of_another_tensor,
+            over_rows_alone,
+            over_channels_in_the_end,
+            with_a_maximum,
+            without_a_gate,
+            two_gates,
+        ],
         *[activation_behind, pooled_to_two, shown_squeeze, transposed_view],
     ],
 )
