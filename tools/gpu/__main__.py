@@ -94,6 +94,7 @@ def _run(stage: Stage, context: Context, record: Record, deadline: float) -> Non
     try:
         outcome = stage.run(context, deadline)
     except SystemExit:
+        context.note = lambda outcome: None  # of threads whose processes are ended only now
         latest.status = CUT_OFF
         note(latest)
         raise
