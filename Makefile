@@ -5,7 +5,7 @@
 # make cutlass   CUTLASS's convolutions (FUSEDRES_CUTLASS=1) compiled for sm_90a; fetches the headers, needs no GPU
 # make fuzz      20,000 random blocks with random lives against stock PyTorch; an hour or more, goes on where it stopped
 # make gpu       all tests and benchmarks on a GPU, with this machine's own Python and nothing installed: docs/gpu.md
-# make results   measures this machine for bench/results/, then make report; about half an hour
+# make results   measures this machine for bench/results/, then make report; over half an hour
 # make report    docs/benchmarks.md with its figures, and README's tables, from bench/results/
 # make demo bench bench-quick format clean
 
@@ -89,7 +89,7 @@ gpu:
 results: install
 	$(PY) -m fusedres bench --json
 	$(PY) -m fusedres bench --architectures --json
-	$(PY) -m fusedres memory resnet50 densenet121 seresnet50 preresnet50 --json --budget 300 --out build/memory.svg
+	$(PY) -m fusedres memory resnet50 densenet121 seresnet50 preresnet50 --json --budget 700 --out build/memory.svg
 	$(PY) -m fusedres growth --json
 	$(PY) -m fusedres engines --json
 	$(MAKE) report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -120,9 +121,10 @@ def _commit() -> str:
     try:
         command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
+        said = result.stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return result.stdout.strip() or "unknown"
+        said = ""
+    return said or os.environ.get("FUSEDRES_COMMIT") or "unknown"
 
 
 def _now() -> str:
