@@ -554,4 +554,4 @@ def _call_step(step: Step, root: nn.Module, value: Tensor) -> Tensor:
     fc1, fc2 = (module_at(root, path.split(".")) for path in (step.fc1, step.fc2))
     squeezed = value.mean((2, 3), keepdim=isinstance(fc1, nn.Conv2d))
     gate = GATES[step.gate](fc2(step.act(fc1(squeezed))))
-    return value * gate.view(*gate.shape[:2], 1, 1)
+    return value * gate.view(gate.shape[0], gate.shape[1], 1, 1)

@@ -102,3 +102,10 @@ def test_jit_trace(training):
         torch.jit.save(traced, file)
         file.seek(0)
         check(torch.jit.load(file)(inputs()).detach(), stock)
+
+
+@torch.no_grad()
+def test_symbolic_trace_of_an_excitation():
+    block = fusedres.nn.SEBottleneckBlock(8, 8, reduction=2).eval()
+    x = torch.randn(2, 8, 6, 6)
+    torch.testing.assert_close(torch.fx.symbolic_trace(block)(x), block(x))
