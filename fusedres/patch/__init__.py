@@ -7,6 +7,7 @@ graph as steps of a block, ``patterns`` finds the regions, ``codegen`` writes th
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import nn
 
 from .. import select
 from ..block import Block, Dense, Step, measured_backends
+from .codegen import formula
 from .gated_join import GatedJoin
-from .modules import has_own_conv_forward, shared_parameters
+from .modules import class_problem, layer_kind, shared_parameters
 from .plan import Plan, make_plan
 from .prediction import Predictor
 from .report import Declined, Fused, PatchReport
@@ -123,19 +125,31 @@ def _report(model: nn.Module, plan: Plan, dry_run: bool, predictor: Predictor) -
         if path in templates
         for entry in _entries(module, paths, *templates[path])
     ]
-    convolutions = {path: m for m, path in paths.items() if isinstance(m, nn.Conv2d)}
-    left = (plan.reasons.keys() | convolutions.keys()) - {conv for site in sites for conv in site.convolutions}
-    reasons = [Declined(p, plan.reasons.get(p) or _unseen(p, convolutions[p])) for p in paths.values() if p in left]
+    kinds = {path: kind for m, path in paths.items() if (kind := layer_kind(m))}
+    left = (plan.reasons.keys() | kinds.keys()) - {p for site in sites for p in (*site.convolutions, *site.norms)}
+    reasons = [
+        Declined(path, plan.reasons.get(path) or _unseen(model, path), kinds.get(path, "module"))
+        for path in paths.values()
+        if path in left
+    ]
     sources = {path: template.source for path, (template, _) in templates.items()}
-    notes = _notes(convolutions)
-    return PatchReport(tuple(sites), tuple(reasons), len(convolutions), notes, dry_run, sources, predictor)
+    notes = _notes({path: m for m, path in paths.items() if isinstance(m, nn.Conv2d)})
+    total = Counter(kinds.values())
+    return PatchReport(
+        *(tuple(sites), tuple(reasons), total["convolution"], notes, dry_run, sources, predictor),
+        total_norms=total["norm"],
+    )
 
 
-def _unseen(path: str, conv: nn.Conv2d) -> str:
-    """Why a convolution is in no graph."""
-    if has_own_conv_forward(conv):
-        return f"{path} is a {type(conv).__name__}, which has a forward of its own"
-    return "the forward of the module that holds it does not call it"
+def _unseen(model: nn.Module, path: str) -> str:
+    """Why a convolution or norm is in no graph."""
+    if (own := class_problem(path, model.get_submodule(path))) is not None:
+        return own
+    if not path:
+        return "it is the whole model"
+    if any(isinstance(m, nn.Conv2d) for m in model.get_submodule(path.rpartition(".")[0]).modules()):
+        return "the forward of the module that holds it does not call it"
+    return "the module that holds it has no convolution"
 
 
 def _entries(module: nn.Module, paths: dict[nn.Module, str], template: Template, already: bool) -> list[Fused]:
@@ -143,7 +157,7 @@ def _entries(module: nn.Module, paths: dict[nn.Module, str], template: Template,
     entries = []
     for (pattern, block), remark in zip(template.blocks, template.remarks):
         inner = [module.get_submodule(path) for path in _inner(block)]
-        convs = [m for m in inner if isinstance(m, nn.Conv2d)]
+        convs, norms = (tuple(paths[m] for m in inner if layer_kind(m) == k) for k in ("convolution", "norm"))
         layers = (m for m in (*inner, *module.modules()) if isinstance(m, (nn.Conv2d, nn.Linear)))
         # Not the attribute: a parametrization computes one anew, and spectral norm's moves on by a step.
         weight = next(w for w in (m._parameters.get("weight") for m in layers) if w is not None)
@@ -151,7 +165,7 @@ def _entries(module: nn.Module, paths: dict[nn.Module, str], template: Template,
         backend = select.backend_for(weight.device, weight.dtype, forced)
         if select.by_measurement(weight.device.type, forced) and not isinstance(block, GatedJoin):
             backend = measured_backends(block, module, weight.device)
-        entries.append(Fused(paths[module], pattern, backend, tuple(paths[c] for c in convs), already, remark))
+        entries.append(Fused(paths[module], pattern, backend, convs, already, remark, norms, formula(block)))
     return entries
 
 

@@ -20,7 +20,7 @@ from .trace import Traced
 from .view import Region
 from .watch import Watched
 
-__all__ = ["compile_forward", "generate"]
+__all__ = ["compile_forward", "formula", "generate"]
 
 
 class _Code:
@@ -124,16 +124,17 @@ def _kind(b: _Described) -> str:
 
 def _header(cls: type, blocks: dict[str, _Described]) -> str:
     origin = f"# {cls.__module__}.{cls.__qualname__}, with a forward written by fusedres.patch\n"
-    return origin + "".join(f"# {name}: {_formula(b)}\n" for name, b in blocks.items()) + "\n"
+    formulas = (f"{name}: {formula(b)}".replace("\n", "\n# ") for name, b in blocks.items())
+    return origin + "".join(f"# {line}\n" for line in formulas) + "\n"
 
 
-def _formula(b: _Described) -> str:
-    """``relu(x -> conv1 -> bn1 -> relu -> conv2 -> bn2  +  x)``"""
+def formula(b: _Described) -> str:
+    """``relu(x -> conv1 -> bn1 -> relu -> conv2 -> bn2  +  x)``; the layers of a dense block each on their own line."""
     if isinstance(b, GatedJoin):
         return str(b)
     if isinstance(b, Dense):
         return "x and the channels of each layer, which reads all before it" + "".join(
-            f"\n#     {_path('[...]', layer)}" for layer in b.layers
+            f"\n    {_path('[...]', layer)}" for layer in b.layers
         )
     if b.shortcut is None:
         return _path("x", b.branch)

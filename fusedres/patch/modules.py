@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from functools import cache
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -16,6 +18,8 @@ from ..frozen import frozen_norm, has_frozen_name
 
 __all__ = [
     "bare_conv_problem",
+    "class_name",
+    "class_problem",
     "conv_problem",
     "drop_path_problem",
     "has_own_conv_forward",
@@ -24,6 +28,7 @@ __all__ = [
     "is_drop_path",
     "is_norm",
     "is_unknown_norm",
+    "layer_kind",
     "linear_problem",
     "norm_problem",
     "opaque_problem",
@@ -91,10 +96,60 @@ def opaque_problem(module: nn.Module) -> str | None:
     return None
 
 
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm)
+
+
+def layer_kind(module: nn.Module) -> str | None:
+    """What a report counts the module as: a convolution (``nn.Conv2d``), another convolution, a norm, or nothing."""
+    if isinstance(module, _ConvNd):
+        return "convolution" if isinstance(module, nn.Conv2d) else "other convolution"
+    return "norm" if isinstance(module, _NORMS) or _is_named_norm(module) else None
+
+
+def _is_named_norm(module: nn.Module) -> bool:
+    """Whether a class that is none of PyTorch's is a norm by its name, as every library's frozen batch norm is."""
+    if not _named_norm(type(module)) or not (module._parameters or module._buffers):
+        return False
+    return not any(m is not module and layer_kind(m) for m in module.modules())
+
+
+@cache
+def _named_norm(cls: type) -> bool:
+    return re.search("Norm(?!al)", cls.__name__) is not None and not cls.__module__.startswith("torch.")
+
+
+def class_problem(path: str, module: nn.Module) -> str | None:
+    """What in the class of the convolution or norm at ``path`` keeps it from being a step, whatever is around it."""
+    if isinstance(module, nn.Conv2d):
+        problem = _subclass_problem(module) if _has_own_class(module) else None
+    elif has_frozen_name(module):
+        problem = _frozen_problem(module)
+    elif is_norm(module):
+        problem = None if _is_batch_norm(type(module)) else _subclass_problem(module)
+    else:
+        problem = f"is a {class_name(module)}, which no block has"
+    return problem and f"{path.rpartition('.')[2] or 'it'} {problem}"
+
+
+def class_name(module: nn.Module) -> str:
+    """The name of the module's class, with its place where PyTorch has another of that name."""
+    cls = type(module)
+    return cls.__name__ if getattr(nn, cls.__name__, cls) is cls else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _has_own_class(conv: nn.Conv2d) -> bool:
+    cls = type(conv)
+    return cls.forward is not nn.Conv2d.forward or cls._conv_forward is not nn.Conv2d._conv_forward
+
+
+def _is_batch_norm(cls: type) -> bool:
+    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)
+    return issubclass(cls, kinds) and (is_norm_act(cls) or cls.forward in [kind.forward for kind in kinds])
+
+
 def conv_problem(module: nn.Conv2d, shared: dict[int, str]) -> str | None:
     """Why a convolution cannot be part of a fused site; ``None`` where it can."""
-    cls = type(module)
-    if cls.forward is not nn.Conv2d.forward or cls._conv_forward is not nn.Conv2d._conv_forward:
+    if _has_own_class(module):
         return _subclass_problem(module)
     if module.padding_mode != "zeros":
         return f"has padding_mode={module.padding_mode!r}"
@@ -117,8 +172,8 @@ def norm_problem(module: nn.Module, shared: dict[int, str]) -> str | None:
     """Why a normalisation layer cannot be part of a fused site; ``None`` where it can."""
     if has_frozen_name(module):
         return _frozen_problem(module)
-    cls, kinds = type(module), (nn.BatchNorm2d, nn.SyncBatchNorm)
-    if not isinstance(module, kinds) or not (is_norm_act(cls) or cls.forward in [kind.forward for kind in kinds]):
+    cls = type(module)
+    if not _is_batch_norm(cls):
         return _subclass_problem(module)
     if is_norm_act(cls) and not module._modules.keys() >= {"act", "drop"}:
         return f"is a {cls.__name__} without an activation"
@@ -184,7 +239,7 @@ def drop_path_problem(module: nn.Module) -> str | None:
 
 
 def _subclass_problem(module: nn.Module) -> str:
-    name = type(module).__name__
+    name = class_name(module)
     if is_parametrized(module):
         return "has a parametrization"
     if type(module).__module__.startswith("torch.nn.modules."):

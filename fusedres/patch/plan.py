@@ -19,11 +19,13 @@ from ..mask import mask_of
 from .codegen import generate
 from .modules import (
     bare_conv_problem,
+    class_problem,
     conv_problem,
     hook_problem,
     is_builtin,
     is_drop_path,
     is_norm,
+    layer_kind,
     linear_problem,
     norm_problem,
     opaque_problem,
@@ -49,7 +51,7 @@ class Plan:
     Args:
         sites: the modules to fuse, outermost first.
         fused: the modules that are fused already, by path.
-        reasons: why a convolution, or everything below a module, stays as it is, by path.
+        reasons: why a convolution, a norm, or everything below a module, stays as it is, by path.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -194,8 +196,8 @@ class _Planner:
             for region in pattern.find(view):
                 view.take(region)
                 regions.append(region)
-        for conv in view.convolutions:
-            self._decline(view.convolution(conv)[1], view.why_not(conv))
+        for node in view.left:
+            self._decline(view.layer(node)[1], view.why_not(node))
         return view, sorted(regions, key=lambda region: view.nodes.index(region.nodes[-1]))
 
     def _problem(self, module: nn.Module, bare: bool = False) -> str | None:
@@ -210,7 +212,7 @@ class _Planner:
         return hook_problem(module)
 
     def _add_site(self, module: nn.Module, traced: Traced, view: View, regions: list[Region]) -> None:
-        declined = tuple((view.convolution(conv)[0], view.why_not(conv)) for conv in view.convolutions)
+        declined = tuple((view.layer(node)[0], view.why_not(node)) for node in view.left)
         inlined = tuple(path for path, m in module.named_modules() if m in traced.inlined)
         remarks = tuple(map(view.why_no_more, regions))
         watched = watch(module, regions, inlined)
@@ -222,9 +224,9 @@ class _Planner:
 
     # -- reasons ------------------------------------------------------------------------------------------------------
 
-    def _decline(self, conv: nn.Module, reason: str) -> None:
+    def _decline(self, layer: nn.Module, reason: str) -> None:
         # Inner modules come later and know better.
-        self.plan.reasons[self._paths[conv]] = reason
+        self.plan.reasons[self._paths[layer]] = reason
 
     def _decline_opaque(self, module: nn.Module, problem: str) -> None:
         if isinstance(module, torch.jit.ScriptModule):
@@ -233,9 +235,9 @@ class _Planner:
 
     def _decline_below(self, module: nn.Module, reason: str) -> None:
         name = self._paths[module] or type(module).__name__
-        for below in module.modules():
-            if isinstance(below, nn.Conv2d):
-                self._decline(below, f"{name}: {reason}")
+        for below in filter(layer_kind, module.modules()):
+            # What it is itself would still hold if the module above were written otherwise.
+            self._decline(below, class_problem(self._paths[below], below) or f"{name}: {reason}")
 
 
 def _scopes(region: Region) -> Iterator[tuple[tuple[str, str], ...]]:

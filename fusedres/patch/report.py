@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
@@ -24,6 +25,8 @@ class Fused:
         convolutions: the paths of the convolutions inside.
         already: whether an earlier ``patch`` had fused it.
         remark: why the addition behind a chain is not part of it, where there is one.
+        norms: the paths of the norms inside.
+        formula: what became one call, ``relu(x -> conv1 -> bn1  +  x)``, in the names of the module's own layers.
     """
 
     path: str
@@ -32,14 +35,21 @@ class Fused:
     convolutions: tuple[str, ...]
     already: bool = False
     remark: str = ""
+    norms: tuple[str, ...] = ()
+    formula: str = ""
 
 
 @dataclass(frozen=True)
 class Declined:
-    """A convolution, or a module with all below it, that stays as it is."""
+    """A convolution or norm, or a module with all below it, that stays as it is.
+
+    Args:
+        kind: ``"convolution"`` for an ``nn.Conv2d``, ``"other convolution"``, ``"norm"`` or ``"module"``.
+    """
 
     path: str
     reason: str
+    kind: str = "convolution"
 
 
 @dataclass(frozen=True)
@@ -49,10 +59,11 @@ class PatchReport:
     Args:
         fused: the sites, outermost first.
         declined: what was left alone.
-        total: how many convolutions the model has.
+        total: how many convolutions (``nn.Conv2d``) the model has.
         notes: what else the caller should know.
         dry_run: whether the model was left unchanged.
         predictor: counts bytes per image, where there is a model to count for.
+        total_norms: how many norms of any kind the model has.
     """
 
     fused: tuple[Fused, ...]
@@ -62,11 +73,17 @@ class PatchReport:
     dry_run: bool = False
     sources: dict[str, str] = field(default_factory=dict, repr=False)
     predictor: Predictor | None = field(default=None, repr=False, compare=False)
+    total_norms: int = 0
 
     @property
     def covered(self) -> int:
         """How many convolutions are inside fused sites."""
         return len({path for site in self.fused for path in site.convolutions})
+
+    @property
+    def covered_norms(self) -> int:
+        """How many norms are inside fused sites."""
+        return len({path for site in self.fused for path in site.norms})
 
     @property
     def coverage(self) -> float:
@@ -86,9 +103,10 @@ class PatchReport:
     def bytes_per_image(self, shape: Sequence[int] | None = None) -> tuple[float, float]:
         """The bytes that a training step moves per image: by the stock model, and by the patched one.
 
-        Predicted, for the model as it is now, in its dtype: both run forward and backward on tensors without memory,
-        and what their passes read and write is added up, as :func:`fusedres.analysis.traffic` does. It takes about as
-        long as patching.
+        Predicted when asked for, of the model as it is then, in its dtype, patched as this report was: both run forward
+        and backward on tensors without memory, and what their passes read and write is added up, as
+        :func:`fusedres.analysis.traffic` does. It takes about as long as patching. A report does not keep its model
+        alive: keep it until the report has been printed.
 
         Args:
             shape: of the input, ``[N, C, H, W]``; by default 32 images of 224 x 224, or 320 x 320 where those are too
@@ -116,6 +134,7 @@ class PatchReport:
             "declined": [asdict(site) for site in self.declined],
             "coverage": self.coverage,
             "convolutions": self.total,
+            "norms": self.total_norms,
             "notes": list(self.notes),
             "dry_run": self.dry_run,
             "bytes_per_image": None,
@@ -129,20 +148,21 @@ class PatchReport:
     def __str__(self) -> str:
         lines = [self._summary(), *self._prediction()]
         if self.fused:
-            rows = [(_span(paths), pattern, backend) for paths, (pattern, backend) in _runs(_fused_rows(self.fused))]
-            lines += ["", *_table(("fused", "pattern", "backend"), rows)]
-        if any(site.remark for site in self.fused):
-            rows = _runs((site.path, (site.remark,)) for site in self.fused if site.remark)
-            lines += ["", *_table(("fused in part", "reason"), [(_span(paths), reason) for paths, (reason,) in rows])]
+            lines += ["", *_fused_table(self.fused)]
+        remarks = _grouped((site.path, site.remark) for site in self.fused if site.remark)
+        if remarks:
+            lines += ["", *_table(("fused in part", "reason"), remarks)]
         if self.declined:
-            rows = [(_span(paths), reason) for paths, (reason,) in _runs((d.path, (d.reason,)) for d in self.declined)]
+            rows = _grouped((site.path, site.reason) for site in self.declined)
             lines += ["", *_table(("left as it is", "reason"), rows)]
         lines += ["", *(f"note: {note}" for note in self.notes)] if self.notes else []
         return "\n".join(lines)
 
     def _summary(self) -> str:
         verb = "would be fused" if self.dry_run else "fused"
-        return f"{self.covered} of {self.total} convolutions {verb} ({self.coverage:.0%}), in {len(self.fused)} sites"
+        norms = f"; {self.covered_norms} of {self.total_norms} norms" if self.total_norms else ""
+        convolutions = f"{self.covered} of {self.total} convolutions {verb} ({self.coverage:.0%})"
+        return f"{convolutions}, in {len(self.fused)} sites{norms}"
 
     def _prediction(self) -> list[str]:
         if self.predictor is None or not self.fused:
@@ -159,9 +179,70 @@ def _mb(nbytes: float) -> str:
     return f"{nbytes / 1e6:.3g}" if nbytes < 1e9 else f"{nbytes / 1e6:.0f}"
 
 
-def _fused_rows(sites: Iterable[Fused]) -> Iterator[tuple[str, tuple[str, str]]]:
-    for site in sites:
-        yield site.path, (site.pattern + (" [already]" if site.already else ""), site.backend)
+def _fused_table(sites: Sequence[Fused]) -> list[str]:
+    """A row for each run of like sites, and below it what became one call, unless it is as in the last such row."""
+    rows, below, told = [], [], {}
+    remaining = iter(sites)
+    for paths, said in _runs((site.path, (_pattern(site), site.backend)) for site in sites):
+        rows.append((_span(paths), *said))
+        formulas = list(dict.fromkeys(f for f in (next(remaining).formula for _ in paths) if f))
+        below.append(formulas if told.get(said[0]) != formulas else [])
+        told[said[0]] = formulas
+    head, rule, *lines = _table(("fused", "pattern", "backend"), rows)
+    return [head, rule, *(line for row, formulas in zip(lines, below) for line in (row, *_told(formulas)))]
+
+
+def _pattern(site: Fused) -> str:
+    return site.pattern + (" [already]" if site.already else "")
+
+
+_WIDTH, _MOST = 120, 3
+
+
+def _told(formulas: list[str]) -> list[str]:
+    """Formulas as lines below their row: the first few, each on one line."""
+    more = [f"    ... and {len(formulas) - _MOST} more such"] if len(formulas) > _MOST else []
+    return [f"    {_one_line(f)}" for f in formulas[:_MOST]] + more
+
+
+def _one_line(formula: str) -> str:
+    line, *layers = formula.splitlines()
+    if layers:  # of a dense block, which differ in their names
+        line = layers[0].strip() + (f", and {len(layers) - 1} more" if len(layers) > 1 else "")
+    room = _WIDTH - 4
+    # The end tells of the sum and of what it adds.
+    return line if len(line) <= room else f"{line[: room - 45]} ... {line[-40:]}"
+
+
+def _grouped(entries: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Rows of paths and reasons, where those that differ in numbers alone share one."""
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for path, reason in entries:
+        groups.setdefault((re.sub(r"\d+", "*", path), _general(path, reason)), []).append((path, reason))
+    rows = []
+    for (_, general), members in groups.items():
+        paths, reasons = zip(*members)
+        runs = _runs((path, ("",)) for path in paths)
+        shown = _span(runs[0][0]) if len(runs) == 1 else f"{_common(paths)} (x {len(paths)})"
+        rows.append((shown, reasons[0] if len(set(reasons)) == 1 else general))
+    return rows
+
+
+def _general(path: str, reason: str) -> str:
+    """A reason that names its own layer by the last part of its path, and other paths with ``*`` for their indices."""
+
+    def shorter(named: re.Match) -> str:
+        if f".{path}".endswith(f".{named[0]}"):
+            return path.rpartition(".")[2]
+        return re.sub(r"(?<![^.])\d+(?![^.])", "*", named[0])
+
+    return re.sub(r"\w+(?:\.\w+)+", shorter, reason)
+
+
+def _common(paths: Sequence[str]) -> str:
+    """Paths that differ in numbers alone as one, with ``*`` where they do."""
+    parts = [re.split(r"(\d+)", path) for path in paths]
+    return "".join(same[0] if len(set(same)) == 1 else "*" for same in zip(*parts))
 
 
 def _runs(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[list[str], tuple[str, ...]]]:

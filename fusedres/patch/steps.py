@@ -42,6 +42,7 @@ __all__ = [
     "calls_as_module_says",
     "changes_in_place",
     "conv_path",
+    "is_sum",
     "makes_its_result",
     "paths",
     "read",
@@ -169,13 +170,13 @@ def read(node: fx.Node, module: nn.Module | None, excluded: Callable[[nn.Module]
         module: the module that a ``call_module`` node calls.
         excluded: says why a convolution or norm may not be touched, or ``None``.
     """
-    if tensor_input(node) is None:
-        return Stop()
     if node.op == "call_module":
         # Every module that can be a step takes the tensor alone; extra arguments make it another thing.
-        return _read_module(node.target, module, excluded) if len(node.args) + len(node.kwargs) == 1 else Stop()
+        if tensor_input(node) is None or len(node.args) + len(node.kwargs) != 1:
+            return Stop(f"{node.target} is called with other arguments than one tensor")
+        return _read_module(node.target, module, excluded)
     if node.op in ("call_function", "call_method"):
-        return _read_function(node)
+        return Stop(_function_problem(node)) if tensor_input(node) is None else _read_function(node)
     return Stop()
 
 
@@ -199,6 +200,8 @@ def _read_module(path: str, module: nn.Module, excluded: Callable[[nn.Module], s
     if not is_builtin(module) and (mask := mask_of(module)) is not None:
         return Mask(path, mask.channels)
     activation = _module_activation(module)
+    if activation is None and type(module) in _MODULE_ACTIVATIONS:
+        return Stop(f"{path} is a {type(module).__name__}({module.extra_repr()}), which no block has")
     return Act(activation) if activation else Stop(f"{path} is a {type(module).__name__}, which no block has")
 
 
@@ -239,13 +242,33 @@ def _read_function(node: fx.Node) -> Reading:
         return _read_dropout(node)
     known = _FUNCTION_ACTIVATIONS.get(node.target)
     if known is None:
-        return Stop()
+        return Stop(_function_problem(node))
     arguments = {k: v for k, v in node.kwargs.items() if k != "input"}
     try:
         activation = known(*node.args[1:], **arguments)
     except TypeError:
-        return Stop()
-    return Act(activation) if activation else Stop()
+        activation = None
+    if activation is None:
+        return Stop(f"{_function_name(node)} with these arguments is no step of a block")
+    return Act(activation)
+
+
+def _function_problem(node: fx.Node) -> str:
+    """Why a function is no step; nothing of the sum of two tensors, which is for the patterns to tell."""
+    name = _function_name(node)
+    if addition(node) is not None:
+        return ""
+    if node.target in _ADDITIONS:
+        if node.kwargs.get("alpha", 1) != 1:
+            return f"{name} has alpha={node.kwargs['alpha']}, which no block has"
+        if len(node.all_input_nodes) == 1:
+            return f"{name} adds no second tensor (sum() begins with the number 0)"
+        return f"{name} is of what may be no tensor"
+    return f"{name} is no step of a block"
+
+
+def _function_name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
 
 
 def conv_path(node: fx.Node) -> str | None:
@@ -327,6 +350,11 @@ def _is_tensor(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target not in _SCALAR_METHODS
     return not (node.op == "call_function" and node.target in (getattr, operator.getitem, len))
+
+
+def is_sum(node: fx.Node) -> bool:
+    """Whether ``node`` adds two tensors in any way, also one that no block does."""
+    return node.op in ("call_function", "call_method") and node.target in _ADDITIONS and len(node.all_input_nodes) > 1
 
 
 _MAKERS = {

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import fx, nn
 
 from ..block import Act, Block, Conv, Dense, Norm, SqueezeExcite, Step, idle_in_training
 from .gated_join import GatedJoin
 from .gates import Gate, find_gate
-from .modules import has_own_conv_forward
+from .modules import class_name, has_own_conv_forward, layer_kind
 from .products import Product, find_product
 from .steps import (
     PASS,
@@ -24,6 +25,7 @@ from .steps import (
     calls_as_module_says,
     changes_in_place,
     conv_path,
+    is_sum,
     makes_its_result,
     read,
     tensor_input,
@@ -31,6 +33,8 @@ from .steps import (
 from .trace import Traced, is_users_function
 
 __all__ = ["Chain", "ChainLink", "Region", "View"]
+
+_NEAR = 4  # nodes between a chain and the sum that it is told not to be fused with
 
 
 class ChainLink(NamedTuple):
@@ -174,11 +178,18 @@ class View:
         module = None if path is None else self._root.get_submodule(path)
         return (path, module) if module is not None and has_own_conv_forward(module) else None
 
+    def layer(self, node: fx.Node) -> tuple[str, nn.Module] | None:
+        """The convolution or norm, of any class, that ``node`` runs, behind its path."""
+        if (found := self.convolution(node)) is not None:
+            return found
+        module = self.module_of(node)
+        return (node.target, module) if module is not None and layer_kind(module) else None
+
     def _read_bare(self, node: fx.Node) -> Reading:
         """What a call of ``F.conv2d`` is to a block."""
         path, module = self.convolution(node)
         if not calls_as_module_says(node, module):
-            return Stop(f"{path} is a {type(module).__name__}, which has a forward of its own")
+            return Stop(f"{path} is a {class_name(module)}, which has a forward of its own")
         problem = self._excluded(module, True)
         return Stop(f"{path} {problem}") if problem else Conv(path, bare=True)
 
@@ -220,6 +231,11 @@ class View:
     def convolutions(self) -> list[fx.Node]:
         """The calls of convolutions that no region has taken, in order."""
         return [n for n in self.nodes if n not in self._taken and self.convolution(n) is not None]
+
+    @property
+    def left(self) -> list[fx.Node]:
+        """The calls of convolutions and norms, of any class, that no region has taken, in order."""
+        return [n for n in self.nodes if n not in self._taken and self.layer(n) is not None]
 
     def additions(self) -> Iterator[tuple[fx.Node, Addition]]:
         """The sums of two tensors, in order."""
@@ -288,7 +304,7 @@ class View:
         self._taken.update(region.nodes)
 
     def decline(self, nodes: tuple[fx.Node, ...], reason: str) -> None:
-        """Remembers ``reason`` for the convolutions among ``nodes``, unless they end up in another region."""
+        """Remembers ``reason`` for the layers among ``nodes``, unless they end up in another region."""
         for node in nodes:
             self.reasons.setdefault(node, reason)
 
@@ -301,27 +317,78 @@ class View:
         said = [self.reasons[node] for node in region.nodes if node in self.reasons]
         if said and said[0].startswith("the addition"):
             return said[0]
-        reader = self.only_reader(region.nodes[-1])
-        reading = None if reader is None else self._read(reader)
-        if isinstance(reading, Stop) and reading.reason:
-            for user in filter(addition, reader.users):
-                return f"the addition {user.name} is not fused: {reading.reason}"
-        return ""
+        node, reason = self._addition_behind(region.nodes[-1])
+        return f"the addition {node.name} is not fused: {reason}" if node is not None and reason else ""
 
-    def why_not(self, conv: fx.Node) -> str:
-        """Why a convolution is in no region."""
-        reading, (path, _) = self.reading(conv), self.convolution(conv)
-        if isinstance(reading, Stop):
+    def _addition_behind(self, node: fx.Node) -> tuple[fx.Node | None, str]:
+        """The sum that a chain leads to through a few nodes that no region has, and what stands between."""
+        reason = ""
+        for _ in range(_NEAR):
+            readers = self.in_order(node.users.keys())
+            if not readers or not self.is_free(readers[-1]) or self._holds_convolutions(readers[-1]):
+                break
+            if len(readers) > 1:
+                reason = reason or f"the output of {self._name(node)} is used in more than one place"
+            node = readers[-1]
+            if is_sum(node):
+                return node, reason or _reason(self._read(node))
+            reason = reason or _reason(self._read(node))
+        return None, ""
+
+    def _convolves(self, node: fx.Node) -> bool:
+        return node.target is F.conv2d or self.convolution(node) is not None
+
+    def _holds_convolutions(self, node: fx.Node) -> bool:
+        module = self.module_of(node)
+        return self._convolves(node) or (module is not None and any(isinstance(m, nn.Conv2d) for m in module.modules()))
+
+    def _name(self, node: fx.Node) -> str:
+        found = self.layer(node)
+        return node.name if found is None else found[0]
+
+    def why_not(self, node: fx.Node) -> str:
+        """Why a convolution or norm is in no region."""
+        if isinstance(reading := self._read(node), Stop):
             return reading.reason
-        if conv in self.reasons:
-            return self.reasons[conv]
-        reader = self.only_reader(conv)
+        if node in self.reasons:
+            return self.reasons[node]
+        return self._why_no_norm(node) if isinstance(reading, Norm) else self._why_no_convolution(node)
+
+    def _why_no_convolution(self, conv: fx.Node) -> str:
+        reader, path = self.only_reader(conv), self._name(conv)
         if reader is None and len(conv.users) > 1:
             return f"the output of {path} is used in more than one place"
-        after = reader and self.reading(reader)
-        if isinstance(after, Stop) and after.reason:
-            return f"nothing to fuse {path} with: {after.reason}"
+        if reader is not None and (reason := _reason(self.reading(reader))):
+            return f"nothing to fuse {path} with: {reason}"
         return f"{path} stands alone: no norm, activation or addition next to it"
+
+    def _why_no_norm(self, norm: fx.Node) -> str:
+        path, run = self._name(norm), self._to_convolution(norm)
+        if not run:
+            return f"{path} stands alone: no convolution next to it"
+        *between, conv = run
+        if reason := _reason(self._read(conv)):
+            return f"nothing to fuse {path} with: {reason}"
+        for node in between:
+            if len(node.users) > 1:
+                return f"the output of {self._name(node)} is used in more than one place"
+        return f"the convolution next to {path}, {self._name(conv)}, is fused without it, or in another module"
+
+    def _to_convolution(self, norm: fx.Node) -> list[fx.Node]:
+        """The nodes whose values lie between a norm and the next convolution, which is last; none without one."""
+        run, node = [], self.input_of(norm)
+        while node is not None:
+            run.append(node)
+            if self._convolves(node):
+                return [*run, node]  # its own value is one of them
+            node = self.input_of(node) if isinstance(self._read(node), (Act, Pass)) else None
+        run = [norm]
+        while run:
+            if found := [n for n in run[-1].users if self._convolves(n)]:
+                return [*run, found[0]]
+            following = [n for n in run[-1].users if isinstance(self._read(n), (Act, Pass))]
+            run = [*run, following[0]] if following else []
+        return []
 
     # -- writes in place ----------------------------------------------------------------------------------------------
 
@@ -368,3 +435,7 @@ class View:
         while target in inside and not self._is_fresh(target) and addition(target) is None:
             target = tensor_input(target)
         return target in inside
+
+
+def _reason(reading: Reading) -> str:
+    return reading.reason if isinstance(reading, Stop) else ""

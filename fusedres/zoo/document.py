@@ -60,13 +60,14 @@ def _bytes(report: PatchReport) -> str:
 
 def reasons(report: PatchReport) -> str:
     """Why convolutions were left, by how many of them each reason concerns."""
-    counts = Counter(_general(d.reason) for d in report.declined)
+    counts = Counter(_general(d.reason) for d in report.declined if d.kind in ("convolution", "module"))
     return "; ".join(f"{reason} ({n})" for reason, n in counts.most_common()).replace("|", "\\|")
 
 
 # What in a reason is of one layer alone, and what is said of all such layers instead.
 _NAMES = (
     (r" \(\S+\.py:\d+: .*\)$", ""),  # the line of the model's code
+    (r"^nothing to fuse \S+ with: (?=\S+ is no step)", "what follows, "),
     (r"^nothing to fuse \S+ with: \S+ is", "what follows is"),
     (r"^nothing to fuse \S+ with: \S+ has", "what follows has"),
     (r"^(the output of )\S+", r"\1it"),

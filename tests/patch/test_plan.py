@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -313,7 +314,8 @@ def test_quantised_layers():
     model = Layers()
     model.conv1 = torch.ao.nn.qat.Conv2d(4, 4, 3, padding=1, qconfig=config)
     report = patch(model)
-    assert "conv1 is a Conv2d, which has a forward of its own" in reasons(report)["conv1"]
+    expected = "conv1 is a torch.ao.nn.qat.modules.conv.Conv2d, which has a forward of its own"
+    assert expected in reasons(report)["conv1"]
     assert [site.convolutions for site in report.fused] == [("conv2",)]
     model = Layers()
     model.conv1 = torch.ao.nn.quantized.Conv2d(4, 4, 3, padding=1)
@@ -361,6 +363,128 @@ def test_graph_module_is_left():
     report = patch(fx.symbolic_trace(ResidualBlock(4)))
     assert report.fused == ()
     assert "GraphModule" in reasons(report)["conv1"]
+
+
+def test_a_layer_with_a_class_of_its_own_has_its_own_reason():
+    """Whatever is the matter with the module that holds it."""
+
+    class Odd(Layers):
+        def __init__(self):
+            super().__init__()
+            self.conv1 = StandardizedConv(4, 4, 3, padding=1)
+            self.bn1 = nn.GroupNorm(2, 4)
+
+        def forward(self, x):
+            return self.branch(x) if x.sum() > 0 else x
+
+    for prefix, model in (("", Odd()), ("0.", nn.Sequential(Odd()))):
+        said = {path.removeprefix(prefix): reason for path, reason in reasons(explain(model)).items()}
+        assert said["conv1"] == "conv1 is a StandardizedConv, which has a forward of its own"
+        assert said["bn1"] == "bn1 is a GroupNorm, which is left as it is"
+        assert "branches on data" in said["conv2"]
+        assert "branches on data" in said["bn2"]
+
+
+# -- reasons: norms, and convolutions that no block has --------------------------------------------------------------
+
+
+class FrozenBatchNorm(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(channels, 1, 1))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+LAYERS = {
+    "Conv1d": (nn.Conv1d(4, 4, 1), "other convolution"),
+    "Conv3d": (nn.Conv3d(4, 4, 1), "other convolution"),
+    "ConvTranspose2d": (nn.ConvTranspose2d(4, 4, 1), "other convolution"),
+    "BatchNorm1d": (nn.BatchNorm1d(4), "norm"),
+    "BatchNorm3d": (nn.BatchNorm3d(4), "norm"),
+    "InstanceNorm2d": (nn.InstanceNorm2d(4), "norm"),
+    "GroupNorm": (nn.GroupNorm(2, 4), "norm"),
+    "LayerNorm": (nn.LayerNorm(4), "norm"),
+    "RMSNorm": (nn.RMSNorm(4), "norm"),
+    "LocalResponseNorm": (nn.LocalResponseNorm(2), "norm"),
+    "FrozenBatchNorm": (FrozenBatchNorm(4), "norm"),
+    "ScaledNorm": (ScaledNorm(4), "norm"),
+}
+
+
+@pytest.mark.parametrize("holder", [nn.Sequential, lambda m: nn.Sequential(nn.Sequential(m))], ids=["flat", "nested"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_that_no_block_has(name, holder):
+    layer, kind = LAYERS[name]
+    report = explain(nn.Sequential(ResidualBlock(4), holder(layer)))
+    (left,) = report.declined
+    assert (report.total, report.coverage, report.covered_norms) == (2, 1.0, 2)
+    assert report.total_norms == 2 + (kind == "norm")
+    assert left.kind == kind
+    assert left.path.startswith("1.0")
+    assert f" is a {name}, which " in left.reason
+
+
+def test_what_only_sounds_like_a_norm():
+    class Normalize(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(4, 1, 1))
+
+        def forward(self, x):
+            return x - self.mean
+
+    class ConvNorm(nn.Sequential):
+        pass
+
+    unit = ConvNorm(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    model = nn.Sequential(Normalize(), unit, parametrizations.spectral_norm(nn.Conv2d(4, 4, 1)))
+    report = explain(model)
+    assert report.total_norms == report.covered_norms == 1
+    assert list(reasons(report)) == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda self, x: self.bn1(F.max_pool2d(x, 2)), "bn1 stands alone: no convolution next to it"),
+        (lambda self, x: torch.relu(self.bn1(x)), "bn1 stands alone: no convolution next to it"),
+        (lambda self, x: self.bn1(self.odd(x)), "nothing to fuse bn1 with: conv2d is no step of a block"),
+        (lambda self, x: self.bn1(self.hooked(x)), "nothing to fuse bn1 with: hooked has a forward hook"),
+        (lambda self, x: self.odd(torch.relu(self.bn1(x))), "nothing to fuse bn1 with: conv2d is no step of a block"),
+        (lambda self, x: (lambda y: self.bn1(y) * y)(self.conv1(x)), "the output of conv1 is used in more than one"),
+        (lambda self, x: (lambda y: self.conv1(y) * y)(self.bn1(x)), "the output of bn1 is used in more than one"),
+        (lambda self, x: self.bn1(self.bn1(self.conv1(x))), "bn1 is called more than once"),
+        (lambda self, x: self.bn2(x) * torch.relu(self.conv1(x)), "the forward of the module that holds it does not"),
+    ],
+)
+def test_why_a_batch_norm_is_left(forward, reason):
+    model = type("Odd", (Layers,), {"forward": forward})()
+    model.odd, model.hooked = StandardizedConv(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+    model.hooked.register_forward_hook(lambda *_: None)
+    assert reasons(explain(model))["bn1"].startswith(reason)
+
+
+def test_norms_of_modules_without_convolutions():
+    report = explain(nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.BatchNorm2d(4))))
+    assert reasons(report) == {"1.0": "the module that holds it has no convolution"}
+    assert reasons(explain(nn.BatchNorm2d(4))) == {"": "it is the whole model"}
+    assert str(explain(nn.BatchNorm2d(4))).splitlines()[0].endswith("in 0 sites; 0 of 1 norms")
+
+
+def test_the_last_norm_of_densenet():
+    report = patch(torchvision_models().DenseNet(8, (2, 2), 16, 2, num_classes=7))
+    assert reasons(report) == {"features.norm5": "norm5 stands alone: no convolution next to it"}
+    assert report.covered_norms == report.total_norms - 1
+
+
+def test_norms_that_are_left_are_told_of_again():
+    model = nn.Sequential(Layers(), nn.MaxPool2d(2), nn.BatchNorm2d(4))
+    model[0].bn2 = nn.GroupNorm(2, 4)
+    first, second = patch(model), patch(model)
+    assert first.declined == second.declined
+    assert [(d.path, d.kind) for d in second.declined] == [("0.bn2", "norm"), ("2", "norm")]
 
 
 # -- reasons: a forward that no graph can stand for ------------------------------------------------------------------
@@ -593,9 +717,10 @@ def test_only_and_skip(options, expected):
     report = patch(model, **options)
     assert list(patterns(report)) == expected
     assert [p for p, m in model.named_modules() if type(m).__name__.startswith("Fused")] == expected
-    declined = list(reasons(report).values())
-    assert len(declined) + report.covered == report.total
-    assert all("only=" in reason or "skip=" in reason for reason in declined)
+    kinds = Counter(d.kind for d in report.declined)
+    assert kinds["convolution"] + report.covered == report.total
+    assert kinds["norm"] + report.covered_norms == report.total_norms
+    assert all("only=" in reason or "skip=" in reason for reason in reasons(report).values())
 
 
 def test_skip_of_one_inner_layer_fuses_the_rest():

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from survey_blocks import MyResNet, ResidualBlock
+from survey_blocks import BottleneckBlock, MyResNet, ResidualBlock
 from torch import nn
 
 from fusedres.analysis import traffic
@@ -50,6 +50,68 @@ def test_table_is_narrow_and_aligned():
     assert any(line.startswith("1 ") and "stands alone" in line for line in lines)
 
 
+def test_norms_in_the_summary():
+    model = nn.Sequential(ResidualBlock(4), nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4))
+    assert str(patch(model)).splitlines()[0] == "2 of 3 convolutions fused (67%), in 1 sites; 2 of 3 norms"
+
+
+def test_what_became_one_call_is_below_its_row():
+    model = nn.Sequential(ResidualBlock(4), ResidualBlock(4), BottleneckBlock(4, 8), ResidualBlock(8))
+    residual = "    relu(x -> conv1 -> bn1 -> relu -> conv2 -> bn2  +  x)"
+    lines = str(patch(model)).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("fused "))
+    assert [lines[start + 2][:6], *lines[start + 3 : start + 4], lines[start + 4][:2]] == ["0 .. 1", residual, "2 "]
+    assert lines[start + 5].startswith("    relu(x -> conv1") and "projection" in lines[start + 4]
+    assert lines[start + 6].startswith("3 ")
+    assert lines.count(residual) == 1  # the last row is as the first
+
+
+def formulas(*said: str) -> list[str]:
+    """The lines below the row of sites of one module with these formulas."""
+    sites = tuple(Fused("a", "identity", "cpu", (f"a.{i}",), formula=f) for i, f in enumerate(said))
+    return str(PatchReport(sites, (), len(sites))).splitlines()[5:]
+
+
+def test_many_and_long_formulas():
+    assert formulas("x -> a", "x -> b", "x -> b") == ["    x -> a", "    x -> b"]
+    assert formulas(*"abcde") == ["    a", "    b", "    c", "    ... and 2 more such"]
+    assert formulas("all\n    [...] -> a\n    [...] -> b\n    [...] -> c") == ["    [...] -> a, and 2 more"]
+    (line,) = formulas("x" + " -> conv" * 20 + "  +  x -> downsample")
+    assert len(line) <= 120
+    assert line.startswith("    x -> conv") and " ... " in line and line.endswith("  +  x -> downsample")
+
+
+def test_formula_is_that_of_the_source():
+    found = patch(nn.Sequential(ResidualBlock(4)))
+    assert f"# block_0: {found.fused[0].formula}\n" in found.source("0")
+
+
+def test_layers_left_for_one_reason_share_a_row():
+    declined = (
+        *(Declined(f"a.{i}.b.{j}.conv1", f"{j}.conv1 is odd: see {i}.x") for i in range(2) for j in range(2)),
+        *(Declined(f"a.{i}.b.0.conv2", "conv2 is odd") for i in range(2)),
+        *(Declined(f"stage_{i}.norm", f"stage_{i}.norm is odd", "norm") for i in (1, 3)),
+        *(Declined(f"head.{i}", "is odd") for i in range(3)),
+        Declined("head.conv", "head.conv is even"),
+    )
+    lines = str(report("a", declined=declined)).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("left as it is"))
+    assert [line.split("  ")[0] for line in lines[start + 2 :]] == [
+        "a.*.b.*.conv1 (x 4)",
+        "a.*.b.0.conv2 (x 2)",
+        "stage_*.norm (x 2)",
+        "head.0 .. head.2",
+        "head.conv",
+    ]
+    assert [line.split("  ")[-1].strip() for line in lines[start + 2 :]] == [
+        "conv1 is odd: see *.x",
+        "conv2 is odd",
+        "norm is odd",
+        "is odd",
+        "head.conv is even",
+    ]
+
+
 def test_json():
     model = nn.Sequential(ResidualBlock(4), nn.Conv2d(4, 4, 1))
     content = json.loads(patch(model, dry_run=True).to_json())
@@ -64,8 +126,12 @@ def test_json():
             "convolutions": ["0.conv1", "0.conv2"],
             "already": False,
             "remark": "",
+            "norms": ["0.bn1", "0.bn2"],
+            "formula": "relu(x -> conv1 -> bn1 -> relu -> conv2 -> bn2  +  x)",
         }
     ]
+    assert content["norms"] == 2
+    assert {d["kind"] for d in content["declined"]} == {"convolution"}
     assert [d["path"] for d in content["declined"]] == ["1"]
 
 

@@ -25,7 +25,8 @@ def report() -> PatchReport:
         "the output of x.conv is used in more than one place",
         "stage.1: its forward branches on data (model.py:12: `if x.sum() > 0 | y:`)",
     ]
-    declined = tuple(Declined(f"conv{i}", reason) for i, reason in enumerate(reasons))
+    norm = Declined("norm", "norm stands alone: no convolution next to it", "norm")
+    declined = (*(Declined(f"conv{i}", reason) for i, reason in enumerate(reasons)), norm)
     return PatchReport((Fused("", "chain", "cpu", ("conv5",)),), declined, 6)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from ...block import Act, Block, Conv, Dropout, DropPath, Mask, Norm, SqueezeExcite, Step
@@ -74,6 +75,11 @@ def _first(view: View, addition: Addition, found: Sum, candidates: Candidates) -
     """The first candidate that the engine can run, or the reason why the best of them cannot be run."""
     if found.in_place and not view.written_by(found.node) <= set(found.left.nodes):
         return found.left, None, f"it writes into {addition.left.name}, which others may still see"
+    for operand in (addition.left, addition.right):
+        # The engine would leave such a sum, and the whole block with it, to stock PyTorch at every call.
+        of_call = operand.op in ("call_function", "call_method")
+        if operand.op == "get_attr" or (of_call and operand.target in ("mean", torch.mean)):
+            return found.left, None, f"{operand.name} is broadcast"
     reasons = []
     for before, region in candidates(view, found):
         reason = view.problem(region)

@@ -39,7 +39,7 @@ def test_the_longest_beginning_that_the_engine_runs():
 
 
 def test_a_lone_convolution_is_left_alone():
-    report = explain(block(lambda self, x: torch.sigmoid(self.conv1(x))))
+    report = explain(block(lambda self, x: self.conv1(x)))
     reasons = {d.path: d.reason for d in report.declined}
     assert report.fused == ()
     assert "stands alone" in reasons["conv1"]
@@ -55,6 +55,21 @@ def test_other_bounds_are_no_relu6(act):
 def test_clamp_has_another_gradient_at_zero_than_relu():
     report = check_patched(block(lambda self, x: self.bn1(self.conv1(x)).clamp(min=0)))
     assert [site.pattern for site in report.fused] == ["conv-bn"]
+
+
+@pytest.mark.parametrize(
+    ("forward", "words"),
+    [
+        (lambda self, x: torch.sigmoid(self.conv1(x)), "sigmoid is no step of a block"),
+        (lambda self, x: self.conv1(x).flatten(1), "flatten is no step of a block"),
+        (lambda self, x: self.conv1(x) * 2, "mul is no step of a block"),
+        (lambda self, x: F.gelu(self.conv1(x), approximate="tanh"), "gelu with these arguments is no step of a block"),
+        (lambda self, x: self.tanh_gelu(self.conv1(x)), "tanh_gelu is a GELU(approximate='tanh'), which no block has"),
+    ],
+)
+def test_what_follows_is_named(forward, words):
+    report = explain(block(forward, tanh_gelu=nn.GELU("tanh")))
+    assert {d.path: d.reason for d in report.declined}["conv1"] == f"nothing to fuse conv1 with: {words}"
 
 
 def test_stays_within_one_module():

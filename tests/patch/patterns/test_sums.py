@@ -337,6 +337,62 @@ def test_a_dropout_that_is_always_on_or_off():
     assert "is a dropout that is not switched by its module's mode" in reasons["conv1"]
 
 
+@pytest.mark.parametrize(
+    ("forward", "name"),
+    [
+        (lambda self, x: F.relu(self.branch(x) + x.mean((2, 3), keepdim=True)), "mean"),
+        (lambda self, x: self.scale + self.branch(x), "scale"),
+    ],
+)
+def test_a_sum_that_broadcasts_leaves_a_chain(forward, name):
+    """As a whole it would be stock's at every call."""
+    report = check_patched(block(forward, scale=nn.Parameter(torch.rand(1, 4, 1, 1))))
+    assert only_site(report).pattern == "conv-bn-relu-conv-bn"
+    assert only_site(report).remark == f"the addition add is not fused: {name} is broadcast"
+
+
+def test_an_argument_of_any_name_is_a_second_input():
+    report = check_patched(block(lambda self, x, mean: self.branch(x) + mean), images(), images() * 2)
+    assert only_site(report).pattern == "linear residual (second input)"
+
+
+@pytest.mark.parametrize(
+    ("forward", "words"),
+    [
+        (lambda self, x: x + self.scale * self.branch(x), "mul is no step of a block"),
+        (lambda self, x: F.relu(self.branch(x) * self.scale + x), "mul is no step of a block"),
+        (lambda self, x: torch.add(x, self.branch(x), alpha=0.5), "add has alpha=0.5, which no block has"),
+        (lambda self, x: x + drop_path(self.branch(x), 0.1, self.training), "drop_path is no step of a block"),
+        (lambda self, x: sum([self.branch(x), x]), "add adds no second tensor (sum() begins with the number 0)"),
+        (lambda self, x: self.branch(x) + x.split(4, 1)[0], "add is of what may be no tensor"),
+        (
+            lambda self, x: (lambda out: out * out.mean(1, keepdim=True))(self.branch(x)) + x,
+            "the output of bn2 is used in more than one place",
+        ),
+    ],
+)
+def test_why_a_chain_has_no_sum(forward, words):
+    report = explain(block(forward, scale=nn.Parameter(torch.rand(1, 4, 1, 1))))
+    site = only_site(report)
+    assert site.pattern == "conv-bn-relu-conv-bn"
+    assert site.remark.startswith("the addition add")
+    assert site.remark.endswith(f" is not fused: {words}")
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: torch.cat([self.branch(x), x], 1),
+        lambda self, x: self.bn3(self.conv3(torch.sigmoid(self.branch(x)))) + x,
+        lambda self, x: F.relu(self.bn3(self.conv3(x)) + torch.sigmoid(self.branch(x))),
+    ],
+    ids=["no sum", "the sum of another block", "a sum that is fused"],
+)
+def test_a_chain_without_a_sum_of_its_own_has_no_remark(forward):
+    report = explain(block(forward, conv3=nn.Conv2d(4, 4, 1), bn3=nn.BatchNorm2d(4)))
+    assert {site.remark for site in report.fused} == {""}
+
+
 @pytest.mark.parametrize("drop", [DropPath(0.25), nn.Dropout2d(0.25)], ids=["depth", "channels"])
 def test_bytes_of_masks_are_predicted(drop):
     model = block(lambda self, x: F.relu(self.drop(self.branch(x)) + x), drop=drop)
