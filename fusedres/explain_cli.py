@@ -35,7 +35,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     try:
-        report = explain(load_model(args.model))
+        model = load_model(args.model)  # which the report does not keep alive
+        report = explain(model)
         print(report.source(args.source) if args.source is not None else report.to_json() if args.json else report)
     except (ValueError, KeyError) as error:
         print(f"fusedres explain: {error.args[0]}", file=sys.stderr)

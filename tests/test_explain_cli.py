@@ -58,7 +58,9 @@ def test_a_callable_in_a_file(capsys, tmp_path):
     (tmp_path / "its_neighbour.py").write_text("CHANNELS = 8")
     for name in ("Factory", "INSTANCE"):
         assert main(["explain", f"{tmp_path}/somebodys_file.py:{name}"]) == 0
-        assert "1 of 1 convolutions would be fused" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "1 of 1 convolutions would be fused" in out
+        assert "a training step on 3 x 224 x 224 moves " in out
     assert main(["explain", f"{tmp_path}/somebodys_file.py:raises"]) == 2
     assert "raises raises OSError: no such weights" in capsys.readouterr().err
     (tmp_path / "broken.py").write_text("def (")
