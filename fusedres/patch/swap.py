@@ -36,7 +36,7 @@ class Template:
         remarks: for each of them, why it is not more, or nothing.
         inlined: the paths of the submodules that the forward no longer calls, since it holds their code.
         watched: what must still be as it was for the forward to hold.
-        declined: the convolutions that the forward calls as they are, each with the reason.
+        declined: the convolutions and norms that the forward calls as they are, each with the reason.
         options: the ``backend`` and ``memory`` that the calls name.
     """
 
@@ -186,6 +186,13 @@ def _deepcopy(self: nn.Module, memo: dict) -> Any:
     return _like(self, lambda: copy.deepcopy(self, memo))
 
 
+def _extra_repr(self: nn.Module) -> str:
+    stock = stock_class(type(self))
+    origin = f"{stock.__module__}.{stock.__qualname__}, fused by fusedres"
+    said = stock.extra_repr(self)
+    return f"{origin}\n{said}" if said else origin
+
+
 def _copy(self: nn.Module) -> Any:
     return _like(self, lambda: copy.copy(self))
 
@@ -208,4 +215,5 @@ _LIFE = {
     "__copy__": _copy,
     "_replicate_for_data_parallel": _replicate,
     "__prepare_scriptable__": _prepare_scriptable,
+    "extra_repr": _extra_repr,
 }

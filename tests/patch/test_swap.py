@@ -541,8 +541,21 @@ def test_a_sequential_that_grows_runs_what_it_holds():
 def test_repr_shows_the_class():
     model = MyResNet(3, 4, 1)
     patch(model)
-    assert "(0): FusedResidualBlock(" in repr(model)
+    said = "(0): FusedResidualBlock(\n      survey_blocks.ResidualBlock, fused by fusedres\n      (conv1)"
+    assert said in repr(model)
     assert "(conv1): Conv2d(4, 4" in repr(model)
+
+
+def test_repr_keeps_what_the_class_says():
+    class Named(ResidualBlock):
+        def extra_repr(self):
+            return f"of {self.conv1.in_channels} channels"
+
+    model = Named(4)
+    patch(model)
+    assert model.extra_repr().splitlines() == [f"{__name__}.{Named.__qualname__}, fused by fusedres", "of 4 channels"]
+    unpatch(model)
+    assert model.extra_repr() == "of 4 channels"
 
 
 # -- the generated code ----------------------------------------------------------------------------------------------
