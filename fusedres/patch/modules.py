@@ -73,7 +73,7 @@ def hook_problem(module: nn.Module) -> str | None:
     for name in _METHODS:
         if name in module.__dict__:
             return f"has a {name} that was replaced on the instance"
-    if overrides_call(module):
+    if overrides_call(type(module)):
         return f"is a {type(module).__name__}, which overrides __call__"
     for cls in type(module).__mro__:
         if cls in _ORIGINAL and _ORIGINAL[cls] != _methods(cls):
@@ -81,9 +81,9 @@ def hook_problem(module: nn.Module) -> str | None:
     return opaque_problem(module)
 
 
-def overrides_call(module: nn.Module) -> bool:
-    """Whether calling the module does more than its hooks and its forward."""
-    return type(module).__call__ is not nn.Module.__call__
+def overrides_call(cls: type[nn.Module]) -> bool:
+    """Whether calling a module of this class does more than its hooks and its forward."""
+    return cls.__call__ is not nn.Module.__call__
 
 
 def opaque_problem(module: nn.Module) -> str | None:

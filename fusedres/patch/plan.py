@@ -33,6 +33,7 @@ from .modules import (
 )
 from .patterns import PATTERNS
 from .selection import Selection
+from .source import asks_for_its_class
 from .swap import Site, Template, fused_class, template_of
 from .trace import Traced, Untraceable, survey, trace
 from .view import Region, View
@@ -129,6 +130,10 @@ class _Planner:
             self._decline_below(module, failure.reason)
             return frozenset()
         if found is None:
+            return frozenset()
+        if asks_for_its_class(type(module)):
+            # It would find the generated one where a call goes to the stock forward after all.
+            self._decline_below(module, "its forward asks for the class of its module, which patching derives from")
             return frozenset()
         traced, view, regions = found
         try:

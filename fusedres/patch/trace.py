@@ -14,46 +14,37 @@ from __future__ import annotations
 import inspect
 import linecache
 import operator
-import os
 import sys
-import sysconfig
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
-from pathlib import Path
 from threading import get_ident
 from types import FrameType, FunctionType
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx, is_autocast_enabled, is_grad_enabled, is_inference_mode_enabled, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from ..mask import undone_draws
+from .asked import state_unasked
 from .modules import has_own_conv_forward, is_builtin, overrides_call
+from .stores import nothing_stored
+from .untraceable import Lookup, Untraceable, in_words, is_user_code
 
 __all__ = ["IN_PLACE_OPERATORS", "Traced", "Untraceable", "is_users_function", "survey", "trace"]
 
-_CONTAINERS = (list, dict, set, OrderedDict)
 IN_PLACE_OPERATORS = (
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
     *(operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
 )
 _LITERALS = (bool, int, float, str, type(None))
-
-
-class Untraceable(Exception):
-    """A forward that no graph can stand for; ``reason`` says why, ``culprit`` names the submodule that it is about."""
-
-    def __init__(self, reason: str, culprit: str = "") -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.culprit = culprit
 
 
 @dataclass(frozen=True)
@@ -142,9 +133,8 @@ def _trace_around(
         try:
             return _trace_once(module, lambda child: child not in opaque and inline(child), training, called)
         except Untraceable as failure:
-            lookup = _innermost_function(failure.__cause__, called)
-            if lookup is not None:
-                called.append(lookup)
+            if failure.function is not None:
+                called.append(failure.function)
             elif failure.culprit:
                 opaque.add(module.get_submodule(failure.culprit))
             else:
@@ -154,12 +144,22 @@ def _trace_around(
 def _trace_once(module: nn.Module, inline: Inline, training: bool, called: Sequence[Lookup]) -> Traced:
     signature = _signature(module)
     tracer = _Tracer(signature, inline)
-    with _unchanged(module), _no_random_numbers(), _mode(module, training):
-        try:
-            with _Watch(), _as_calls(tracer, called), _whole_calls(tracer, module):
-                graph = tracer.trace(module)
-        except Exception as error:
-            raise Untraceable(_in_words(error), getattr(error, "_fusedres_culprit", "")) from error
+    modules = dict(module.named_modules())
+    classes = set(map(type, modules.values()))
+    failure = None
+    try:
+        with nothing_stored(modules, tracer.proxies), _no_random_numbers(), _mode(modules.values(), training):
+            try:
+                with _Watch(), state_unasked(classes), _as_calls(tracer, called), _whole_calls(tracer, classes):
+                    graph = tracer.trace(module)
+            except Exception as error:
+                culprit, function = getattr(error, "_fusedres_culprit", ""), _innermost_function(error, called)
+                failure = Untraceable(in_words(error), culprit, function)
+            if failure is not None:  # raised without the error, whose frames hold what the tracer has made
+                raise failure
+    except Untraceable as error:
+        error.culprit = tracer.inlined_at(error.culprit)
+        raise
     tensors, asked = frozenset(tracer.tensors), tuple(dict.fromkeys(tracer.asked))
     return Traced(graph, signature, frozenset(tracer.inlined), tensors, asked, tracer.given)
 
@@ -194,7 +194,7 @@ class _Proxy(fx.Proxy):
         frame = sys._getframe(1)
         if frame.f_code is torch.is_tensor.__code__:
             frame = frame.f_back
-        elif not _is_user_code(frame.f_code.co_filename) or "isinstance" not in frame.f_code.co_names:
+        elif not is_user_code(frame.f_code.co_filename) or "isinstance" not in frame.f_code.co_names:
             return _Proxy  # some function of PyTorch's asks, for its own purposes
         if not self.tracer.takes_for_tensor(self.node):  # what it is not known to be is no answer
             raise Untraceable("its forward asks for the type of a value")
@@ -226,6 +226,7 @@ class _Tracer(fx.Tracer):
         self.tensors: set[str] = set()
         self.asked: list[tuple[str, str]] = []
         self.given: dict[nn.Module, bool | None] = {}
+        self.proxies: list[ref[fx.Proxy]] = []
         self._signature = signature
         self._inline = inline
         self._context = _context()
@@ -264,7 +265,7 @@ class _Tracer(fx.Tracer):
         self.given[module] = False if False in kinds else None if None in kinds else True
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
-        as_it_is = (is_builtin(module) and not has_own_conv_forward(module)) or overrides_call(module)
+        as_it_is = (is_builtin(module) and not has_own_conv_forward(module)) or overrides_call(type(module))
         return as_it_is or not self._inline(module)
 
     def call_module(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -319,10 +320,18 @@ class _Tracer(fx.Tracer):
         return tensor in self.tensor_attrs or any(tensor is buffer for buffer in self.root.buffers())
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        proxy = _Proxy(node, self)
+        self.proxies.append(ref(proxy))
+        return proxy
+
+    def inlined_at(self, path: str) -> str:
+        """The innermost module at or above ``path`` that is inlined, so that it could be called instead."""
+        while path and self.root.get_submodule(path) not in self.inlined:
+            path = path.rpartition(".")[0]
+        return path
 
 
-_HOLDERS = (*_CONTAINERS, tuple)
+_HOLDERS = (list, dict, set, OrderedDict, tuple)
 
 
 def _holds(container: Collection, module: nn.Module) -> bool:
@@ -343,10 +352,10 @@ def _makes_tensors(module: nn.Module) -> bool:
 def _context() -> tuple:
     """The thread's state that changes what an operation does, and that a graph does not record."""
     return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
+        is_grad_enabled(),
+        is_inference_mode_enabled(),
+        is_autocast_enabled("cpu"),
+        is_autocast_enabled("cuda"),
         torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
     )
 
@@ -442,16 +451,13 @@ def _erase(node: fx.Node) -> None:
 # Functions that are called from the graph
 # ---------------------------------------------------------------------------------------------------------------------
 
-Lookup = tuple[dict[str, Any], str]
-"""Where a function is looked up: the globals of its caller, and the name in them."""
 
-
-def _innermost_function(error: BaseException | None, called: Sequence[Lookup]) -> Lookup | None:
+def _innermost_function(error: Exception, called: Sequence[Lookup]) -> Lookup | None:
     """The innermost function of the user's that the error came through, unless it is called from the graph already."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)] if error is not None else []
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     for caller, frame in reversed(list(zip(frames, frames[1:]))):
         code = frame.f_code
-        if not (_is_user_code(code.co_filename) and _is_user_code(caller.f_code.co_filename)):
+        if not (is_user_code(code.co_filename) and is_user_code(caller.f_code.co_filename)):
             continue
         for name in caller.f_code.co_names:
             found = caller.f_globals.get(name)
@@ -499,14 +505,13 @@ def _recorded(tracer: _Tracer, function: Callable) -> Callable:
 
 
 @contextmanager
-def _whole_calls(tracer: _Tracer, root: nn.Module) -> Iterator[None]:
+def _whole_calls(tracer: _Tracer, classes: Iterable[type[nn.Module]]) -> Iterator[None]:
     """Makes the call of a module whose class overrides ``__call__`` one node.
 
     ``fx`` takes the place of ``nn.Module.__call__`` alone: what the override does around it would be in the graph, and
     be done again by the override when the graph calls the module.
     """
-    classes = {type(m) for m in root.modules() if m is not root and overrides_call(m)}
-    before = [(cls, cls.__dict__.get("__call__"), cls.__call__) for cls in classes]
+    before = [(cls, cls.__dict__.get("__call__"), cls.__call__) for cls in classes if overrides_call(cls)]
     for cls, _, call in before:
         cls.__call__ = _recorded_call(tracer, call)
     try:
@@ -533,7 +538,7 @@ def _recorded_call(tracer: _Tracer, call: Callable) -> Callable:
 
 def is_users_function(target: Any) -> bool:
     """Whether a node's target is a function that neither PyTorch nor Python has, of which nothing is known."""
-    return type(target) is FunctionType and _is_user_code(target.__code__.co_filename)
+    return type(target) is FunctionType and is_user_code(target.__code__.co_filename)
 
 
 _DROPOUTS = (F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout)
@@ -604,9 +609,9 @@ def _no_random_numbers() -> Iterator[None]:
 
 
 @contextmanager
-def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Sets ``training`` below ``module``, past any ``train()`` that the user overrode, and restores each flag."""
-    before = [(m.__dict__, m.__dict__["training"]) for m in module.modules() if "training" in m.__dict__]
+def _mode(modules: Iterable[nn.Module], training: bool) -> Iterator[None]:
+    """Sets ``training`` of ``modules``, past any ``train()`` that the user overrode, and restores each flag."""
+    before = [(m.__dict__, m.__dict__["training"]) for m in modules if "training" in m.__dict__]
     for attributes, _ in before:
         attributes["training"] = training
     try:
@@ -614,86 +619,3 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for attributes, flag in before:
             attributes["training"] = flag
-
-
-@contextmanager
-def _unchanged(module: nn.Module) -> Iterator[None]:
-    """Declines a forward that stores a value on a module, and takes the value off again."""
-    before = [(name, _Attributes(m)) for name, m in module.named_modules() if not is_builtin(m)]
-    try:
-        yield
-    finally:
-        changed = [(name, key) for name, attributes in before for key in attributes.restore()]
-    if changed:
-        name, key = changed[0]
-        raise Untraceable(f"its forward stores a value on the module ({key!r})", culprit=name)
-
-
-class _Attributes:
-    """A module's attributes as they were, one level into its own lists, dictionaries and sets."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._live = module.__dict__
-        self._copy = dict(self._live)
-        self._content = {key: value.copy() for key, value in self._copy.items() if type(value) in _CONTAINERS}
-
-    def restore(self) -> list[str]:
-        """Puts everything back; returns the names of what had changed."""
-        changed = [k for k in self._live.keys() | self._copy.keys() if self._live.get(k, k) is not self._copy.get(k, k)]
-        if changed:
-            self._live.clear()
-            self._live.update(self._copy)
-        for key, content in self._content.items():
-            container = self._copy[key]
-            if not _same_items(container, content):
-                container.clear()
-                refill = container.extend if isinstance(container, list) else container.update
-                refill(content)
-                changed.append(key)
-        return changed
-
-
-def _same_items(a: Collection, b: Collection) -> bool:
-    if isinstance(a, set):
-        return a == b
-    same_values = not isinstance(a, dict) or all(x is y for x, y in zip(a.values(), b.values()))
-    return len(a) == len(b) and same_values and all(x is y for x, y in zip(a, b))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reasons in words
-# ---------------------------------------------------------------------------------------------------------------------
-
-_TORCH = str(Path(torch.__file__).parent) + os.sep
-_HERE = str(Path(__file__).parent) + os.sep
-_PYTHON = sysconfig.get_paths()["stdlib"] + os.sep
-
-
-def _is_user_code(filename: str) -> bool:
-    """Whether a file is neither PyTorch nor Python nor ours."""
-    if filename.startswith((_TORCH, _HERE, "<frozen")):
-        return False
-    # What is installed lies below the standard library.
-    installed = f"{os.sep}site-packages{os.sep}" in filename or f"{os.sep}dist-packages{os.sep}" in filename
-    return installed or not filename.startswith(_PYTHON)
-
-
-def _in_words(error: Exception) -> str:
-    if isinstance(error, Untraceable):
-        return error.reason + _where(error)
-    message = str(error)
-    if isinstance(error, fx.proxy.TraceError) and "iterated" not in message:
-        return "its forward branches on data" + _where(error)
-    if isinstance(error, fx.proxy.TraceError):
-        return "its forward loops over or unpacks a value known only at run time" + _where(error)
-    if isinstance(error, TypeError) and "cannot assign" in message:
-        return "its forward stores a value on the module" + _where(error)
-    return f"its forward could not be traced ({type(error).__name__}: {message.splitlines()[0][:100]})" + _where(error)
-
-
-def _where(error: Exception) -> str:
-    """`` (file.py:12: `if x.mean() > 0:`)``: the last line of the user's own code that the error passed through."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_user_code(f.filename)]
-    if not frames:
-        return ""
-    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno}: `{frames[-1].line}`)"
