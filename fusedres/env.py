@@ -58,6 +58,7 @@ VARIABLES = (
         "instruction set of the CPU kernels: scalar, avx2, avx512 or avx512bf16",
     ),
     Variable("FUSEDRES_CACHE", "run", "~/.cache/fusedres", "folder of the tables that tuning writes"),
+    Variable("FUSEDRES_COMMIT", "run", "asks git", "the commit that results name, where there is no git to ask"),
 )
 
 

@@ -188,8 +188,8 @@ def test_the_name_alone_is_not_enough(base):
     torch.manual_seed(0)
     stock = settled(Chain(cls))
     ours = copy.deepcopy(stock)
-    (declined,) = fusedres.patch(ours).declined
-    assert "is a FrozenBatchNorm2d, whose forward is not that of a batch norm with constant stat" in declined.reason
+    reasons = {declined.reason for declined in fusedres.patch(ours).declined}
+    assert any("is a FrozenBatchNorm2d, whose forward is not that of a batch norm with" in r for r in reasons), reasons
     assert torch.equal(ours(images()), stock(images()))
 
 
@@ -206,8 +206,7 @@ def test_a_forward_that_reads_a_switch_is_not_what_was_run():
 
     module = Chain(FrozenBatchNorm2d)
     module.bn.frozen = False
-    (declined,) = fusedres.patch(module).declined
-    assert "reads a setting of its own ('frozen')" in declined.reason
+    assert any("reads a setting of its own ('frozen')" in d.reason for d in fusedres.patch(module).declined)
 
 
 def test_what_the_caller_has_switched_on_does_not_count():
