@@ -164,8 +164,8 @@ def test_a_kernel_that_raises_is_red_and_the_others_are_measured(path, monkeypat
 def test_a_convolution_that_raises_is_red(monkeypatch, both):
     geometry = kernels._CONVOLUTIONS[0][-1]
     given = ("fprop", (2, 8, 4, 4), 8, (1, 1), geometry, torch.float32, torch.device("cpu"), 1, lambda name: True)
-    pair = (broken, broken if both else lambda: torch.ones(2))
-    monkeypatch.setattr(kernels, "convolution_contestants", lambda *args: pair)
+    vendor = broken if both else lambda: torch.ones(2)
+    monkeypatch.setattr(kernels, "convolution_contestants", lambda *args: (broken, vendor, lambda: torch.ones(2)))
     found = {m.contestant: m for m in kernels._measure_convolution(*given)}
     assert found["triton"].check == "RED: RuntimeError: CUDA driver error"
     assert list(found) == (["triton"] if both else ["triton", kernels._VENDOR])
