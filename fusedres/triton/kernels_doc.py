@@ -1,9 +1,9 @@
 """``python -m fusedres.triton.kernels_doc``: writes ``docs/kernels.md``, what each pass of ResNet-50 must move, and
 what the compiler makes of the ways to move it.
 
-Counted, not measured: bytes and FLOPs of every convolution's three passes at batch 256 in bfloat16, and the time below
-which no kernel can be on an H100 SXM, the longer of bytes over bandwidth and FLOPs over peak (Williams, Waterman and
-Patterson 2009, "Roofline").
+Counted, not measured: bytes and FLOPs of every convolution's three passes and of every pass around them at batch 256 in
+bfloat16, and the time below which no kernel can be on an H100 SXM, the longer of bytes over bandwidth and FLOPs over
+peak (Williams, Waterman and Patterson 2009, "Roofline").
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ from pathlib import Path
 
 import torch
 
+from ..analysis.devices import DEVICES
+from ..analysis.phantom import Call, phantom_input, phantom_model
+from ..analysis.traffic import fused_backend, record_step
+from ..models import resnet50
 from ..ops.conv import ConvGeometry
+from ..patch import patch
 from .tuning import Problem, bytes_and_flops, heuristic
 
-__all__ = ["table", "ways"]
+__all__ = ["convolutions", "passes", "spills", "table", "ways"]
 
 _RECORD = Path(__file__).parents[2] / "tests" / "triton" / "resources.json"
 
@@ -40,7 +45,7 @@ convolution occurs. Tiles (rows, columns, depth, warps, stages, registers) are t
 """
 
 
-def _convolutions() -> Iterator[tuple[int, int, int, int, int, int]]:
+def convolutions() -> Iterator[tuple[int, int, int, int, int, int]]:
     """Input size, channels, filters, kernel, stride and how often, of the convolutions behind the stem."""
     channels, before = 64, 56
     for size, narrow, blocks in _STAGES:
@@ -58,7 +63,7 @@ def table() -> str:
     """The page."""
     lines = [_HEAD.format(batch=_BATCH, bandwidth=_BANDWIDTH / 1e12, peak=_PEAK / 1e12)]
     merged: dict[tuple[int, ...], int] = {}
-    for *shape, count in _convolutions():
+    for *shape, count in convolutions():
         merged[tuple(shape)] = merged.get(tuple(shape), 0) + count
     total = 0.0
     for (size, channels, filters, kernel, stride), count in merged.items():
@@ -81,13 +86,61 @@ def table() -> str:
     return "".join(lines)
 
 
+_PASSES_HEAD = """
+## The passes around them
+
+What else a training step runs, as the engine calls it with fused 1x1 convolutions and the vendor's 3x3 ones, and the
+convolutions of an inference, whose epilogue is the join; recorded from the engine on tensors without memory. FLOPs are
+those of matrix products. A statistics pass, a join or a mask computes at most ten operations for a value besides, in
+float32 at 67 TFLOP/s, which takes less time than its bytes. Left out is what moves less than ten megabytes: the rows of
+norms, the classifier.
+
+| when | pass | n | MB | GFLOP | bound, us | by |
+|---|---|---|---|---|---|---|
+"""
+
+_CONVOLUTIONS = ("aten.convolution", "fusedres.conv_fused_")
+
+
+def _calls(training: bool) -> list[Call]:
+    model = phantom_model(resnet50(), torch.bfloat16).train(training)
+    patch(model)
+    image = phantom_input((_BATCH, 3, 224, 224), torch.bfloat16)
+    return record_step(model, image, fused_backend(DEVICES["H100"], torch.bfloat16))
+
+
+def passes() -> str:
+    """What runs around the convolutions of a training step, and the convolutions of an inference with their joins."""
+    rows: dict[tuple[str, str, float, float], int] = {}
+    for training in (True, False):
+        for call in _calls(training):
+            joins = call.op == "fusedres.conv_fused_join"
+            listed = joins or (training and (call.block is None or not call.op.startswith(_CONVOLUTIONS)))
+            moved = call.touched + call.again
+            if listed and moved >= 1e7:
+                when = "backward" if call.backward else "forward" if training else "inference"
+                row = when, call.op.partition(".")[2], round(moved / 1e6, 1), round(call.flops / 1e9, 1)
+                rows[row] = rows.get(row, 0) + 1
+    lines, total = [_PASSES_HEAD], 0.0
+    for (when, name, megabytes, gigaflops), count in rows.items():
+        memory, arithmetic = 1e6 * megabytes / _BANDWIDTH, 1e9 * gigaflops / _PEAK
+        bound = max(memory, arithmetic)
+        total += count * bound * (when != "inference")
+        lines.append(
+            f"| {when} | `{name}` | {count} | {megabytes:.1f} | {gigaflops:.1f} | {1e6 * bound:.0f} | "
+            f"{'bytes' if memory > arithmetic else 'FLOPs'} |\n"
+        )
+    lines.append(f"\nThose of a training step, each as often as it occurs: {1e3 * total:.1f} ms.\n")
+    return "".join(lines)
+
+
 _WAYS_HEAD = """
 ## How tiles come, and how they are walked over
 
 What the compiler makes of each way, from the machine code for sm_90 (Triton {version}, bfloat16; the whole record, with
 sm_80 and sm_100, is `tests/triton/resources.json`, and a test compiles it anew): registers of a thread / KiB of shared
 memory / instructions of the innermost loop around the matrix instructions. A persistent program's loop holds a whole
-tile, what is done with the result included; the other two hold a step along the depth. None spills.
+tile, what is done with the result included; the other two hold a step along the depth. None of these spills.
 
 | kernel | by address | by descriptor | persistent |
 |---|---|---|---|
@@ -132,11 +185,40 @@ def ways(record: Path = _RECORD) -> str:
     lines = [
         f"| {name} | {found['']} | {found[' by descriptor']} | {found.get(' persistent', '')} |\n"
         for name, found in rows.items()
+        if " by descriptor" in found
     ]
     return _WAYS_HEAD.format(version=text["triton"]) + "".join(lines) + _WAYS_TAIL
+
+
+_SPILLS_HEAD = """
+## What spills
+
+Bytes of local memory of a thread, of the {count} convolution kernels in the record: tiles that are taken without a
+measurement, for every convolution above with every prologue and epilogue, and the ways of the section before. The rest
+spills nothing. With ReLU, in 16 bits or as TensorFloat-32, that is all on sm_80 and sm_90; on sm_100 sums pass from
+tensor memory through registers, and a residual beside them in a join, or one beside the mask of a 3x3 `dgrad`, is more
+than 128 registers hold. GELU's error function takes most, SiLU's exponential little, and float32 without TensorFloat-32
+multiplies in registers. What spills passes through the first-level cache; what it costs, tuning measures, which also
+tries smaller tiles.
+
+| kernel | sm_80 | sm_90 | sm_100 |
+|---|---|---|---|
+"""
+
+
+def spills(record: Path = _RECORD) -> str:
+    """Which kernels spill where, as recorded."""
+    kernels = json.loads(record.read_text())["kernels"]
+    local = {name: {arch: each[2] for arch, each in row.items()} for name, row in kernels.items() if ": conv_" in name}
+    lines = [
+        f"| {name.partition(': ')[0]} | " + " | ".join(str(row.get(f"sm_{c}", "")) for c in (80, 90, 100)) + " |\n"
+        for name, row in local.items()
+        if any(row.values())
+    ]
+    return _SPILLS_HEAD.format(count=len(local)) + "".join(lines)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", nargs="?", type=Path, default=Path(__file__).parents[2] / "docs" / "kernels.md")
-    parser.parse_args().path.write_text(table() + ways())
+    parser.parse_args().path.write_text(table() + passes() + ways() + spills())

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Launch
 
-__all__ = ["CAPABILITIES", "SHARED_MEMORY", "Resources", "compiled"]
+__all__ = ["CAPABILITIES", "SHARED_MEMORY", "Resources", "compiled", "specialisation"]
 
 CAPABILITIES = (80, 90, 100)
 
@@ -62,21 +62,21 @@ class Resources(NamedTuple):
 
 def compiled(launch: Launch, capability: int) -> Resources:
     """Compiles the launched specialisation for ``sm_<capability>``."""
-    signature, constants, attributes = _specialisation(launch)
+    signature, constants, attributes = specialisation(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    ptx = result.asm["ptx"]
+    matrix = _matrix(ptx)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
         file.flush()
         registers, local = _usage(_dump("-res-usage", file.name))
-        loop = _loop(_dump("-sass", file.name))
-    ptx = result.asm["ptx"]
-    return Resources(
-        registers, result.metadata.shared, local, _matrix(ptx), ptx.count(_BULK), len(loop), _loads_ahead(loop)
-    )
+        loop = _loop(_dump("-sass", file.name)) if matrix else []  # disassembling takes as long as compiling
+    return Resources(registers, result.metadata.shared, local, matrix, ptx.count(_BULK), len(loop), _loads_ahead(loop))
 
 
-def _specialisation(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
+def specialisation(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
+    """What of a launch the compiler sees: types, constants and divisibilities of its kernel's parameters."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         name = parameter.name

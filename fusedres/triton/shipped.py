@@ -1,5 +1,9 @@
 """The launches that ResNet-50 makes, for compiling without a GPU: every kernel with every form of it that a block uses.
 
+Convolutions come in every tile that the heuristic has for one of ResNet-50's, with every prologue and epilogue, with
+the activations that cost most, and in float32 without TensorFloat-32. :func:`tabled` has what the tables that come with
+the package have chosen.
+
 ``python -m fusedres.triton.shipped FILE`` compiles them for every architecture and writes what they need, which the
 tests compare with: a change of a kernel that costs registers shows as a difference in a file.
 """
@@ -8,7 +12,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +21,17 @@ import torch
 import triton
 from torch import Tensor
 
-from . import load
+from ..ops.activations import ACTIVATIONS
+from ..ops.conv import ConvGeometry
+from . import load, tuning
+from .kernels_doc import convolutions
 from .launch import Launch, recorded
-from .tuning import fixed, heuristic, observed, variants
+from .tuning import Problem, fixed, heuristic, observed, problem_of, variants
 
-__all__ = ["capabilities", "launches", "measured"]
+__all__ = ["capabilities", "launches", "measured", "problems", "tabled"]
 
 _BATCH = 256
-_RELU = 1
+_RELU, _SILU, _GELU = (ACTIVATIONS[name].code for name in ("relu", "silu", "gelu"))
 
 
 def _image(channels: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -107,31 +115,112 @@ _FORMS = {
 }
 
 
+_COSTLY = ("pending", "pending, skip")  # forms whose registers the activation decides
+
+
+def _around(problem: Problem, act: int = _RELU) -> dict[str, Callable[[], Any]]:
+    """A pass of a convolution with what the engine may have around it, by the names of these, the usual one first."""
+    from .conv_fused import conv_fused_fprop, conv_fused_join
+    from .conv_fused_backward import conv_fused_dgrad, conv_fused_wgrad
+
+    (_, channels, size, _), filters, dtype = problem.shape, problem.filters, problem.dtype
+    x, y = _image(channels, size, dtype), _image(filters, problem.size[0], dtype)
+    weight = _weight(filters, channels, problem.kernel_size[0], dtype)
+    inside, outside, bias = _rows(channels), _rows(filters), torch.empty(filters, dtype=dtype, device="meta")
+    raw = (y, outside) if problem.prologue else (None, None)
+    pending, plain = (inside, act, 0.0), (None, 0, 0.0)
+    g = tuple(map(list, problem.geometry[:3]))
+    strided = problem.geometry.stride != (1, 1)
+    if problem.kind == "fprop" and strided:
+        return {
+            "pending": lambda: conv_fused_fprop(x, *pending, weight, None, *g, True),
+            "plain": lambda: conv_fused_fprop(x, *plain, weight, None, *g, True),
+        }
+    if problem.kind == "fprop":
+        ending = (act, 0.0)
+        return {
+            "pending": lambda: conv_fused_fprop(x, *pending, weight, None, *g, True),
+            "pending, bias": lambda: conv_fused_fprop(x, *pending, weight, bias, *g, True),
+            "plain": lambda: conv_fused_fprop(x, *plain, weight, None, *g, True),
+            "pending, join": lambda: conv_fused_join(x, *pending, weight, None, *g, outside, y, None, *ending),
+            "pending, projected join": (
+                lambda: conv_fused_join(x, *pending, weight, None, *g, outside, y, outside, *ending)
+            ),
+            "plain, join": lambda: conv_fused_join(x, *plain, weight, None, *g, outside, y, None, *ending),
+        }
+    if problem.kind == "wgrad":
+        out = torch.empty_like(weight)
+        return {
+            "pending": lambda: conv_fused_wgrad(y, *raw, x, *pending, *g, out),
+            "plain": lambda: conv_fused_wgrad(y, *raw, x, *plain, *g, out),
+        }
+    if strided:
+        return {"plain, skip": lambda: conv_fused_dgrad(y, *raw, weight, x, *plain, *g, x)}
+    return {
+        "pending": lambda: conv_fused_dgrad(y, *raw, weight, x, *pending, *g),
+        "pending, skip": lambda: conv_fused_dgrad(y, *raw, weight, x, *pending, *g, x),
+        "plain, skip": lambda: conv_fused_dgrad(y, *raw, weight, x, *plain, *g, x),
+    }
+
+
+def problems(dtype: torch.dtype) -> Iterator[tuple[str, Problem]]:
+    """The passes of ResNet-50's convolutions that are ours, by name."""
+    for size, channels, filters, kernel, stride, _ in convolutions():
+        geometry = ConvGeometry((stride, stride), (kernel // 2, kernel // 2), (1, 1), 1)
+        name = f"{kernel}x{kernel} {channels} to {filters}" + (f" stride {stride}" if stride > 1 else "")
+        for kind in ("fprop", "dgrad", "wgrad"):
+            if kind != "dgrad" or stride == 1 or kernel == 1:
+                shape = (_BATCH, channels, size, size)
+                yield f"{kind} {name}", Problem(kind, dtype, shape, filters, (kernel, kernel), geometry, True)
+
+
 def launches() -> dict[str, Launch]:
-    """Every different launch of the calls, by name: as the heuristic has it, and in the ways that tuning also tries."""
+    """Every different launch of the calls, by name: as the heuristic has it, and in the ways that tuning also tries.
+
+    Convolutions of other tiles, activations and precisions are there as the heuristic has them, once for each
+    specialisation.
+    """
     load()
     found: dict[str, Launch] = {}
     seen = set()
+
+    def add(name: str, short: str, several: Sequence[Launch]) -> None:
+        for each in several:
+            form = _form(each)
+            if form not in seen:
+                seen.add(form)
+                found[f"{name}, {short}: {each.kernel.__name__}"] = each
+
     for dtype, names in _FORMS.items():
         short = str(dtype).removeprefix("torch.")
         for name, call in _calls(dtype).items():
-            if names is not None and name not in names:
-                continue
-            for way, several in _ways(call).items():
-                for each in several:
-                    form = _form(each)
-                    if form not in seen:
-                        seen.add(form)
-                        found[f"{name}{way}, {short}: {each.kernel.__name__}"] = each
+            if names is None or name in names:
+                for way, several in _ways(call).items():
+                    add(name + way, short, several)
+    for act, ending in ((_RELU, ""), (_SILU, " SiLU"), (_GELU, " GELU")):
+        for name, problem in problems(torch.bfloat16):
+            for form, call in _around(problem, act).items():
+                if act == _RELU or (form in _COSTLY and problem.geometry.stride == (1, 1)):
+                    add(f"{name}, {form}{ending}", "bfloat16", _recorded(call))
+    with _without_tf32():
+        for name, problem in problems(torch.float32):
+            if problem.geometry.stride == (1, 1):
+                add(f"{name}, pending", "float32 without TF32", _recorded(_around(problem)["pending"]))
     return found
+
+
+def _recorded(call: Callable[[], Any]) -> list[Launch]:
+    with recorded() as several:
+        call()
+    return several
 
 
 def _ways(call: Callable[[], Any]) -> dict[str, list[Launch]]:
     """The launches of a call by the way that tiles come and are walked over."""
-    with observed() as problems, recorded() as plain:
+    with observed() as asked, recorded() as plain:
         call()
     found = {"": plain}
-    for problem in problems:
+    for problem in asked:
         for tiles in variants(problem, heuristic(problem)):
             with fixed(tiles), recorded() as several:
                 call()
@@ -139,13 +228,37 @@ def _ways(call: Callable[[], Any]) -> dict[str, list[Launch]]:
     return found
 
 
-def _form(launch: Launch) -> tuple[Any, ...]:
-    """What makes a specialisation, as far as these calls differ in it."""
-    kinds = tuple(
-        (name, str(value.dtype) if isinstance(value, Tensor) else value is None or (name.endswith("pitch") and value))
-        for name, value in launch.args.items()
-    )
-    return launch.kernel.__name__, kinds, tuple(launch.meta.items()), tuple(launch.options.items())
+def _form(launch: Launch) -> str:
+    """What makes a specialisation."""
+    from .offline import specialisation
+
+    return repr((launch.kernel.__name__, specialisation(launch), launch.options))
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def tabled(folder: Path = tuning._TABLES) -> dict[str, tuple[Launch, int]]:
+    """What the tables of the package have chosen: the launches of every entry, and its device's compute capability."""
+    load()
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        for key, entry in tuning._read(path).entries.items():
+            problem = problem_of(key)
+            forms = _around(problem)
+            call = next(call for form, call in forms.items() if problem.prologue or form.startswith("plain"))
+            with fixed(entry.tiles):
+                several = _recorded(call)
+            for launch in several:
+                found[f"{path.stem}, {key}: {launch.kernel.__name__}"] = launch, _capability(path.stem)
+    return found
 
 
 def measured(names: Sequence[str] | None = None) -> dict[str, dict[str, list[Any]]]:
@@ -157,6 +270,18 @@ def measured(names: Sequence[str] | None = None) -> dict[str, dict[str, list[Any
         for name, launch in launches().items()
         if names is None or name in names
     }
+
+
+# What the names of NVIDIA's accelerators say, among those that kernels are compiled for here.
+_DEVICES = {"a100": 80, "h100": 90, "h200": 90, "gh200": 90, "b200": 100, "gb200": 100}
+
+
+def _capability(device: str) -> int:
+    """Of a device by its name, as :func:`~fusedres.triton.tuning.device_name` spells it."""
+    found = [capability for name, capability in _DEVICES.items() if name in device.split("-")]
+    if not found:
+        raise ValueError(f"there is a table for {device}, whose compute capability _DEVICES does not have")
+    return found[0]
 
 
 def capabilities(launch: Launch) -> list[int]:
