@@ -1,15 +1,20 @@
 """What a fused forward no longer calls, and how it notices that some of it has changed since.
 
 The engine reads convolutions, norms, dropouts and excitations from the module at every call. But an activation, an
-identity, a container whose code was inlined, and every plain setting that the traced code has seen are constants of
-the generated forward. So it asks first whether they are still as they were: no hook has been added, to them or to all
+identity, a container whose code was inlined, and every setting that the traced code has seen are constants of the
+generated forward. So it asks first whether they are still as they were: no hook has been added, to them or to all
 modules (as ``torch.nn.modules.module.register_module_forward_hook`` does), nothing was replaced, no setting changed.
 Where they are not, the stock forward runs.
+
+Settings are public attributes that are plain values; and, of what the traced code names, private ones too, functions,
+and the plain values in a list, a dictionary or an object of the user's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Collection, Iterable
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +23,33 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..binding import is_norm_act
 from ..block import Block, Dense, Norm, Step
+from .source import named_in
 from .steps import paths
+from .stores import attributes_of
 from .view import Region
 
 __all__ = ["Watched", "changed", "watch"]
 
 _LITERALS = (bool, int, float, str, type(None))
+_FUNCTIONS = (FunctionType, BuiltinFunctionType, type)  # a copy of a module holds the very same
+_MOST_ITEMS = 64
+_OF_ANY_MODULE = frozenset(nn.Module().__dict__)
+
+
+class Held(NamedTuple):
+    """What a list, a dictionary or an object held that is an attribute of a module.
+
+    Attributes:
+        name: the attribute.
+        kind: its class.
+        length: how many items it had; ``None`` for an object, which may have others.
+        items: the plain ones, behind their keys or indices.
+    """
+
+    name: str
+    kind: type
+    length: int | None
+    items: tuple[tuple[Any, Any], ...]
 
 
 class Watched(NamedTuple):
@@ -33,13 +59,17 @@ class Watched(NamedTuple):
         names: the way to it; empty for the fused module itself.
         kind: its class.
         children: how many it had.
-        settings: its public attributes that are plain values.
+        settings: its attributes that are plain values or functions.
+        held: its attributes that hold plain values.
+        inherited: the names of its class's attributes that it might get as its own.
     """
 
     names: tuple[str, ...]
     kind: type
     children: int
     settings: tuple[tuple[str, Any], ...]
+    held: tuple[Held, ...]
+    inherited: frozenset[str]
 
 
 def watch(module: nn.Module, regions: Iterable[Region], inlined: Iterable[str]) -> tuple[Watched, ...]:
@@ -57,7 +87,8 @@ def watch(module: nn.Module, regions: Iterable[Region], inlined: Iterable[str]) 
         found |= {
             f"{p}.{name}" for p in norms if is_norm_act(type(module.get_submodule(p))) for name in ("drop", "act")
         }
-    return tuple(_watched(path, module.get_submodule(path)) for path in sorted(found))
+    named = frozenset().union(*(named_in(type(module.get_submodule(path))) for path in ("", *inlined)))
+    return tuple(_watched(path, module.get_submodule(path), named) for path in sorted(found))
 
 
 def _steps(region: Region) -> list[Step]:
@@ -66,10 +97,36 @@ def _steps(region: Region) -> list[Step]:
     return [step for layer in region.block.layers for step in layer] if isinstance(region.block, Dense) else []
 
 
-def _watched(path: str, module: nn.Module) -> Watched:
-    settings = tuple((k, v) for k, v in module.__dict__.items() if not k.startswith("_") and _is_plain(v))
+def _watched(path: str, module: nn.Module, named: frozenset[str]) -> Watched:
+    """
+    Args:
+        named: the names in the code that the generated forward holds.
+    """
+    own = {k: v for k, v in module.__dict__.items() if k not in _OF_ANY_MODULE}
+    settings = tuple((k, v) for k, v in own.items() if _is_plain(v) and (k in named or not k.startswith("_")))
+    functions = tuple((k, v) for k, v in own.items() if k in named and isinstance(v, _FUNCTIONS))
+    held = tuple(h for k, v in own.items() if k in named and (h := _held(k, v, named)) is not None)
     names = tuple(path.split(".")) if path else ()
-    return Watched(names, type(module), len(module._modules), tuple(s for s in settings if s[0] != "training"))
+    return Watched(
+        names, type(module), len(module._modules), settings + functions, held, _inherited(type(module), own, named)
+    )
+
+
+def _held(name: str, value: Any, named: frozenset[str]) -> Held | None:
+    length: int | None = None
+    if type(value) is list and len(value) <= _MOST_ITEMS:
+        length, items = len(value), enumerate(value)
+    elif type(value) in (dict, OrderedDict) and len(value) <= _MOST_ITEMS:
+        length, items = len(value), value.items()
+    elif (attributes := attributes_of(value)) is not None:
+        items = ((k, v) for k, v in attributes.items() if k in named)
+    else:
+        return None
+    return Held(name, type(value), length, tuple((k, v) for k, v in items if _is_plain(v) or isinstance(v, _FUNCTIONS)))
+
+
+def _inherited(cls: type, own: Collection[str], named: frozenset[str]) -> frozenset[str]:
+    return frozenset(n for n in named if n not in own and hasattr(cls, n) and not hasattr(nn.Module, n))
 
 
 def _is_plain(value: Any) -> bool:
@@ -87,7 +144,7 @@ def changed(root: nn.Module, watched: tuple[Watched, ...]) -> bool:
     if (compiling and torch.compiler.is_exporting()) or _has_any_global_hook():
         return True
     # Without a call where there is a way: this runs before every block, and counts where inputs are small.
-    for names, kind, children, settings in watched:
+    for names, kind, children, settings, held, inherited in watched:
         module = root
         try:
             for name in names:
@@ -108,6 +165,27 @@ def changed(root: nn.Module, watched: tuple[Watched, ...]) -> bool:
             for name, value in settings:
                 if state[name] != value:
                     return True
-        except (KeyError, AttributeError):  # a child or a setting that is gone, or a child that is now None
+            if held and _is_other(state, held):
+                return True
+            if inherited and not state.keys().isdisjoint(inherited):
+                return True
+        except (LookupError, AttributeError):  # a child or a setting that is gone, or a child that is now None
             return True
+        except (RuntimeError, ValueError):  # a setting that is now a tensor or an array, which does not just differ
+            return True
+    return False
+
+
+def _is_other(state: dict[str, Any], held: tuple[Held, ...]) -> bool:
+    for name, kind, length, items in held:
+        holder = state[name]
+        if type(holder) is not kind:
+            return True
+        if length is None:
+            holder = holder.__dict__
+        elif len(holder) != length:
+            return True
+        for key, value in items:
+            if holder[key] != value:
+                return True
     return False

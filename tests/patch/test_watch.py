@@ -14,12 +14,23 @@ from torchvision_shim import torchvision_models
 
 import fusedres
 from fusedres.patch import patch
+from fusedres.patch.swap import template_of
+from fusedres.patch.watch import changed
 
 from .blocks import Layers, images, settled
 
 
+class Rates:
+    """A configuration of the user's."""
+
+    def __init__(self) -> None:
+        self.rate, self.unused = 1.0, 1.0
+
+
 class Busy(Layers):
     """Activations, identities and containers as modules, and settings that the forward reads."""
+
+    inherited = 1.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,13 +38,19 @@ class Busy(Layers):
         self.skip = nn.Sequential(nn.Conv2d(self.C, self.C, 1), nn.BatchNorm2d(self.C))
         self.idle = nn.Sequential()
         self.scale, self.joins = 1.0, True
+        self._scale, self._unused, self.finish, self.by_attribute = 1.0, 1.0, torch.clone, 1.0
+        self.settings, self.factors, self.rates = {"joins": True}, [1.0, 1.0], Rates()
 
     def forward(self, x):
         out = self.idle(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))))
         out = self.drop(out)
-        if self.joins:
+        if self.joins and self.settings["joins"]:
             out = out + self.skip(x)
-        return self.last(out) * self.scale
+        return self.scaled(self.finish(self.last(out) * self.scale))
+
+    def scaled(self, x):
+        x = x * self._scale * self.factors[0] * self.inherited
+        return x * self.rates.rate * getattr(self, "by_attribute")  # noqa: B009
 
 
 def replace(name: str, module: nn.Module):
@@ -66,6 +83,16 @@ CHANGES = {
     "norm of another kind": replace("bn1", nn.InstanceNorm2d(4)),
     "scale": lambda m: setattr(m, "scale", 2.0),
     "switch": lambda m: setattr(m, "joins", False),
+    "private scale, read by a method": lambda m: setattr(m, "_scale", 2.0),
+    "scale that is a tensor now": lambda m: setattr(m, "scale", torch.full((4, 1, 1), 2.0, dtype=torch.float64)),
+    "attribute by its name": lambda m: setattr(m, "by_attribute", 2.0),
+    "attribute of the class": lambda m: setattr(m, "inherited", 2.0),
+    "function": lambda m: setattr(m, "finish", torch.sigmoid),
+    "method": lambda m: setattr(m, "scaled", torch.exp),
+    "item of a dictionary": lambda m: m.settings.update(joins=False),
+    "dictionary": lambda m: setattr(m, "settings", {"joins": False}),
+    "item of a list": lambda m: m.factors.__setitem__(0, 2.0),
+    "attribute of an object": lambda m: setattr(m.rates, "rate", 2.0),
     "forward of a layer": lambda m: setattr(m.conv1, "forward", lambda x: x * 2),
     "convolution of a layer": lambda m: setattr(m.conv1, "_conv_forward", lambda x, weight, bias: x * 2),
     "forward of an activation": lambda m: setattr(m.act, "forward", lambda x: x * 2),
@@ -231,7 +258,7 @@ def test_patching_again_takes_the_change_in():
 def test_what_nothing_depends_on_may_change():
     model = ResidualBlock(4)
     patch(model)
-    model.note, model.training = "a new attribute", False
+    model.note, model.training, model._note = "a new attribute", False, "a private one"
     forward, called = ResidualBlock.forward, []
     try:
         ResidualBlock.forward = lambda self, x: called.append(1) or forward(self, x)
@@ -239,3 +266,11 @@ def test_what_nothing_depends_on_may_change():
     finally:
         ResidualBlock.forward = forward
     assert called == []
+
+
+def test_private_settings_that_the_code_does_not_name_may_change():
+    model = settled(Busy())
+    patch(model)
+    model._unused = model.rates.unused = 2.0
+    assert not changed(model, template_of(model).watched)
+    assert not changed(copy.deepcopy(model), template_of(model).watched)
