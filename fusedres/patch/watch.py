@@ -69,7 +69,7 @@ class Watched(NamedTuple):
     children: int
     settings: tuple[tuple[str, Any], ...]
     held: tuple[Held, ...]
-    inherited: frozenset[str]
+    inherited: tuple[str, ...]
 
 
 def watch(module: nn.Module, regions: Iterable[Region], inlined: Iterable[str]) -> tuple[Watched, ...]:
@@ -125,8 +125,8 @@ def _held(name: str, value: Any, named: frozenset[str]) -> Held | None:
     return Held(name, type(value), length, tuple((k, v) for k, v in items if _is_plain(v) or isinstance(v, _FUNCTIONS)))
 
 
-def _inherited(cls: type, own: Collection[str], named: frozenset[str]) -> frozenset[str]:
-    return frozenset(n for n in named if n not in own and hasattr(cls, n) and not hasattr(nn.Module, n))
+def _inherited(cls: type, own: Collection[str], named: frozenset[str]) -> tuple[str, ...]:
+    return tuple(sorted(n for n in named if n not in own and hasattr(cls, n) and not hasattr(nn.Module, n)))
 
 
 def _is_plain(value: Any) -> bool:
@@ -163,15 +163,15 @@ def changed(root: nn.Module, watched: tuple[Watched, ...]) -> bool:
             if len(state["_modules"]) != children:
                 return True
             for name, value in settings:
-                if state[name] != value:
+                setting = state[name]
+                if type(setting) is not type(value) or setting != value:  # of a tensor, != decides nothing
                     return True
             if held and _is_other(state, held):
                 return True
-            if inherited and not state.keys().isdisjoint(inherited):
-                return True
+            for name in inherited:
+                if name in state:
+                    return True
         except (LookupError, AttributeError):  # a child or a setting that is gone, or a child that is now None
-            return True
-        except (RuntimeError, ValueError):  # a setting that is now a tensor or an array, which does not just differ
             return True
     return False
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import random
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -673,145 +672,6 @@ def test_untraceable(forward):
     assert all(torch.equal(buffers[name], b) for name, b in model.named_buffers())
 
 
-def test_what_pytorch_asks_for_itself_is_no_matter():
-    """Entering a context asks for the one outside."""
-
-    class Block(Layers):
-        def forward(self, x):
-            with torch.autocast("cpu", enabled=False):
-                scale = 2.0
-            return self.branch(x) * scale
-
-    assert check_patched(Block()).coverage == 1.0
-    assert torch.is_grad_enabled is gradients_are_on
-
-
-FEATURES, LATEST, ELSEWHERE = [], None, {}
-
-
-class Holder:
-    feature = None
-
-
-def keep_elsewhere(value, place=ELSEWHERE):
-    place["feature"] = value
-
-
-def keeps_in_a_nested_list(self, x):
-    self.state["features"].append(y := self.branch(x))
-    return y
-
-
-def counts_in_a_dictionary(self, x):
-    self.state["calls"] += 1
-    return self.branch(x)
-
-
-def keeps_in_an_object(self, x):
-    self.holder.feature = y = self.branch(x)
-    return y
-
-
-def keeps_in_a_namespace(self, x):
-    self.space.feature = y = self.branch(x)
-    return y
-
-
-def keeps_on_a_layer(self, x):
-    self.relu.feature = y = self.branch(x)
-    return y
-
-
-def keeps_on_the_class(self, x):
-    type(self).feature = y = self.branch(x)
-    return y
-
-
-def keeps_in_a_global_list(self, x):
-    FEATURES.append(y := self.branch(x))
-    return y
-
-
-def keeps_in_a_global(self, x):
-    global LATEST
-    LATEST = y = self.branch(x)
-    return y
-
-
-def keeps_in_a_default(self, x):
-    keep_elsewhere(y := self.branch(x))
-    return y
-
-
-def keeps_on_a_class_of_others(self, x):
-    Holder.feature = y = self.branch(x)
-    return y
-
-
-def keeps_and_fails(self, x):
-    keep_elsewhere(y := self.branch(x))
-    self.state["features"].append(y)
-    return y if y.sum() > 0 else x
-
-
-STORES = {
-    keeps_in_a_nested_list: "stores a value on the module ('state')",
-    counts_in_a_dictionary: "stores a value on the module ('state')",
-    keeps_in_an_object: "stores a value on the module ('holder')",
-    keeps_in_a_namespace: "stores a value on the module ('space')",
-    keeps_on_a_layer: "stores a value on the module ('feature')",
-    keeps_on_the_class: "stores a value on its class ('feature')",
-    keeps_in_a_global_list: "stores a value in a global ('FEATURES')",
-    keeps_in_a_global: "stores a value in a global ('LATEST')",
-    keeps_in_a_default: "stores a value outside of the module",
-    keeps_on_a_class_of_others: "stores a value outside of the module",
-    keeps_and_fails: "branches on data",
-}
-
-
-@pytest.mark.parametrize("forward", STORES, ids=lambda f: f.__name__)
-def test_what_a_forward_stores_anywhere_is_taken_back(forward):
-    block = type("Keeping", (Layers,), {"forward": forward, "feature": "of the class"})()
-    block.state, block.holder, block.space = {"features": [], "calls": 0}, Holder(), SimpleNamespace(feature=None)
-    model = nn.Sequential(block, ResidualBlock(4))
-    report = explain(model)
-    assert list(patterns(report)) == ["1"]
-    assert STORES[forward] in reasons(report)["0.conv1"]
-    assert block.state == {"features": [], "calls": 0}
-    assert vars(block.holder) == ELSEWHERE == {}
-    assert Holder.__dict__.get("feature") is block.space.feature is LATEST is None
-    assert FEATURES == []
-    assert "feature" not in vars(block.relu)
-    assert type(block).feature == "of the class"
-
-
-def test_what_the_parent_stores_on_a_block_spoils_the_parent_alone():
-    class Parent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), ResidualBlock(4)
-
-        def forward(self, x):
-            self.block.last_input = y = self.first(x)
-            return self.block(y)
-
-    model = Parent()
-    assert list(patterns(explain(model))) == ["first", "block"]
-    assert not hasattr(model.block, "last_input")
-
-
-def test_values_in_a_cycle_of_references_are_not_stored():
-    class Block(Layers):
-        def forward(self, x):
-            def again(n):
-                return again(n - 1) if n else y
-
-            y = self.branch(x)
-            return again(2) + x
-
-    assert check_patched(Block()).coverage == 1.0
-
-
 def test_installed_libraries_are_the_users_code():
     """The layers of torchvision's DenseNet ask for the type of their input, which a dense block makes a list."""
     densenet = torchvision_models().densenet
@@ -868,45 +728,6 @@ def test_arguments_named_like_the_generated_names():
 
     report = check_patched(Names(), images(), images() * 2, images() * 3)
     assert report.coverage == 1.0
-
-
-class NamesItself(Layers):
-    def forward(self, x):
-        return self.branch(x) * (2 if type(self).__name__ == "NamesItself" else 3)
-
-
-class AsksForItsClass(Layers):
-    def forward(self, x):
-        return self.factor() * self.branch(x)
-
-    def factor(self):
-        return 2 if self.__class__ is AsksForItsClass else 3
-
-
-class CallsItsBase(Layers):
-    def forward(self, x):
-        return super(type(self), self).forward(x)
-
-
-class CallsItsBaseByName(Layers):
-    def forward(self, x):
-        return super(CallsItsBaseByName, self).forward(x) * type(self).C  # noqa: UP008
-
-
-@pytest.mark.parametrize("cls", [NamesItself, AsksForItsClass, CallsItsBase])
-def test_a_forward_that_asks_for_its_class_is_left(cls):
-    report = check_patched(nn.Sequential(cls(), ResidualBlock(4)))
-    assert list(patterns(report)) == ["1"]
-    assert "asks for the class of its module" in reasons(report)["0.conv1"]
-
-
-def test_a_class_that_is_a_way_to_its_attributes_is_no_matter():
-    model = settled(CallsItsBaseByName()).eval()
-    expected = model(images())
-    assert patch(model).coverage == 1.0
-    torch.testing.assert_close(model(images()), expected, rtol=1e-9, atol=1e-11)
-    model.relu.register_forward_hook(lambda *_: None)
-    torch.testing.assert_close(model(images()), expected, rtol=1e-9, atol=1e-11)
 
 
 # -- selection -------------------------------------------------------------------------------------------------------
