@@ -34,6 +34,7 @@ _LITERALS = (bool, int, float, str, type(None))
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, type)  # a copy of a module holds the very same
 _MOST_ITEMS = 64
 _OF_ANY_MODULE = frozenset(nn.Module().__dict__)
+_ABSENT = object()
 
 
 class Held(NamedTuple):
@@ -126,7 +127,8 @@ def _held(name: str, value: Any, named: frozenset[str]) -> Held | None:
 
 
 def _inherited(cls: type, own: Collection[str], named: frozenset[str]) -> tuple[str, ...]:
-    return tuple(sorted(n for n in named if n not in own and hasattr(cls, n) and not hasattr(nn.Module, n)))
+    absent = (n for n in named if n not in own and hasattr(cls, n) and not hasattr(nn.Module, n))
+    return tuple(sorted(n for n in absent if not isinstance(getattr(cls, n), property)))  # which no instance can hide
 
 
 def _is_plain(value: Any) -> bool:
@@ -169,7 +171,7 @@ def changed(root: nn.Module, watched: tuple[Watched, ...]) -> bool:
             if held and _is_other(state, held):
                 return True
             for name in inherited:
-                if name in state:
+                if name in state or (compiling and getattr(module, name) is _ABSENT):  # a read is guarded, too
                     return True
         except (LookupError, AttributeError):  # a child or a setting that is gone, or a child that is now None
             return True
