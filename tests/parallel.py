@@ -54,7 +54,8 @@ def build(order: str, dtype: torch.dtype, wrap: Any) -> nn.Module:
 def batch(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """This process's images and labels."""
     torch.manual_seed(100 * dist.get_rank() + step)
-    return torch.randn(4, 3, 16, 16).to(dtype), torch.randint(0, 5, (4,))
+    images, labels = torch.randn(4, 3, 16, 16).to(dtype), torch.randint(0, 5, (4,))
+    return images.contiguous(memory_format=torch.channels_last), labels
 
 
 def ddp_gradients(
@@ -78,7 +79,7 @@ def ddp_gradients(
     return {name: p.grad for name, p in net.module.named_parameters()}
 
 
-def sharded_training(order: str) -> dict[str, Any]:
+def sharded_training(order: str, dtype: torch.dtype) -> dict[str, Any]:
     """Three steps with every block and the rest sharded: the losses, the whole parameters, an evaluation."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
@@ -87,18 +88,18 @@ def sharded_training(order: str) -> dict[str, Any]:
             fully_shard(block, mesh=mesh)
         return fully_shard(net, mesh=mesh)
 
-    net = build(order, torch.float64, shard)
+    net = build(order, dtype, shard)
     optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
     losses = []
     for i in range(3):
-        images, labels = batch(i, torch.float64)
+        images, labels = batch(i, dtype)
         optimizer.zero_grad()
         loss = F.cross_entropy(net(images), labels)
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
     with torch.no_grad():
-        out = net.eval()(batch(9, torch.float64)[0])
+        out = net.eval()(batch(9, dtype)[0])
     for module in (net, net.first, net.second, net.extra):
         module.reshard()
     found = {"losses": torch.stack(losses), "out": out}

@@ -251,15 +251,21 @@ def test_weights_are_folded_once_and_go_with_the_module():
     assert len(_FOLDED) == before
 
 
+# What it yields has no gradient, of which PyTorch warns where its check differentiates all the same.
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 @needs_library
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck_of_inference(layout, dtype):
+@pytest.mark.parametrize("requiring", ["nothing", "the input", "the parameters", "both"])
+def test_opcheck_of_inference(layout, dtype, requiring):
     block = bottleneck().eval()
     binder = Binder(block)
     program = json.dumps(as_constants(block._block.bound(binder)))
-    tensors = [None if t is None else t.detach() for t in binder.tensors]
-    x = INPUTS[layout](SHAPE)
+    of_parameters, of_input = requiring in ("the parameters", "both"), requiring in ("the input", "both")
+    tensors = [
+        None if t is None else t.detach().requires_grad_(t.requires_grad and of_parameters) for t in binder.tensors
+    ]
+    x = INPUTS[layout](SHAPE).requires_grad_(of_input)
     torch.library.opcheck(torch.ops.fusedres.infer_block.default, (program, x, None, tensors, dtype))
 
 

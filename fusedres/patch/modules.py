@@ -182,7 +182,7 @@ def norm_problem(module: nn.Module, shared: dict[int, str]) -> str | None:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether the module is a normalisation layer, which is a step or nothing, and never inlined."""
-    return isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm)) or has_frozen_name(module)
+    return isinstance(module, _NORMS) or has_frozen_name(module)
 
 
 def is_unknown_norm(module: nn.Module) -> bool:

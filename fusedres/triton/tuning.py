@@ -203,12 +203,11 @@ def bytes_and_flops(problem: Problem) -> tuple[int, int]:
     n, c, h, w = problem.shape
     p, q = problem.size
     inputs, outputs = n * c * h * w, n * problem.filters * p * q
-    if problem.kind != "wgrad" and problem.kernel_size == (1, 1):
-        inputs = n * c * p * q  # a strided 1x1 convolution touches no other pixels
-    weights = problem.filters * c * math.prod(problem.kernel_size)
-    moved = inputs + outputs + weights
+    read = n * c * p * q if problem.kernel_size == (1, 1) else inputs  # strided, it touches no other pixels
+    moved = outputs + problem.filters * c * math.prod(problem.kernel_size)
+    moved += inputs if problem.kind == "dgrad" else read  # a gradient is written whole, with zeros between
     if problem.prologue and problem.kind != "fprop":
-        moved += outputs + (inputs if problem.kind == "dgrad" else 0)
+        moved += outputs + (read if problem.kind == "dgrad" else 0)
     return moved * problem.dtype.itemsize, 2 * outputs * c * math.prod(problem.kernel_size)
 
 
@@ -344,10 +343,11 @@ def shared_memory(device: torch.device) -> int:
 
 
 def heuristic(problem: Problem) -> Tiles:
-    """Tiles that are safe everywhere: 8 warps of 128 registers without a spill on any device that the kernels run on.
+    """Tiles that run everywhere: 8 warps of 128 registers, which hold what ReLU needs on compute capability 8 and 9.
 
-    Two such programs share a multiprocessor, so that one computes while the other stores. A gradient's prologue reads
-    two tensors and four rows, a forward's epilogue may read a residual; 128 rows and 128 columns would not fit.
+    What spills beyond that, as a residual's last bytes on 10, is listed in docs/kernels.md. Two such programs share a
+    multiprocessor, so that one computes while the other stores. A gradient's prologue reads two tensors and four rows,
+    a forward's epilogue may read a residual; 128 rows and 128 columns would not fit.
     """
     _, columns, depth = problem.product
     deep = 32 if problem.dtype == torch.float32 or depth <= 32 else 64

@@ -40,7 +40,22 @@ def conv_wgrad(channels, filters, size):
     out = torch.empty_like(weight)
     return lambda: k.conv_wgrad(grad, a, rows[:, :channels].contiguous(), 1, 0.0, *geometry, out) or out
 
-small, large = conv_wgrad(16, 16, 4), conv_wgrad(512, 512, 28)
+def conv_winograd(channels):
+    weight = channels_last(32, channels, 3, 3)
+    packed, a = k.conv_winograd_pack(weight), channels_last(1, channels, 8, 8)
+    return lambda: k.conv_winograd(a, packed, 32, None, None, 1, 0.0, [1, 1])
+
+def conv_fused_fprop(channels):
+    weight, a = channels_last(channels, channels, 3, 3), channels_last(1, channels, 8, 8)
+    out, geometry = torch.empty_like(a), ([1, 1], [1, 1], [1, 1])
+    return lambda: (k.conv_fused_fprop(a, None, 0, 0.0, weight, None, *geometry, False, out), out)[1]
+
+# Those that keep their memory: a small call, the one that wants more.
+KEEPS = {
+    "conv_wgrad": (conv_wgrad(16, 16, 4), conv_wgrad(512, 512, 28)),
+    "conv_winograd": (conv_winograd(16), conv_winograd(2048)),
+    "conv_fused_fprop": (conv_fused_fprop(16), conv_fused_fprop(512)),
+}
 CALLS = {
     "bn_stats": lambda: k.bn_stats(x),
     "bn_stats, per sample": lambda: k.bn_stats(x, True),
@@ -49,10 +64,9 @@ CALLS = {
     "join_backward_apply": lambda: k.join_backward_apply(
         x, x, rows, None, None, 1, 0.0, torch.ones(3, SHAPE[1]), 8.0, True, False, False
     ),
-    "conv_wgrad": large,
 }
-# Threads are there, and all that is allocated once; wgrad keeps its memory, so the first call is a small one.
-before = {name: small() if call is large else call() for name, call in CALLS.items()}
+SMALL, CALLS = CALLS | {name: s for name, (s, _) in KEEPS.items()}, CALLS | {name: l for name, (_, l) in KEEPS.items()}
+before = {name: call() for name, call in SMALL.items()}  # threads are there, and all that is allocated once
 soft, hard = resource.getrlimit(resource.RLIMIT_AS)
 for name, call in CALLS.items():
     resource.setrlimit(resource.RLIMIT_AS, (address_space(), hard))
@@ -64,8 +78,8 @@ for name, call in CALLS.items():
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     print(name, said, sep=": ")
-for name, call in CALLS.items():
-    again, first = small() if call is large else call(), before[name]
+for name, call in SMALL.items():
+    again, first = call(), before[name]
     for a, b in zip(*((t if isinstance(t, tuple) else (t,)) for t in (again, first))):
         assert torch.equal(a, b), name
 print("went on")
@@ -79,5 +93,5 @@ def test_out_of_memory_is_an_exception():
     assert done.returncode == 0, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     *calls, last = done.stdout.splitlines()
     assert last == "went on"
-    assert len(calls) == 6
+    assert len(calls) == 8
     assert all(call.endswith((": MemoryError", ": RuntimeError")) for call in calls), calls

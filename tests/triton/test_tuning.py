@@ -140,6 +140,9 @@ def test_products_and_traffic_of_a_pointwise_convolution():
     assert tuning.bytes_and_flops(problem("dgrad")) == (2 * (2 * inputs + 2 * outputs + weights), flops)
     assert tuning.bytes_and_flops(problem("wgrad")) == (2 * (inputs + 2 * outputs + weights), flops)
     assert tuning.bytes_and_flops(problem(g=HALF))[0] == 2 * ((inputs + outputs) // 4 + weights)
+    assert tuning.bytes_and_flops(problem("wgrad", g=HALF))[0] == 2 * (inputs // 4 + outputs // 2 + weights)
+    whole_gradient = inputs + inputs // 4 + outputs // 2  # that of a pixel between is zero: its input is not read
+    assert tuning.bytes_and_flops(problem("dgrad", g=HALF))[0] == 2 * (whole_gradient + weights)
 
 
 def test_what_was_measured_is_taken_and_the_vendor_is_a_candidate():
