@@ -1,13 +1,11 @@
-"""Activations that people write out: ``x * sigmoid(x)`` is SiLU.
-
-``x * relu6(x + 3) / 6`` is not taken for Hardswish, whose sixth PyTorch rounds to float32 in every dtype.
-"""
+"""Activations that people write out: ``x * sigmoid(x)`` is SiLU, ``x * relu6(x + 3) / 6`` is Hardswish."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +36,9 @@ class Product:
 
 ModuleOf = Callable[[fx.Node], nn.Module | None]
 
+_SUMS = (operator.add, torch.add, "add")
 _MULTIPLY = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+_DIVIDE = (operator.truediv, operator.itruediv, torch.div, "div", "div_")
 _SIGMOIDS = (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid")
 
 
@@ -48,11 +48,53 @@ def find_product(node: fx.Node, module_of: ModuleOf, usable: Callable[[fx.Node],
     Args:
         usable: whether a module that a node calls does nothing but its class's forward.
     """
-    for x, gate in _factors(node):
-        alone = gate.users.keys() == {node} and tensor_input(gate) is x
-        if alone and _is_sigmoid(gate, module_of, usable):
-            return Product(x, Act(Activation("silu")), (gate, node))
+    for x, inner, name in _candidates(node, module_of, usable):
+        alone = all(each.users.keys() == {reader} for each, reader in zip(inner, (*inner[1:], node)))
+        if alone and tensor_input(inner[0]) is x:
+            return Product(x, Act(Activation(name)), (*inner, node))
     return None
+
+
+def _candidates(
+    node: fx.Node, module_of: ModuleOf, usable: Callable[[fx.Node], bool]
+) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...], str]]:
+    """One factor, the nodes from what should read it to what ``node`` reads, and the name of the activation."""
+    for x, gate in _factors(node):
+        if _is_sigmoid(gate, module_of, usable):
+            yield x, (gate,), "silu"
+        if shifted := _shifted_relu6(_divided_by_6(gate), module_of, usable):
+            yield x, (*shifted, gate), "hardswish"
+    product = _divided_by_6(node)
+    for x, gate in () if product is None else _factors(product):
+        if shifted := _shifted_relu6(gate, module_of, usable):
+            yield x, (*shifted, product), "hardswish"
+
+
+def _shifted_relu6(node: fx.Node | None, module_of: ModuleOf, usable: Callable[[fx.Node], bool]) -> tuple[fx.Node, ...]:
+    """The two nodes of ``relu6(x + 3)``, or none."""
+    if node is None or ((module := module_of(node)) is not None and not usable(node)):
+        return ()
+    shifted = tensor_input(node)
+    if shifted is None or not _is_with_number(shifted, _SUMS, 3):
+        return ()
+    return (shifted, node) if read(node, module, lambda _: None) == Act(Activation("relu6")) else ()
+
+
+def _divided_by_6(node: fx.Node) -> fx.Node | None:
+    return tensor_input(node) if _is_with_number(node, _DIVIDE, 6) else None
+
+
+def _is_with_number(node: fx.Node, functions: tuple[Any, ...], number: int) -> bool:
+    """Whether ``node`` is one of the functions of a tensor and this number."""
+    return (
+        node.op in ("call_function", "call_method")
+        and node.target in functions
+        and len(node.args) == 2
+        and not node.kwargs
+        and isinstance(node.args[0], fx.Node)
+        and type(node.args[1]) in (int, float)
+        and node.args[1] == number
+    )
 
 
 def written_activation(module: nn.Module) -> Activation | None:

@@ -287,7 +287,7 @@ class View:
 
     def only_reader(self, node: fx.Node) -> fx.Node | None:
         """The one step that reads ``node``, where there is exactly one and it reads nothing else."""
-        for reader in node.users:
+        for reader in (*node.users, *(behind for user in node.users for behind in user.users)):  # a product's last
             step = set(self.nodes_of(reader)) if reader.op != "output" and self.input_of(reader) is node else set()
             if node.users.keys() <= step:
                 return reader

@@ -35,6 +35,31 @@ class SwishOfModule(nn.Module):
         return self.sigmoid(x) * x
 
 
+class HardSwish(nn.Module):
+    def forward(self, x):
+        return x * F.relu6(x + 3.0, inplace=True) / 6.0
+
+
+class HardSwishOfModules(nn.Module):
+    """As MobileNetV3 is often written."""
+
+    def __init__(self):
+        super().__init__()
+        self.sigmoid = HardSigmoid()
+
+    def forward(self, x):
+        return x * self.sigmoid(x)
+
+
+class HardSigmoid(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU6(inplace=True)
+
+    def forward(self, x):
+        return self.relu(x + 3) / 6
+
+
 class Block(Layers):
     def __init__(self, act):
         super().__init__()
@@ -49,6 +74,13 @@ def test_one_site(act):
     report = check_patched(Block(act()))
     assert len(report.fused) == 1
     assert report.source("").count("silu") == 2
+
+
+@pytest.mark.parametrize("act", [HardSwish, HardSwishOfModules])
+def test_hardswish(act):
+    report = check_patched(Block(act()))
+    assert len(report.fused) == 1
+    assert report.source("").count("hardswish") == 2
 
 
 def test_in_place():
@@ -90,10 +122,43 @@ class Kept(nn.Module):
         return x * gate + gate
 
 
-@pytest.mark.parametrize("act", [Gate, OfAnother, Kept])
+class Sixth(nn.Module):
+    def forward(self, x):
+        return x * (x / 6)
+
+
+class ShiftedByTwo(nn.Module):
+    def forward(self, x):
+        return x * F.relu6(x + 2) / 6
+
+
+class OfOneShifted(nn.Module):
+    def forward(self, x):
+        return (x + 3) * F.relu6(x + 3) / 6
+
+
+class KeptProduct(nn.Module):
+    def forward(self, x):
+        product = x * F.relu6(x + 3)
+        return product / 6 + product
+
+
+class FloorOfSixth(nn.Module):
+    def forward(self, x):
+        return torch.div(x * F.relu6(x + 3), 6, rounding_mode="floor")
+
+
+@pytest.mark.parametrize("act", [Gate, OfAnother, Kept, Sixth, ShiftedByTwo, OfOneShifted, KeptProduct, FloorOfSixth])
 def test_what_only_looks_like_it(act):
     report = check_patched(Block(act()))
     assert "silu" not in report.source("")
+    assert "hardswish" not in report.source("")
+
+
+def test_hooks_inside():
+    act = HardSwishOfModules()
+    act.sigmoid.relu.register_forward_hook(lambda *args: 2 * args[2])
+    assert "hardswish" not in check_patched(Block(act)).source("")
 
 
 class LeakyByFunction(nn.Module):
@@ -103,12 +168,14 @@ class LeakyByFunction(nn.Module):
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(Swish(), "silu"), (SwishInPlace(), "silu"), (LeakyByFunction(), "leaky_relu")],
+    [(Swish(), "silu"), (SwishInPlace(), "silu"), (HardSwish(), "hardswish"), (LeakyByFunction(), "leaky_relu")],
 )
 def test_written_activations(module, name):
     assert written_activation(module).name == name
 
 
-@pytest.mark.parametrize("module", [Gate(), Kept(), nn.Linear(2, 2), nn.Sequential(nn.ReLU()), nn.Identity()])
+@pytest.mark.parametrize(
+    "module", [Gate(), Kept(), Sixth(), ShiftedByTwo(), nn.Linear(2, 2), nn.Sequential(nn.ReLU()), nn.Identity()]
+)
 def test_what_is_no_activation(module):
     assert written_activation(module) is None
