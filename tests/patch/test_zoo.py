@@ -5,6 +5,7 @@ Small ones of each family, built by the packages' own classes, run in every way;
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -66,6 +67,26 @@ def efficientnet() -> nn.Module:
     return module.EfficientNet(settings, dropout=0.0, stochastic_depth_prob=0.4, num_classes=7, last_channel=64)
 
 
+def inception() -> nn.Module:
+    """Three blocks of Inception-v3, which is too deep to be tested in every way."""
+    module = torchvision_models().inception
+    blocks = (module.InceptionA(32, pool_features=32), module.InceptionC(256, channels_7x7=16), module.InceptionE(768))
+    stem = module.BasicConv2d(3, 32, kernel_size=3, stride=2)
+    return nn.Sequential(stem, nn.MaxPool2d(2), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 7))
+
+
+def hrnet() -> nn.Module:
+    """The smallest HRNet, with four branches of one block in its last stages, and narrow."""
+    timm_models()
+    from timm.models.hrnet import HighResolutionNet, cfg_cls
+
+    settings = copy.deepcopy(cfg_cls["hrnet_w18_small"])
+    for i, stage in enumerate(("stage1", "stage2", "stage3", "stage4")):
+        width = len(settings[stage]["num_channels"])
+        settings[stage].update(num_blocks=(1,) * width, num_channels=(16,) if i == 0 else (8, 16, 24, 32)[:width])
+    return HighResolutionNet(settings, num_classes=7)
+
+
 def timm(name: str, **options) -> Callable[[], nn.Module]:
     """timm's network of that name, with few classes."""
 
@@ -104,6 +125,7 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], float]] = {
         lambda: torchvision_models().GoogLeNet(num_classes=7, aux_logits=False, init_weights=False, dropout=0.0),
         1.0,
     ),
+    "torchvision, Inception": (inception, 1.0),
     "torchvision, MNASNet": (lambda: torchvision_models().mnasnet0_5(num_classes=7, dropout=0.0), 1.0),
     "torchvision, MobileNetV3": (
         lambda: torchvision_models().mobilenet_v3_small(num_classes=7, width_mult=0.5, dropout=0.0),
@@ -140,12 +162,14 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "timm, CSPResNet": (timm("cspresnet50"), 1.0),
     "timm, SelecSLS": (timm("selecsls42"), 1.0),
     "timm, VoVNet": (timm("ese_vovnet19b_slim_dw"), 0.9),
+    "timm, HRNet": (hrnet, 1.0),
     "timm, DLA": (timm("dla34", channels=(16, 16, 16, 32, 32, 64)), 0.97),
 }
 
 # Of images that a network halves too often for 40 pixels: to none, or so few that a norm has hardly any to divide by.
 SIZES = {
     "timm, DLA": 64,
+    "timm, HRNet": 64,
     "timm, ResNet, average pooling": 64,
     "timm, SelecSLS": 96,
     "timm, VoVNet": 96,
