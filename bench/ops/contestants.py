@@ -21,7 +21,7 @@ from fusedres.benchmarking.rotation import copies, rotating
 from fusedres.ops.registry import Op
 from fusedres.testing import assert_within_budget
 
-__all__ = ["BACKENDS", "COMPILED", "Contest", "affine_rows", "check", "compiled", "group_of", "nbytes"]
+__all__ = ["BACKENDS", "COMPILED", "Contest", "affine_rows", "backward_of", "check", "group_of", "nbytes"]
 
 BACKENDS = ("reference", "cpu")
 COMPILED = COMPILE.name
@@ -60,6 +60,27 @@ class Contest:
     absent: Mapping[str, str | None] | None = None
     memory: bool = True
 
+    def with_compiled(self, make: Callable[[Any], Call] | None = None) -> Contest:
+        """With what torch.compile makes of stock PyTorch's composition, checked as the backends are.
+
+        Args:
+            make: makes its call, where that is more than stock's call compiled.
+        """
+        eager = self.calls["eager"]
+
+        def of_eager(operands: Any) -> Call:
+            return torch.compile(eager(operands))
+
+        def holds() -> None:
+            wide = tree_map(_wide, self.operands)
+            calls = (make or of_eager)(self.operands), eager(self.operands), eager(wide)
+            found = ([t for t in tree_leaves(call()) if t is not None] for call in calls)
+            for i, results in enumerate(zip(*found, strict=True)):
+                assert_within_budget(*results, name=f"{COMPILED}, result {i}")
+
+        calls, checks = {**self.calls, COMPILED: make or of_eager}, {**self.checks, COMPILED: holds}
+        return replace(self, calls=calls, checks=checks)
+
     def entrants(self) -> list[Entrant]:
         torch.compiler.reset()  # else the eighth group of an op would run as eager
         size = nbytes(*tree_leaves(self.operands))
@@ -90,22 +111,14 @@ class Contest:
         return select.why_not(name, "cpu", getattr(torch, self.group.dtype)) if name in BACKENDS else None
 
 
-def compiled(eager: Callable[[Any], Call], operands: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A contestant that is stock PyTorch's composition compiled, as a call and a check for a :class:`Contest`.
-
-    Args:
-        eager: makes stock's call; it neither writes to its operands nor draws random numbers.
-    """
-
-    def make(given: Any) -> Call:
-        return torch.compile(eager(given))
-
-    def holds() -> None:
-        calls = make(operands), eager(operands), eager(tree_map(_wide, operands))
-        for i, results in enumerate(zip(*(tree_leaves(call()) for call in calls), strict=True)):
-            assert_within_budget(*results, name=f"{COMPILED}, result {i}")
-
-    return {COMPILED: make}, {COMPILED: holds}
+def backward_of(forward: Callable[..., Tensor], grad: Tensor, *inputs: Tensor, compiles: bool = False) -> Call:
+    """Autograd's backward of ``forward``, without the forward, which runs once here; ``compiles`` compiles both."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    # A compiled backward that runs again and again may not write into what it was given.
+    with torch._functorch.config.patch(donated_buffer=False):
+        out = torch.compile(forward)(*leaves) if compiles else forward(*leaves)
+        torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
 
 def _verdict(check: Callable[[], Any]) -> str:

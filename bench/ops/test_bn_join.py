@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.ops.contestants import Contest, check, group_of, nbytes
+from bench.ops.contestants import COMPILED, Contest, check, group_of, nbytes
 from bench.shapes import activations
 from fusedres.ops.activations import RELU
 from fusedres.ops.registry import OPS
@@ -15,7 +15,7 @@ from fusedres.testing import channels_last
 OP = OPS["bn_join"]
 
 
-@pytest.mark.parametrize("contestant", ["eager", "reference"])
+@pytest.mark.parametrize("contestant", ["eager", COMPILED, "reference"])
 @pytest.mark.parametrize("shape", activations(), indirect=True)
 def test_bn_join(race, shape, dtype, contestant):
     group = group_of("bn_join", dtype, shape)
@@ -30,6 +30,6 @@ def test_bn_join(race, shape, dtype, contestant):
         arguments = [y, gamma, beta, mean, var, 0.1, 1e-5, side, None, RELU.code, RELU.param]
         calls = {"eager": eager, "reference": lambda given: lambda: OP.overload("reference")(*given)}
         checks = {"reference": lambda: check(OP, "reference", arguments)}
-        return Contest(group, arguments, calls, checks, nbytes(y, side, y))
+        return Contest(group, arguments, calls, checks, nbytes(y, side, y)).with_compiled()
 
     race(group, contestant, contest)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.ops.contestants import BACKENDS, Contest, group_of, nbytes
+from bench.ops.contestants import BACKENDS, COMPILED, Contest, group_of, nbytes
 from bench.shapes import MODIFIED, activations
 from fusedres.ops.registry import OPS
 from fusedres.testing import assert_within_budget, channels_last, contiguous, rms, sliced
@@ -15,7 +15,7 @@ from fusedres.testing import assert_within_budget, channels_last, contiguous, rm
 OP = OPS["bn_stats"]
 
 
-@pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
+@pytest.mark.parametrize("contestant", ["eager", COMPILED, *BACKENDS])
 @pytest.mark.parametrize("shape", activations(), indirect=True)
 def test_bn_stats(race, shape, dtype, contestant):
     group = group_of("bn_stats", dtype, shape)
@@ -24,7 +24,8 @@ def test_bn_stats(race, shape, dtype, contestant):
         x = channels_last(shape, dtype)
         calls = {"eager": lambda x: lambda: torch.var_mean(x, (0, 2, 3))}
         calls |= {name: lambda x, name=name: lambda: OP.overload(name)(x) for name in BACKENDS}
-        return Contest(group, x, calls, {name: lambda name=name: check(name, x) for name in BACKENDS}, nbytes(x))
+        checks = {name: lambda name=name: check(name, x) for name in BACKENDS}
+        return Contest(group, x, calls, checks, nbytes(x)).with_compiled()
 
     race(group, contestant, contest)
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.ops.contestants import Contest, affine_rows, check, group_of, nbytes
+from bench.ops.contestants import COMPILED, Contest, affine_rows, check, group_of, nbytes
 from bench.shapes import CONVOLUTIONS, SMOKE_MOST
 from fusedres.ops.activations import RELU
 from fusedres.ops.registry import OPS
 from fusedres.testing import channels_last
 
 FPROP, JOIN = OPS["conv_fused_fprop"], OPS["conv_fused_join"]
-CONTESTANTS = ("eager", "reference")
+CONTESTANTS = ("eager", COMPILED, "reference")
 
 
 def applied(x, norm):
@@ -46,7 +46,8 @@ def test_conv_fused_fprop(race, smoke, conv, dtype, contestant):
         arguments = [x, affine_rows(conv.shape[1]), RELU.code, RELU.param, weight, None, *geometry, True]
         calls = {"eager": eager, "reference": lambda given: lambda: FPROP.overload("reference")(*given)}
         checks = {"reference": lambda: check(FPROP, "reference", arguments)}
-        return Contest(group, arguments, calls, checks, nbytes(x, weight) + moved(conv, dtype), conv.flops)
+        passed = nbytes(x, weight) + moved(conv, dtype)
+        return Contest(group, arguments, calls, checks, passed, conv.flops).with_compiled()
 
     race(group, contestant, contest)
 
@@ -74,7 +75,8 @@ def test_conv_fused_join(race, smoke, conv, dtype, contestant):
         arguments = [x, None, 0, 0.0, weight, None, *geometry, norm, residual, None, *act]
         calls = {"eager": eager, "reference": lambda given: lambda: JOIN.overload("reference")(*given)}
         checks = {"reference": lambda: check(JOIN, "reference", arguments)}
-        return Contest(group, arguments, calls, checks, nbytes(x, weight, residual, residual), conv.flops)
+        passed = nbytes(x, weight, residual, residual)
+        return Contest(group, arguments, calls, checks, passed, conv.flops).with_compiled()
 
     race(group, contestant, contest)
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.ops.contestants import Contest, affine_rows, check, group_of, nbytes
+from bench.ops.contestants import COMPILED, Contest, affine_rows, check, group_of, nbytes
 from bench.shapes import CHANNELS, CONVOLUTIONS, SMOKE_MOST
 from fusedres.ops.activations import RELU
 from fusedres.ops.registry import OPS
 from fusedres.testing import channels_last
 
 ROWS, DGRAD, WGRAD = OPS["bn_grad_rows"], OPS["conv_fused_dgrad"], OPS["conv_fused_wgrad"]
-CONTESTANTS = ("eager", "reference")
+CONTESTANTS = ("eager", COMPILED, "reference")
 
 
 def gradient(g, y, rows):
@@ -67,6 +67,6 @@ def test_conv_fused_gradients(race, smoke, conv, dtype, op, contestant):
         calls = {"eager": eager, "reference": lambda given: lambda: op.overload("reference")(*given[1])}
         checks = {"reference": lambda: check(op, "reference", arguments)}
         together = ((x, weight, g, y, rows), arguments)
-        return Contest(group, together, calls, checks, nbytes(g, y, x, weight), conv.flops)
+        return Contest(group, together, calls, checks, nbytes(g, y, x, weight), conv.flops).with_compiled()
 
     race(group, contestant, contest)

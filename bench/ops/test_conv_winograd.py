@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.ops.contestants import Contest, affine_rows, check, group_of, nbytes
+from bench.ops.contestants import COMPILED, Contest, affine_rows, check, group_of, nbytes
 from bench.shapes import CONVOLUTIONS, SMOKE_MOST
 from fusedres.ops.activations import RELU
 from fusedres.ops.registry import OPS
@@ -18,7 +18,7 @@ SUITED = [c for network in CONVOLUTIONS.values() for c in network if c.size == 3
 GEOMETRY = ([1, 1], [1, 1], [1, 1])
 
 
-@pytest.mark.parametrize("contestant", ["eager", "cpu"])
+@pytest.mark.parametrize("contestant", ["eager", COMPILED, "cpu"])
 @pytest.mark.parametrize("form", ["folded", "fprop", "dgrad"])
 @pytest.mark.parametrize("convolution", SUITED, ids=str)
 def test_conv_winograd(race, smoke, convolution, form, contestant):
@@ -32,7 +32,7 @@ def test_conv_winograd(race, smoke, convolution, form, contestant):
         op, arguments, eager = FORMS[form](x, weight, side)
         calls = {"eager": lambda given: lambda: eager(*given), "cpu": lambda given: lambda: op.overload("cpu")(*given)}
         checks = {"cpu": lambda: check(op, "cpu", arguments)}
-        return Contest(group, arguments, calls, checks, nbytes(x, weight, side), convolution.flops)
+        return Contest(group, arguments, calls, checks, nbytes(x, weight, side), convolution.flops).with_compiled()
 
     race(group, contestant, contest)
 
@@ -42,7 +42,7 @@ def folded(x, weight, side):
     packed, bias = PACK.overload("cpu")(weight), torch.zeros(filters)
 
     def eager(x, packed, filters, bias, residual, *_):
-        return torch.relu(F.conv2d(x, weight, bias, padding=1) + residual)
+        return torch.relu(F.conv2d(x, weight.to(x.dtype), bias, padding=1) + residual)
 
     return FOLDED, [x, packed, filters, bias, side, RELU.code, RELU.param, [1, 1]], eager
 

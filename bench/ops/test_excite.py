@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.ops.contestants import Contest, affine_rows, check, group_of, nbytes
+from bench.ops.contestants import COMPILED, Contest, affine_rows, check, group_of, nbytes
 from bench.shapes import CHANNELS
 from fusedres.ops.activations import RELU
 from fusedres.ops.registry import OPS
@@ -15,7 +15,7 @@ OP = OPS["excite"]
 BATCH = 8
 
 
-@pytest.mark.parametrize("contestant", ["eager", "reference"])
+@pytest.mark.parametrize("contestant", ["eager", COMPILED, "reference"])
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_excite(race, channels, contestant):
     group = group_of("excite", torch.float32, (BATCH, channels))
@@ -30,6 +30,6 @@ def test_excite(race, channels, contestant):
         arguments = [means, rows, w1, None, w2, None, RELU.code, RELU.param, "sigmoid", None]
         calls = {"eager": eager, "reference": lambda given: lambda: OP.overload("reference")(*given)}
         checks = {"reference": lambda: check(OP, "reference", arguments)}
-        return Contest(group, arguments, calls, checks, nbytes(means, rows, w1, w2, means))
+        return Contest(group, arguments, calls, checks, nbytes(means, rows, w1, w2, means)).with_compiled()
 
     race(group, contestant, contest)

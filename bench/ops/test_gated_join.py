@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.ops.contestants import BACKENDS, COMPILED, Contest, check, compiled, group_of, nbytes
+from bench.ops.contestants import BACKENDS, COMPILED, Contest, backward_of, check, group_of, nbytes
 from bench.shapes import activations
 from fusedres.ops.registry import OPS
 from fusedres.testing import channels_last
@@ -26,22 +26,19 @@ def test_gated_join(race, shape, dtype, kind, contestant):
         calls = {"eager": lambda given: lambda: stock(*given, threshold)}
         calls |= {name: lambda given, name=name: lambda: FORWARD.overload(name)(*given, threshold) for name in BACKENDS}
         checks = {name: lambda name=name: check(FORWARD, name, [f, logits, x, threshold]) for name in BACKENDS}
-        call, holds = compiled(calls["eager"], (f, logits, x))
-        return Contest(group, (f, logits, x), calls | call, checks | holds, nbytes(f, logits, x, f))
+        return Contest(group, (f, logits, x), calls, checks, nbytes(f, logits, x, f)).with_compiled()
 
     race(group, contestant, contest)
 
 
-@pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
+@pytest.mark.parametrize("contestant", ["eager", COMPILED, *BACKENDS])
 @pytest.mark.parametrize("shape", SHAPES, indirect=True)
 def test_gated_join_backward(race, shape, dtype, contestant):
     group = group_of("gated_join_backward", dtype, shape)
 
-    def eager(arguments):
+    def eager(arguments, compiles=False):
         grad, logits, f, x = arguments[:4]
-        leaves = [t.detach().requires_grad_() for t in (f, logits, x)]
-        out = stock(*leaves, None)
-        return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+        return backward_of(smooth, grad, f, logits, x, compiles=compiles)
 
     def contest():
         f, logits, x = operands(shape, dtype)
@@ -50,7 +47,9 @@ def test_gated_join_backward(race, shape, dtype, contestant):
         calls = {"eager": eager}
         calls |= {name: lambda given, name=name: lambda: BACKWARD.overload(name)(*given) for name in BACKENDS}
         checks = {name: lambda name=name: check(BACKWARD, name, arguments) for name in BACKENDS}
-        return Contest(group, arguments, calls, checks, nbytes(grad, f, logits, x) + nbytes(f, logits, x))
+        moved = nbytes(grad, f, logits, x) + nbytes(f, logits, x)
+        found = Contest(group, arguments, calls, checks, moved)
+        return found.with_compiled(lambda given: eager(given, compiles=True))
 
     race(group, contestant, contest)
 
@@ -60,6 +59,10 @@ def operands(shape, dtype):
     f, logits, x = (channels_last(shape, dtype, seed) for seed in range(3))
     logits[logits.abs() < 0.05] += 0.5
     return f, logits, x
+
+
+def smooth(f, logits, x):
+    return stock(f, logits, x, None)
 
 
 def stock(f, logits, x, threshold):

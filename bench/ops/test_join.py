@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.ops.contestants import BACKENDS, COMPILED, Contest, affine_rows, check, compiled, group_of, nbytes
+from bench.ops.contestants import BACKENDS, COMPILED, Contest, affine_rows, check, group_of, nbytes
 from bench.shapes import MODIFIED, activations
 from fusedres.ops.activations import RELU
 from fusedres.ops.registry import OPS
@@ -40,9 +38,7 @@ def test_join(race, shape, dtype, residual, contestant):
         side_norm = affine_rows(shape[1], 1) if residual == "affine" else None
         arguments = [y, affine_rows(shape[1]), side, side_norm, RELU.code, RELU.param]
         check(WITH_STATISTICS, "reference", arguments)
-        found = contest_of(group, arguments, lambda given: eager(*given[:4]), nbytes(y, side, y))
-        call, holds = compiled(found.calls["eager"], arguments)
-        return replace(found, calls=found.calls | call, checks=found.checks | holds)
+        return contest_of(group, arguments, lambda given: eager(*given[:4]), nbytes(y, side, y)).with_compiled()
 
     race(group, contestant, contest)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.ops.contestants import BACKENDS, Contest, check, group_of, nbytes
+from bench.ops.contestants import BACKENDS, COMPILED, Contest, backward_of, check, group_of, nbytes
 from bench.shapes import MODIFIED, activations
 from fusedres.ops.activations import RELU
 from fusedres.ops.registry import OPS
@@ -23,7 +23,7 @@ def rows_of(y):
     return torch.ops.fusedres.bn_norm(torch.ops.fusedres.bn_stats(y), count, None, None, None, None, 0.0, 1e-5), count
 
 
-@pytest.mark.parametrize("contestant", ["eager", *BACKENDS])
+@pytest.mark.parametrize("contestant", ["eager", COMPILED, *BACKENDS])
 @pytest.mark.parametrize("shape", activations(), indirect=True)
 def test_join_backward(race, shape, dtype, contestant):
     group = group_of("join_backward", dtype, shape)
@@ -42,21 +42,29 @@ def test_join_backward(race, shape, dtype, contestant):
             check(APPLY, name, [*arguments, REDUCE.overload("reference")(*arguments, False)[0], *flags])
             check(BOTH, "reference", [*arguments, False, *flags])
 
-        calls = {"eager": lambda given: eager(given[0], given[1], given[3])} | {name: ours(name) for name in BACKENDS}
+        calls = {"eager": eager} | {name: ours(name) for name in BACKENDS}
         checks = {name: lambda name=name: holds(name) for name in BACKENDS}
-        return Contest(group, arguments, calls, checks, 2 * nbytes(grad, y, residual) + nbytes(y, residual))
+        moved = 2 * nbytes(grad, y, residual) + nbytes(y, residual)
+        return Contest(group, arguments, calls, checks, moved).with_compiled(compiled)
 
     race(group, contestant, contest)
 
 
-def eager(grad, y, residual):
+def eager(given, compiles=False):
     """Stock PyTorch's backward, without its forward."""
-    y, residual = y.detach().requires_grad_(), residual.detach().requires_grad_()
-    out = torch.relu(F.batch_norm(y, None, None, training=True) + residual)
-    return lambda: torch.autograd.grad(out, (y, residual), grad, retain_graph=True)
+    grad, y, _, residual, *_ = given
+    return backward_of(joined, grad, y, residual, compiles=compiles)
 
 
-@pytest.mark.parametrize("contestant", ["eager", "reference"])
+def compiled(given):
+    return eager(given, compiles=True)
+
+
+def joined(y, residual):
+    return torch.relu(F.batch_norm(y, None, None, training=True) + residual)
+
+
+@pytest.mark.parametrize("contestant", ["eager", COMPILED, "reference"])
 @pytest.mark.parametrize("shape", activations(), indirect=True)
 def test_join_backward_mask(race, shape, dtype, contestant):
     """The pass that leaves the norm's formula to what reads its gradient; eager applies that too, for want of one."""
@@ -66,11 +74,11 @@ def test_join_backward_mask(race, shape, dtype, contestant):
         grad, y, residual = (channels_last(shape, dtype, seed) for seed in range(3))
         arguments = [grad, y, rows_of(y)[0], residual, None, RELU.code, RELU.param, False]
         calls = {
-            "eager": lambda given: eager(given[0], given[1], given[3]),
+            "eager": eager,
             "reference": lambda given: lambda: MASK.overload("reference")(*given),
         }
         checks = {"reference": lambda: check(MASK, "reference", arguments)}
-        return Contest(group, arguments, calls, checks, nbytes(grad, y, residual, y))
+        return Contest(group, arguments, calls, checks, nbytes(grad, y, residual, y)).with_compiled(compiled)
 
     race(group, contestant, contest)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.ops.contestants import BACKENDS, COMPILED, Contest, check, compiled, group_of, nbytes
+from bench.ops.contestants import BACKENDS, COMPILED, Contest, check, group_of, nbytes
 from bench.shapes import ODE_STATES, activations
 from fusedres.ode import METHODS
 from fusedres.ops.registry import OPS
@@ -26,8 +26,7 @@ def contest_of(op, group, arguments, eager, moved):
     calls = {"eager": eager}
     calls |= {name: lambda given, name=name: lambda: op.overload(name)(*given) for name in BACKENDS}
     checks = {name: lambda name=name: check(op, name, arguments) for name in BACKENDS}
-    call, holds = compiled(eager, arguments)
-    return Contest(group, arguments, calls | call, checks | holds, moved)
+    return Contest(group, arguments, calls, checks, moved).with_compiled()
 
 
 @pytest.mark.parametrize("contestant", ["eager", COMPILED, *BACKENDS])
