@@ -8,10 +8,11 @@ graph as steps of a block, ``patterns`` finds the regions, ``codegen`` writes th
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import select
 from ..block import Block, Dense, Step, measured_backends
@@ -133,7 +134,7 @@ def _report(model: nn.Module, plan: Plan, dry_run: bool, predictor: Predictor) -
         if path in left
     ]
     sources = {path: template.source for path, (template, _) in templates.items()}
-    notes = _notes({path: m for m, path in paths.items() if isinstance(m, nn.Conv2d)})
+    notes = _notes({path: m for m, path in paths.items() if isinstance(m, nn.Conv2d)}, bool(sites))
     total = Counter(kinds.values())
     return PatchReport(
         *(tuple(sites), tuple(reasons), total["convolution"], notes, dry_run, sources, predictor),
@@ -147,9 +148,7 @@ def _unseen(model: nn.Module, path: str) -> str:
         return own
     if not path:
         return "it is the whole model"
-    if any(isinstance(m, nn.Conv2d) for m in model.get_submodule(path.rpartition(".")[0]).modules()):
-        return "the forward of the module that holds it does not call it"
-    return "the module that holds it has no convolution"
+    return "the forward of the module that holds it does not call it"
 
 
 def _entries(module: nn.Module, paths: dict[nn.Module, str], template: Template, already: bool) -> list[Fused]:
@@ -158,15 +157,24 @@ def _entries(module: nn.Module, paths: dict[nn.Module, str], template: Template,
     for (pattern, block), remark in zip(template.blocks, template.remarks):
         inner = [module.get_submodule(path) for path in _inner(block)]
         convs, norms = (tuple(paths[m] for m in inner if layer_kind(m) == k) for k in ("convolution", "norm"))
-        layers = (m for m in (*inner, *module.modules()) if isinstance(m, (nn.Conv2d, nn.Linear)))
-        # Not the attribute: a parametrization computes one anew, and spectral norm's moves on by a step.
-        weight = next(w for w in (m._parameters.get("weight") for m in layers) if w is not None)
+        weight = _weight((*inner, *module.modules()))
         forced = dict(template.options).get("backend", "auto")
         backend = select.backend_for(weight.device, weight.dtype, forced)
         if select.by_measurement(weight.device.type, forced) and not isinstance(block, GatedJoin):
             backend = measured_backends(block, module, weight.device)
         entries.append(Fused(paths[module], pattern, backend, convs, already, remark, norms, formula(block)))
     return entries
+
+
+def _weight(modules: Sequence[nn.Module]) -> Tensor:
+    """A tensor of the device and dtype that a call will have, as far as can be told: a norm's may be wider."""
+    wider = [m for m in modules if layer_kind(m) == "norm"]
+    for module in (*(m for m in modules if isinstance(m, (nn.Conv2d, nn.Linear))), *wider):
+        # Not the attribute: a parametrization computes one anew, and spectral norm's moves on by a step.
+        for held in (module._parameters.get("weight"), module._buffers.get("running_mean")):
+            if held is not None:
+                return held
+    return torch.empty(0)
 
 
 def _inner(block: Block | Dense | GatedJoin) -> list[str]:
@@ -183,10 +191,10 @@ def _steps(block: Block | Dense | GatedJoin) -> list[Step]:
     return [step for steps in chains for step in steps]
 
 
-def _notes(convolutions: dict[str, nn.Conv2d]) -> tuple[str, ...]:
+def _notes(convolutions: dict[str, nn.Conv2d], fused: bool) -> tuple[str, ...]:
     """Hints that concern the whole model."""
     if not convolutions:
-        return ("the model has no Conv2d",)
+        return () if fused else ("the model has no Conv2d",)
     weights = [w for w in (m._parameters.get("weight") for m in convolutions.values()) if type(w) is nn.Parameter]
     if any(not w.is_contiguous(memory_format=torch.channels_last) for w in weights):
         return ("the model is in NCHW (contiguous) layout: call model.to(memory_format=torch.channels_last)",)

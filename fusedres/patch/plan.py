@@ -94,7 +94,7 @@ class _Planner:
         if (problem := opaque_problem(module)) is not None:
             self._decline_opaque(module, problem)
             return
-        if not self._convolutions(module):
+        if not self._layers(module):
             # Nothing to rewrite, but a scripted module, whose convolutions do not show, may be below.
             pass
         elif template_of(module) is not None:
@@ -103,6 +103,10 @@ class _Planner:
             inlined = inlined | self._rewrite(module)
         for child in module.children():
             self.visit(child, inlined)
+
+    def _layers(self, module: nn.Module) -> bool:
+        """Whether there is anything that could be fused."""
+        return self._convolutions(module) > 0 or any(map(is_norm, module.modules()))
 
     def _convolutions(self, module: nn.Module) -> int:
         if module not in self._size:
@@ -209,12 +213,13 @@ class _Planner:
         """Why a module may not become a step, or ``None``; ``bare`` for the convolution in a forward of its own."""
         if isinstance(module, nn.Conv2d):
             problem = bare_conv_problem if bare else conv_problem
-            return self._selection.problem(module) or problem(module, self._shared)
-        if is_norm(module):
-            return norm_problem(module, self._shared)
-        if isinstance(module, nn.Linear):
-            return linear_problem(module, self._shared)
-        return hook_problem(module)
+        elif isinstance(module, nn.Linear):
+            problem = linear_problem
+        elif is_norm(module):
+            problem = norm_problem
+        else:
+            return hook_problem(module)
+        return self._selection.problem(module) or problem(module, self._shared)
 
     def _add_site(self, module: nn.Module, traced: Traced, view: View, regions: list[Region]) -> None:
         declined = tuple((view.layer(node)[0], view.why_not(node)) for node in view.left)

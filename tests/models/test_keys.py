@@ -16,11 +16,11 @@ EXPECTED = [json.loads((DATA / f"{package}.json").read_text()) for package in NE
 DIGESTS = {name: digest for expected in EXPECTED for name, digest in expected["digests"].items()}
 LINES = {name: lines for expected in EXPECTED for name, lines in expected["keys"].items()}
 
-# What nothing here can be fused with: a stem that a pooling or a block follows, the norm behind the last block, a
-# classifier.
+# What nothing here can be fused with: a stem that a pooling or a block follows, a norm whose activation is in another
+# module, a classifier.
 ALONE = {
-    **{name: {"stem.conv", "norm", "head.fc"} for name in ("preresnet18", "preresnet50", "cifar_preresnet")},
-    "wrn": {"conv1", "bn1"},
+    **{name: {"stem.conv", "head.fc"} for name in ("preresnet18", "preresnet50", "cifar_preresnet")},
+    "wrn": {"conv1"},
     "densenet121": {"features.norm5"},
 }
 FUSED = ("resnet18", "resnext50_32x4d", "wide_resnet50_2", "seresnet50", "densenet121", "preresnet18", "preresnet50")

@@ -248,7 +248,8 @@ def test_convolution_called_twice():
             return torch.relu(self.bn1(self.conv1(torch.relu(self.bn2(self.conv1(x)))))) + x
 
     report = check_patched(Twice())
-    assert report.fused == ()
+    assert report.covered == 0
+    assert patterns(report) == {"": ["bn-relu", "bn-relu"]}
     assert "called more than once" in reasons(report)["conv1"]
 
 
@@ -331,7 +332,7 @@ def test_convolution_under_two_names():
             self.conv2 = self.conv1
 
     report = check_patched(Alias())
-    assert report.fused == ()
+    assert report.covered == 0
     assert report.total == 1
     assert "called more than once" in reasons(report)["conv1"]
 
@@ -341,7 +342,7 @@ def test_lazy_and_complex_layers():
     model.conv1 = nn.LazyConv2d(4, 3, padding=1)
     model.conv2.to(torch.complex64)
     report = explain(model)
-    assert report.fused == ()
+    assert report.covered == 0
     assert "lazy" in reasons(report)["conv1"]
     assert "complex" in reasons(report)["conv2"]
 
@@ -450,10 +451,10 @@ def test_what_only_sounds_like_a_norm():
     ("forward", "reason"),
     [
         (lambda self, x: self.bn1(F.max_pool2d(x, 2)), "bn1 stands alone: no convolution next to it"),
-        (lambda self, x: torch.relu(self.bn1(x)), "bn1 stands alone: no convolution next to it"),
+        (lambda self, x: torch.tanh(self.bn1(x)), "bn1 stands alone: no convolution next to it"),
         (lambda self, x: self.bn1(self.odd(x)), "nothing to fuse bn1 with: conv2d is no step of a block"),
         (lambda self, x: self.bn1(self.hooked(x)), "nothing to fuse bn1 with: hooked has a forward hook"),
-        (lambda self, x: self.odd(torch.relu(self.bn1(x))), "nothing to fuse bn1 with: conv2d is no step of a block"),
+        (lambda self, x: self.odd(self.bn1(x)), "nothing to fuse bn1 with: conv2d is no step of a block"),
         (lambda self, x: (lambda y: self.bn1(y) * y)(self.conv1(x)), "the output of conv1 is used in more than one"),
         (lambda self, x: (lambda y: self.conv1(y) * y)(self.bn1(x)), "the output of bn1 is used in more than one"),
         (lambda self, x: self.bn1(self.bn1(self.conv1(x))), "bn1 is called more than once"),
@@ -469,7 +470,10 @@ def test_why_a_batch_norm_is_left(forward, reason):
 
 def test_norms_of_modules_without_convolutions():
     report = explain(nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.BatchNorm2d(4))))
-    assert reasons(report) == {"1.0": "the module that holds it has no convolution"}
+    assert reasons(report) == {"1.0": "0 stands alone: no convolution next to it"}
+    unused = type("Unused", (nn.Module,), {"forward": lambda self, x: x})()
+    unused.bn = nn.BatchNorm2d(4)
+    assert reasons(explain(unused)) == {"bn": "the forward of the module that holds it does not call it"}
     assert reasons(explain(nn.BatchNorm2d(4))) == {"": "it is the whole model"}
     assert str(explain(nn.BatchNorm2d(4))).splitlines()[0].endswith("in 0 sites; 0 of 1 norms")
 
@@ -750,7 +754,7 @@ ALL = ["0", "1", "2.stem", "2.layers.0", "2.layers.1"]
         ({"only": ["1", ResidualBlock], "skip": "*.0"}, ["0", "1", "2.layers.1"]),
         ({"skip": (BottleneckBlock, "2.stem")}, ["0", *ALL[3:]]),
         ({"skip": ""}, []),
-        ({"skip": nn.Conv2d}, []),
+        ({"skip": (nn.Conv2d, nn.BatchNorm2d)}, []),
     ],
 )
 def test_only_and_skip(options, expected):
@@ -768,6 +772,17 @@ def test_skip_of_one_inner_layer_fuses_the_rest():
     report = check_patched(ResidualBlock(4), skip="conv1")
     assert patterns(report) == {"": ["post-activation residual (second input)"]}
     assert reasons(report) == {"conv1": "conv1 is named by skip="}
+
+
+def test_skip_of_one_norm_fuses_the_rest():
+    report = check_patched(ResidualBlock(4), skip="bn1")
+    assert reasons(report)["bn1"] == "bn1 is named by skip="
+    assert patterns(report) == {"": ["post-activation residual (second input)"]}
+
+
+def test_skip_of_the_convolutions_fuses_what_is_around_them():
+    report = check_patched(ResidualBlock(4), skip=nn.Conv2d)
+    assert patterns(report) == {"": ["bn-relu", "norm and residual (second input)"]}
 
 
 @pytest.mark.parametrize("argument", ["only", "skip"])

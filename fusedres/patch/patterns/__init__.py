@@ -8,8 +8,8 @@ share is in :mod:`~fusedres.patch.patterns.sums`.
 
 from __future__ import annotations
 
-from . import chain, dense, excitation, gated, preact, residual
+from . import chain, dense, excitation, gated, norm, preact, residual
 
 __all__ = ["PATTERNS"]
 
-PATTERNS = (dense, gated, preact, residual, chain, excitation)
+PATTERNS = (dense, gated, preact, residual, chain, norm, excitation)

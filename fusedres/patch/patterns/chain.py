@@ -20,7 +20,7 @@ from ...block import Act, Block, Conv, Dropout, DropPath, Mask, Norm, SqueezeExc
 from ...ops.activations import IDENTITY
 from ..view import Chain, ChainLink, Region, View
 
-__all__ = ["find", "longest"]
+__all__ = ["find", "longest", "name_of"]
 
 
 def find(view: View) -> Iterator[Region]:
@@ -45,7 +45,7 @@ def _beginning(view: View, run: Chain) -> Region | None:
         part = Chain(run.entry, run.links[:end])
         if len(part.steps) < 2 or not part.convolutions or part.steps[-1] is not run.links[end - 1].step:
             continue
-        region = Region(_name(part.steps), Block(part.steps), (part.entry,), part.nodes)
+        region = Region(name_of(part.steps), Block(part.steps), (part.entry,), part.nodes)
         reason = view.problem(region)
         if reason is None:
             return region
@@ -79,7 +79,7 @@ def _belongs(view: View, link: ChainLink, home: str) -> bool:
     return place == home or (isinstance(link.step, SqueezeExcite) and place.rpartition(".")[0] == home)
 
 
-def _name(steps: tuple[Step, ...]) -> str:
+def name_of(steps: tuple[Step, ...]) -> str:
     """``conv-bn-relu``, or ``conv-bn-relu x 3`` for a run that repeats itself."""
     words = [_word(step) for step in steps]
     period = next(p for p in range(1, len(words) + 1) if len(words) % p == 0 and words == words[:p] * (len(words) // p))

@@ -56,11 +56,15 @@ Candidates = Callable[[View, Sum], Iterator[tuple[Chain, Region]]]
 """The regions that a sum may be, best first, each with what is left of the run before it."""
 
 
-def find_sums(view: View, candidates: Candidates) -> Iterator[Region]:
-    """The regions of all sums for which there is a candidate that the engine can run."""
+def find_sums(view: View, candidates: Candidates, of: type[Step] = Conv) -> Iterator[Region]:
+    """The regions of all sums for which there is a candidate that the engine can run.
+
+    Args:
+        of: the step that one of the runs to a sum has to have.
+    """
     for node, addition in view.additions():
         left, right = view.chain_into(addition.left), view.chain_into(addition.right)
-        if not (left.convolutions or right.convolutions):
+        if not any(isinstance(step, of) for step in (*left.steps, *right.steps)):
             continue
         found = Sum(node, left, right, addition.in_place, view.activation_after(node))
         before, region, reason = _first(view, addition, found, candidates)

@@ -92,8 +92,7 @@ def test_an_activated_input_that_others_read_stays_visible():
         return branch(self, out) + self.skip(out), out
 
     report = check_patched(block(forward, skip=nn.Conv2d(4, 4, 1)))
-    assert only_site(report).pattern == "linear residual (projection)"
-    assert "self.bn1(" in report.source("")
+    assert [site.pattern for site in report.fused] == ["bn-relu", "linear residual (projection)"]
 
 
 def test_the_stems_activation_is_not_taken_for_the_blocks():
@@ -141,5 +140,6 @@ def test_a_convolution_that_is_not_plain_leaves_the_rest():
 
     model = block(forward)
     model.conv1.padding_mode, model.conv1._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
-    site = only_site(check_patched(model))
+    around, site = check_patched(model).fused
+    assert (around.pattern, around.norms) == ("bn-relu", ("bn1",))
     assert (site.pattern, site.convolutions) == (PREFIX + "(second input)", ("conv2",))
