@@ -213,8 +213,8 @@ def decides_nothing(case: Case) -> bool:
 
     A norm multiplies the rounding of a channel that is constant by ``1 / sqrt(eps)``, and makes of two values 1 and -1,
     whatever they were, so that no gradient passes but what its terms lack of cancelling. A gate that squeezes what a
-    norm has centred, a single sample say, takes the ReLU of rounding. And PyTorch's bfloat16 weight gradient of a
-    convolution that strides over a single pixel reads memory that nothing has been written to.
+    norm has centred, a single sample say, takes the ReLU of rounding. And PyTorch's weight gradient of a convolution
+    whose step is longer than its image reads memory that nothing has been written to.
     """
     found = []
 
@@ -231,7 +231,7 @@ def decides_nothing(case: Case) -> bool:
             pair = x.numel() == 2 * x.shape[1] and (module.training or module.running_mean is None)
             found.append(pair or bool((var <= 1e-6 * mean.square() + 1e-12).any()))
         else:
-            found.append(any(size == 1 < stride for size, stride in zip(x.shape[2:], module.stride)))
+            found.append(any(size < stride for size, stride in zip(x.shape[2:], module.stride)))
 
     exact = copy.deepcopy(case.module).to(case.dtype).double()
     for module in exact.modules():
