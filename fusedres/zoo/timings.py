@@ -48,7 +48,7 @@ TIMED = (
         "timm:hrnet_w18_small",
         "timm:xception41",
     ),
-    *("timm:ghostnet_100", "timm:repvgg_a0", "torchvision:vgg16_bn", "torchvision:googlenet", "timm:vovnet39a"),
+    *("timm:ghostnet_100", "timm:selecsls42b", "torchvision:vgg16_bn", "torchvision:googlenet", "timm:vovnet39a"),
     *("smp:Unet/resnet18", "transformers:ResNetForImageClassification"),
 )
 """At least one network of every family."""
@@ -128,6 +128,9 @@ def _measured(model: nn.Module) -> dict[str, Measured]:
     with torch.random.fork_rng(devices=()):
         settle(model, batch.images)
     model = _WithLogits(model)
+    with torch.no_grad():
+        classes = model.eval()(batch.images).shape[1]
+    batch = Batch.random(BATCH, RESOLUTION, num_classes=classes)
     return {w.name: _contest(w, model, batch) for w in (TRAIN_BF16, INFERENCE_BF16)}
 
 
@@ -165,4 +168,5 @@ class _WithLogits(nn.Module):
         out = self.model(x)
         while not isinstance(out, Tensor):
             out = next(iter(out.values())) if hasattr(out, "values") else out[0]
-        return out.flatten(2).mean(2) if out.dim() > 2 else out
+        # Of a mask of one class every pixel is a class, for a loss that has a gradient.
+        return out if out.dim() == 2 else out.flatten(1) if out.shape[1] == 1 else out.flatten(2).mean(2)
