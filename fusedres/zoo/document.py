@@ -19,8 +19,10 @@ Written by `python -m fusedres zoo --output docs/zoo.md`.
 
 _TIMED = """
 Times are stock PyTorch's over ours, medians of {turns} turns in one process, on {batch} images of {resolution} x
-{resolution}: {machine}. A network whose numbers are over the error budget has none. Measured by
-`python -m fusedres zoo --timings --json FILE`.
+{resolution} pixels. A network whose numbers are over the error budget has none. Measured by
+`python -m fusedres zoo --timings --json FILE`:
+
+{machine}
 """
 
 _COLUMNS = ("network", "convolutions", "fused", "coverage", "sites", "bytes")
