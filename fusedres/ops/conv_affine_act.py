@@ -87,7 +87,7 @@ def fold(weight: Tensor, bias: Tensor | None, norm: Tensor | None, g: ConvGeomet
         scale, shift = norm[2], norm[3]
         bias = shift if bias is None else shift + scale * bias
         weight = weight * scale[:, None, None, None]
-    folded = weight.detach().to(x.dtype)
+    folded = _rounded(weight.detach(), x.dtype)
     packs = x.is_contiguous(memory_format=torch.channels_last) and onednn_refuses(x.device.type, x.dtype) is None
     # oneDNN's ReLU turns NaN into 0: weights that make NaN are for the stock convolution.
     packs = packs and bool(torch.isfinite(folded).all()) and (bias is None or bool(torch.isfinite(bias).all()))
@@ -102,3 +102,28 @@ def fold(weight: Tensor, bias: Tensor | None, norm: Tensor | None, g: ConvGeomet
         folded.to_mkldnn(), g.padding, g.stride, g.dilation, g.groups, list(x.shape)
     )
     return FoldedConv(packed, bias, g, filters, "onednn")
+
+
+def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight`` in ``dtype``, where it is narrower with the sum of every filter kept.
+
+    To the nearest, the errors of a filter have a sum, by which its channel is shifted in proportion to the mean of its
+    inputs, and behind a ReLU there is one. No pooling averages that out, as it does what stock PyTorch rounds: each
+    result for itself. So the weights nearest to the middle between two values, as many as it takes, go to the other.
+    """
+    nearest = weight.to(dtype)
+    if nearest.dtype.itemsize >= weight.dtype.itemsize:
+        return nearest
+    exact, values = weight.flatten(1), nearest.flatten(1)
+    error = values.to(exact.dtype) - exact
+    excess = error.sum(1, keepdim=True)
+    other = torch.nextafter(values, torch.copysign(torch.full_like(error, torch.inf), -error).to(dtype))
+    gap = (other.to(exact.dtype) - values.to(exact.dtype)).abs()
+    able = (error.sign() == excess.sign()) & gap.isfinite() & (gap > 0)
+    cost = torch.where(able, 1 - 2 * error.abs() / gap, torch.inf)  # in squared error, for what it moves the sum
+    most = min(exact.shape[1], 16 + int(2 * exact.shape[1] ** 0.5))  # errors are independent: it hardly takes more
+    cost, chosen = cost.topk(most, 1, largest=False)
+    moved = torch.where(cost.isfinite(), gap.gather(1, chosen), 0)
+    flips = cost.isfinite() & (moved.cumsum(1) - moved / 2 <= excess.abs())
+    made = torch.where(flips, other.gather(1, chosen), values.gather(1, chosen))
+    return torch.empty_like(nearest).copy_(values.scatter(1, chosen, made).view(nearest.shape))
