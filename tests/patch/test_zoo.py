@@ -213,6 +213,14 @@ def test_within_the_budgets_under_autocast(name):
     compare(model, patch, lambda seed: [channels_last((8, 3, 64, 64), seed=seed)], autocast=torch.bfloat16).check()
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_within_the_budgets_in_bfloat16(name):
+    """Inference, where norms are folded into weights that are rounded."""
+    model = with_affine_norms(SMALL[name][0]()).eval()
+    drawn = {"dtype": torch.bfloat16, "backward": False}
+    compare(model, patch, lambda seed: [channels_last((4, 3, 96, 96), seed=seed)], **drawn).check()
+
+
 def test_features_of_timm():
     stock = settled(timm("resnet10t", features_only=True)()).eval()
     model = settled(timm("resnet10t", features_only=True)()).eval()
