@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fusedres.block import unsupported
 from fusedres.ops.activations import IDENTITY, Activation
-from fusedres.testing import INPUTS, Results, compare_results, run_and_collect
+from fusedres.testing import DRAWS, INPUTS, Results, compare_results, run_and_collect
 
 __all__ = ["Call", "Case", "Mode", "Written", "cases", "check", "decides_nothing", "described_blocks", "written_models"]
 
@@ -178,6 +178,11 @@ class Case:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+_DRAWS = (*DRAWS, 255)
+"""Of a tensor of one or two numbers the median of 31 errors is off by a fifth: among the tensors of thousands of cases
+one is over twice stock's by chance. What is over after 255 is not."""
+
+
 def check(case: Case) -> None:
     """Raises AssertionError where the fused module differs from its stock twin by more than the budgets.
 
@@ -205,7 +210,7 @@ def _judge(case: Case) -> None:
         exact = copy.deepcopy(stock).double()
         return found, expected, _life(exact, case, seed, expected)[0]
 
-    compare_results(draw).check()
+    compare_results(draw, _DRAWS).check()
 
 
 def decides_nothing(case: Case) -> bool:
@@ -230,7 +235,7 @@ def decides_nothing(case: Case) -> bool:
             var, mean = torch.var_mean(x.detach(), (0, 2, 3), correction=0)
             pair = x.numel() == 2 * x.shape[1] and (module.training or module.running_mean is None)
             found.append(pair or bool((var <= 1e-6 * mean.square() + 1e-12).any()))
-        else:
+        elif torch.is_grad_enabled() and module.weight.requires_grad:
             found.append(any(size < stride for size, stride in zip(x.shape[2:], module.stride)))
 
     exact = copy.deepcopy(case.module).to(case.dtype).double()

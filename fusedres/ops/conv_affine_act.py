@@ -105,7 +105,10 @@ def fold(weight: Tensor, bias: Tensor | None, norm: Tensor | None, g: ConvGeomet
 
 
 def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``weight`` in ``dtype``, where it is narrower with the sum of every filter kept.
+    r"""``weight``, ``[K, C, R, S]``, in ``dtype``; where that is narrower, with the sum of every filter kept.
+
+    .. math:: \Big| \sum_{crs} (q - w)_{kcrs} \Big| \le \text{half of the last weight's gap}, \qquad
+        q_{kcrs} \text{ one of the two values next to } w_{kcrs}
 
     To the nearest, the errors of a filter have a sum, by which its channel is shifted in proportion to the mean of its
     inputs, and behind a ReLU there is one. No pooling averages that out, as it does what stock PyTorch rounds: each
@@ -120,7 +123,7 @@ def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     other = torch.nextafter(values, torch.copysign(torch.full_like(error, torch.inf), -error).to(dtype))
     gap = (other.to(exact.dtype) - values.to(exact.dtype)).abs()
     able = (error.sign() == excess.sign()) & gap.isfinite() & (gap > 0)
-    cost = torch.where(able, 1 - 2 * error.abs() / gap, torch.inf)  # in squared error, for what it moves the sum
+    cost = torch.where(able, 1 - 2 * error.abs() / gap, torch.inf)  # 0 in the middle, 1 on the nearest value
     most = min(exact.shape[1], 16 + int(2 * exact.shape[1] ** 0.5))  # errors are independent: it hardly takes more
     cost, chosen = cost.topk(most, 1, largest=False)
     moved = torch.where(cost.isfinite(), gap.gather(1, chosen), 0)

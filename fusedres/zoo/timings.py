@@ -127,7 +127,7 @@ def _measured(model: nn.Module) -> dict[str, Measured]:
     batch = Batch.random(BATCH, RESOLUTION)
     with torch.random.fork_rng(devices=()):
         settle(model, batch.images)
-    model = _WithLogits(model)
+    model = WithLogits(model)
     with torch.no_grad():
         classes = model.eval()(batch.images).shape[1]
     batch = Batch.random(BATCH, RESOLUTION, num_classes=classes)
@@ -157,7 +157,7 @@ def _without_chance(model: nn.Module) -> nn.Module:
     return model
 
 
-class _WithLogits(nn.Module):
+class WithLogits(nn.Module):
     """A network whose output is one tensor ``[N, classes]``, whatever it gives."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -168,5 +168,7 @@ class _WithLogits(nn.Module):
         out = self.model(x)
         while not isinstance(out, Tensor):
             out = next(iter(out.values())) if hasattr(out, "values") else out[0]
+        if out.dim() == 2:
+            return out
         # Of a mask of one class every pixel is a class, for a loss that has a gradient.
-        return out if out.dim() == 2 else out.flatten(1) if out.shape[1] == 1 else out.flatten(2).mean(2)
+        return out.flatten(1) if out.shape[1] == 1 else out.flatten(2).mean(2)

@@ -154,11 +154,14 @@ def test_a_gate_behind_a_norm_of_one_sample_decides_nothing(batch, bias, decides
     assert decides_nothing(Case(block, fuse, 2, 1, torch.float64, (Mode(True), call))) is not decides
 
 
-@pytest.mark.parametrize(("size", "decides"), [((1, 6), False), ((6, 2), False), ((4, 4), True)])
-def test_a_step_that_is_longer_than_the_image_decides_nothing(size, decides):
+@pytest.mark.parametrize(
+    ("size", "mode", "decides"),
+    [((1, 6), "grad", False), ((6, 2), "grad", False), ((4, 4), "grad", True), ((6, 2), "inference", True)],
+)
+def test_a_step_that_is_longer_than_the_image_decides_nothing(size, mode, decides):
     """PyTorch's weight gradient then was 1e16, now and then, in both modules."""
     block = Described([nn.Conv2d(4, 4, 5, 3, 2), norm(4)])
-    call = Call((2, *size), "expanded", "grad", True, None)
+    call = Call((3, *size), "expanded", mode, True, None)
     assert decides_nothing(Case(block, fuse, 4, 1, torch.float32, (Mode(True), call))) is not decides
 
 

@@ -34,8 +34,11 @@ def find(view: View) -> Iterator[Region]:
             )
             if _activates(run.steps):
                 region = Region(name_of(run.steps), Block(run.steps), (run.entry,), run.nodes)
-                if view.problem(region) is None:
+                reason = view.problem(region)
+                if reason is None:
                     yield region
+                else:
+                    view.decline(region.nodes, reason)
 
 
 def _candidates(view: View, found: Sum) -> Iterator[tuple[Chain, Region]]:
