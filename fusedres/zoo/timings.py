@@ -24,7 +24,7 @@ from ..patch import patch
 from ..testing import channels_last
 from .networks import build
 
-__all__ = ["TIMED", "Measured", "Timings", "measure"]
+__all__ = ["TIMED", "Measured", "Timings", "WithLogits", "measure"]
 
 TIMED = (
     *("torchvision:resnet18", "torchvision:resnet50", "torchvision:resnet101", "timm:resnet50d", "timm:resnetrs50"),
