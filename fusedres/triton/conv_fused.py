@@ -34,7 +34,7 @@ from .bn_stats import merge_statistics, statistics_of_nothing
 from .launch import Layout, cdiv, described, launch, layout_of, multiprocessors, pixels_of, register, taps_of
 from .precision import convolution_precision
 from .tiles import activate, load_row
-from .tuning import Problem, Tiles, configuration, pose, resident
+from .tuning import Problem, Tiles, configuration, is_heavy, pose, resident
 
 __all__ = ["conv_fused_fprop", "conv_fused_join", "pending"]
 
@@ -255,7 +255,8 @@ def _run(
         return y, statistics_of_nothing(1, y)[:, 0] if want_stats else None
     geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), 1)
     problem = pose("fprop", x.dtype, x.shape, filters, (r, s), geometry, norm is not None or act != 0)
-    tiles = tiles or configuration(problem, x.device)
+    heavy = is_heavy(x.device, (act, epilogue.get("out_act", 0)), residual is not None)
+    tiles = tiles or configuration(problem, x.device, heavy)
     blocks = cdiv(rows, tiles.rows)
     partials = None
     if want_stats:

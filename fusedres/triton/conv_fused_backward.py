@@ -37,7 +37,7 @@ from .join_backward import sum_partials
 from .launch import cdiv, described, launch, multiprocessors, pixels_of, register, splits_of, taps_of
 from .precision import convolution_precision
 from .tiles import activation_gradient, load_row
-from .tuning import Tiles, configuration, pose
+from .tuning import Tiles, configuration, is_heavy, pose
 
 __all__ = ["bn_grad_rows", "conv_fused_dgrad", "conv_fused_wgrad"]
 
@@ -255,7 +255,7 @@ def conv_fused_dgrad(
         return dx if into is None else x.new_empty(0), sums
     geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), 1)
     problem = pose("dgrad", x.dtype, x.shape, filters, (r, s), geometry, grad_rows is not None)
-    tiles = tiles or configuration(problem, x.device)
+    tiles = tiles or configuration(problem, x.device, is_heavy(x.device, (act,), addend is not None))
     rows = n * p * q if (r, s) == (1, 1) else n * h * w
     blocks = cdiv(rows, tiles.rows)
     partials = None
@@ -440,7 +440,7 @@ def conv_fused_wgrad(
     geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), 1)
     pends = grad_rows is not None or norm is not None or act != 0
     problem = pose("wgrad", x.dtype, x.shape, filters, (r, s), geometry, pends)
-    tiles = tiles or configuration(problem, x.device)
+    tiles = tiles or configuration(problem, x.device, is_heavy(x.device, (act,), False))
     operands = {"g": g, "y": y if grad_rows is not None else None, "x": x}
     pitches = {
         f"{name}_pitch": None if t is None else channels_last_of(op, name, t).pitch for name, t in operands.items()

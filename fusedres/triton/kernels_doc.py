@@ -20,11 +20,12 @@ from ..analysis.devices import DEVICES
 from ..analysis.phantom import Call, phantom_input, phantom_model
 from ..analysis.traffic import fused_backend, record_step
 from ..models import resnet50
+from ..ops.activations import ACTIVATIONS
 from ..ops.conv import ConvGeometry
 from ..patch import patch
 from .tuning import Problem, bytes_and_flops, heuristic
 
-__all__ = ["convolutions", "passes", "spills", "table", "ways"]
+__all__ = ["convolutions", "passes", "registers", "table", "ways"]
 
 _RECORD = Path(__file__).parents[2] / "tests" / "triton" / "resources.json"
 
@@ -140,7 +141,7 @@ _WAYS_HEAD = """
 What the compiler makes of each way, from the machine code for sm_90 (Triton {version}, bfloat16; the whole record, with
 sm_80 and sm_100, is `tests/triton/resources.json`, and a test compiles it anew): registers of a thread / KiB of shared
 memory / instructions of the innermost loop around the matrix instructions. A persistent program's loop holds a whole
-tile, what is done with the result included; the other two hold a step along the depth. None of these spills.
+tile, what is done with the result included; the other two hold a step along the depth.
 
 | kernel | by address | by descriptor | persistent |
 |---|---|---|---|
@@ -190,35 +191,58 @@ def ways(record: Path = _RECORD) -> str:
     return _WAYS_HEAD.format(version=text["triton"]) + "".join(lines) + _WAYS_TAIL
 
 
-_SPILLS_HEAD = """
-## What spills
+_REGISTERS = """
+## What a tile leaves room for
 
-Bytes of local memory of a thread, of the {count} convolution kernels in the record: tiles that are taken without a
-measurement, for every convolution above with every prologue and epilogue, and the ways of the section before. The rest
-spills nothing. With ReLU, in 16 bits or as TensorFloat-32, that is all on sm_80 and sm_90; on sm_100 sums pass from
-tensor memory through registers, and a residual beside them in a join, or one beside the mask of a 3x3 `dgrad`, is more
-than 128 registers hold. GELU's error function takes most, SiLU's exponential little, and float32 without TensorFloat-32
-multiplies in registers. What spills passes through the first-level cache; what it costs, tuning measures, which also
-tries smaller tiles.
+None of the {count} convolution kernels in the record spills: tiles that are taken without a measurement, for every
+convolution above with every prologue and epilogue, and the ways of the section before, on sm_80, sm_90 and sm_100. Most
+have 128 registers of a thread. Where that is too little, half a tile is computed by 4 warps of up to 224
+registers: with an activation of more than one kink, up to GELU's error function, and on sm_100, where sums pass from
+tensor memory through registers, beside a residual. Float32 has room for 64 columns, and without TensorFloat-32,
+multiplied in registers, for two stages. The table has the most registers of a thread, and in parentheses how many
+kernels there are.
 
-| kernel | sm_80 | sm_90 | sm_100 |
+| | sm_80 | sm_90 | sm_100 |
 |---|---|---|---|
 """
 
 
-def spills(record: Path = _RECORD) -> str:
-    """Which kernels spill where, as recorded."""
+def registers(record: Path = _RECORD) -> str:
+    """The most registers by activation, precision and architecture, as recorded.
+
+    Raises:
+        ValueError: where one spills, which this says that none does.
+    """
     kernels = json.loads(record.read_text())["kernels"]
-    local = {name: {arch: each[2] for arch, each in row.items()} for name, row in kernels.items() if ": conv_" in name}
+    found: dict[str, dict[str, list[int]]] = {}
+    for name, row in kernels.items():
+        form, _, kernel = name.partition(": ")
+        if not kernel.startswith("conv_"):
+            continue
+        for arch, (count, _, local, *_) in row.items():
+            if local:
+                raise ValueError(f"{name} spills {local} bytes of a thread on {arch}")
+            found.setdefault(_what(form), {}).setdefault(arch, []).append(count)
     lines = [
-        f"| {name.partition(': ')[0]} | " + " | ".join(str(row.get(f"sm_{c}", "")) for c in (80, 90, 100)) + " |\n"
-        for name, row in local.items()
-        if any(row.values())
+        f"| {what} | " + " | ".join(f"{max(row[arch])} ({len(row[arch])})" for arch in _ARCHITECTURES) + " |\n"
+        for what, row in found.items()
     ]
-    return _SPILLS_HEAD.format(count=len(local)) + "".join(lines)
+    return _REGISTERS.format(count=sum(name.partition(": ")[2].startswith("conv_") for name in kernels)) + "".join(
+        lines
+    )
+
+
+_ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+
+def _what(form: str) -> str:
+    """What decides a form's registers, by its name."""
+    rest, _, precision = form.rpartition(", ")
+    activation = rest.rpartition(" ")[2]
+    return f"{activation if activation in ACTIVATIONS else 'relu'}, {precision}"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", nargs="?", type=Path, default=Path(__file__).parents[2] / "docs" / "kernels.md")
-    parser.parse_args().path.write_text(table() + passes() + ways() + spills())
+    parser.parse_args().path.write_text(table() + passes() + ways() + registers())

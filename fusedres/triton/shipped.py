@@ -1,7 +1,7 @@
 """The launches that ResNet-50 makes, for compiling without a GPU: every kernel with every form of it that a block uses.
 
 Convolutions come in every tile that the heuristic has for one of ResNet-50's, with every prologue and epilogue, with
-the activations that cost most, and in float32 without TensorFloat-32. :func:`tabled` has what the tables that come with
+every activation, and in float32 with and without TensorFloat-32. :func:`tabled` has what the tables that come with
 the package have chosen.
 
 ``python -m fusedres.triton.shipped FILE`` compiles them for every architecture and writes what they need, which the
@@ -26,12 +26,12 @@ from ..ops.conv import ConvGeometry
 from . import load, tuning
 from .kernels_doc import convolutions
 from .launch import Launch, recorded
-from .tuning import Problem, fixed, heuristic, observed, problem_of, variants
+from .tuning import Problem, assumed, fixed, heuristic, observed, problem_of, variants
 
-__all__ = ["capabilities", "launches", "measured", "problems", "tabled"]
+__all__ = ["launches", "measured", "problems", "tabled"]
 
 _BATCH = 256
-_RELU, _SILU, _GELU = (ACTIVATIONS[name].code for name in ("relu", "silu", "gelu"))
+_RELU = ACTIVATIONS["relu"].code
 
 
 def _image(channels: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -155,7 +155,10 @@ def _around(problem: Problem, act: int = _RELU) -> dict[str, Callable[[], Any]]:
             "plain": lambda: conv_fused_wgrad(y, *raw, x, *plain, *g, out),
         }
     if strided:
-        return {"plain, skip": lambda: conv_fused_dgrad(y, *raw, weight, x, *plain, *g, x)}
+        return {
+            "plain, skip": lambda: conv_fused_dgrad(y, *raw, weight, x, *plain, *g, x),
+            "plain": lambda: conv_fused_dgrad(y, *raw, weight, x, *plain, *g),
+        }
     return {
         "pending": lambda: conv_fused_dgrad(y, *raw, weight, x, *pending, *g),
         "pending, skip": lambda: conv_fused_dgrad(y, *raw, weight, x, *pending, *g, x),
@@ -174,11 +177,14 @@ def problems(dtype: torch.dtype) -> Iterator[tuple[str, Problem]]:
                 yield f"{kind} {name}", Problem(kind, dtype, shape, filters, (kernel, kernel), geometry, True)
 
 
-def launches() -> dict[str, Launch]:
+def launches(capability: int) -> dict[str, Launch]:
     """Every different launch of the calls, by name: as the heuristic has it, and in the ways that tuning also tries.
 
     Convolutions of other tiles, activations and precisions are there as the heuristic has them, once for each
     specialisation.
+
+    Args:
+        capability: of the device, 90 for sm_90.
     """
     load()
     found: dict[str, Launch] = {}
@@ -191,21 +197,23 @@ def launches() -> dict[str, Launch]:
                 seen.add(form)
                 found[f"{name}, {short}: {each.kernel.__name__}"] = each
 
-    for dtype, names in _FORMS.items():
-        short = str(dtype).removeprefix("torch.")
-        for name, call in _calls(dtype).items():
-            if names is None or name in names:
-                for way, several in _ways(call).items():
-                    add(name + way, short, several)
-    for act, ending in ((_RELU, ""), (_SILU, " SiLU"), (_GELU, " GELU")):
-        for name, problem in problems(torch.bfloat16):
-            for form, call in _around(problem, act).items():
-                if act == _RELU or (form in _COSTLY and problem.geometry.stride == (1, 1)):
-                    add(f"{name}, {form}{ending}", "bfloat16", _recorded(call))
-    with _without_tf32():
-        for name, problem in problems(torch.float32):
-            if problem.geometry.stride == (1, 1):
-                add(f"{name}, pending", "float32 without TF32", _recorded(_around(problem)["pending"]))
+    with assumed(capability // 10):
+        for dtype, names in _FORMS.items():
+            short = str(dtype).removeprefix("torch.")
+            for name, call in _calls(dtype).items():
+                if names is None or name in names:
+                    for way, several in _ways(call, capability // 10).items():
+                        add(name + way, short, several)
+        for act in ("relu", *(name for name in ACTIVATIONS if name not in ("identity", "relu"))):
+            for name, problem in problems(torch.bfloat16):
+                for form, call in _around(problem, ACTIVATIONS[act].code).items():
+                    if act == "relu" or (form in _COSTLY and problem.geometry.stride == (1, 1)):
+                        add(f"{name}, {form}" + f" {act}" * (act != "relu"), "bfloat16", _recorded(call))
+        for allowed, short in ((True, "float32"), (False, "float32 without TF32")):
+            with _tf32(allowed):
+                for name, problem in problems(torch.float32):
+                    if problem.geometry.stride == (1, 1):
+                        add(f"{name}, pending", short, _recorded(_around(problem)["pending"]))
     return found
 
 
@@ -215,13 +223,13 @@ def _recorded(call: Callable[[], Any]) -> list[Launch]:
     return several
 
 
-def _ways(call: Callable[[], Any]) -> dict[str, list[Launch]]:
+def _ways(call: Callable[[], Any], capability: int) -> dict[str, list[Launch]]:
     """The launches of a call by the way that tiles come and are walked over."""
     with observed() as asked, recorded() as plain:
         call()
     found = {"": plain}
     for problem in asked:
-        for tiles in variants(problem, heuristic(problem)):
+        for tiles in variants(problem, heuristic(problem), capability):
             with fixed(tiles), recorded() as several:
                 call()
             found[" persistent" if tiles.persistent else " by descriptor"] = several
@@ -236,9 +244,9 @@ def _form(launch: Launch) -> str:
 
 
 @contextmanager
-def _without_tf32() -> Iterator[None]:
+def _tf32(allowed: bool) -> Iterator[None]:
     before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
@@ -261,15 +269,15 @@ def tabled(folder: Path = tuning._TABLES) -> dict[str, tuple[Launch, int]]:
     return found
 
 
-def measured(names: Sequence[str] | None = None) -> dict[str, dict[str, list[Any]]]:
-    """The :class:`~fusedres.triton.offline.Resources` of every launch, by the architectures that it is tried on."""
-    from .offline import compiled
+def measured() -> dict[str, dict[str, list[Any]]]:
+    """The :class:`~fusedres.triton.offline.Resources` of every launch, by the architectures that make it."""
+    from .offline import CAPABILITIES, compiled
 
-    return {
-        name: {f"sm_{c}": list(compiled(launch, c)) for c in capabilities(launch)}
-        for name, launch in launches().items()
-        if names is None or name in names
-    }
+    found: dict[str, dict[str, list[Any]]] = {}
+    for capability in CAPABILITIES:
+        for name, launch in launches(capability).items():
+            found.setdefault(name, {})[f"sm_{capability}"] = list(compiled(launch, capability))
+    return found
 
 
 # What the names of NVIDIA's accelerators say, among those that kernels are compiled for here.
@@ -282,15 +290,6 @@ def _capability(device: str) -> int:
     if not found:
         raise ValueError(f"there is a table for {device}, whose compute capability _DEVICES does not have")
     return found[0]
-
-
-def capabilities(launch: Launch) -> list[int]:
-    """Those that a launch is for, of :data:`~fusedres.triton.offline.CAPABILITIES`: see :func:`~.tuning.variants`."""
-    from .offline import CAPABILITIES
-
-    if launch.meta.get("PERSISTENT"):
-        return [90]
-    return [c for c in CAPABILITIES if c >= 90 or not launch.meta.get("DESCRIPTORS")]
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..ops.activations import ACTIVATIONS
 from ..ops.conv import ConvGeometry, output_size
 from .precision import convolution_precision
 
@@ -32,11 +33,13 @@ __all__ = [
     "Problem",
     "Tiles",
     "Verdict",
+    "assumed",
     "bytes_and_flops",
     "cache_path",
     "configuration",
     "fixed",
     "heuristic",
+    "is_heavy",
     "lookup",
     "observed",
     "pose",
@@ -216,7 +219,7 @@ def bytes_and_flops(problem: Problem) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 _MULTIPROCESSORS = 132  # an H100's
-_REGISTERS = 255  # of a thread, where nothing limits them
+_REGISTERS = 255  # of a thread, at most
 _ADDRESSES = 40  # registers of a thread that addresses, masks and a norm's rows take
 _RESERVED = 1024  # bytes of shared memory that every program takes beside its own
 _SHARED = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
@@ -342,22 +345,53 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def heuristic(problem: Problem) -> Tiles:
-    """Tiles that run everywhere: 8 warps of 128 registers, which hold what ReLU needs on compute capability 8 and 9.
+def heuristic(problem: Problem, heavy: bool = False) -> Tiles:
+    """Tiles that run everywhere without a spill: 8 warps of 128 registers, so that two programs share a multiprocessor.
 
-    What spills beyond that, as a residual's last bytes on 10, is listed in docs/kernels.md. Two such programs share a
-    multiprocessor, so that one computes while the other stores. A gradient's prologue reads two tensors and four rows,
-    a forward's epilogue may read a residual; 128 rows and 128 columns would not fit.
+    One then computes while the other stores. A gradient's prologue reads two tensors and four rows, a forward's
+    epilogue may read a residual; 128 rows and 128 columns would not fit. Float32 has room for fewer columns, and for a
+    shorter pipeline where it is multiplied in registers, not by TensorFloat-32's instructions.
+
+    Args:
+        heavy: :func:`is_heavy`; then half a tile, by 4 warps of up to 224 registers.
     """
     _, columns, depth = problem.product
-    deep = 32 if problem.dtype == torch.float32 or depth <= 32 else 64
-    n = 128 if columns > 64 else 64 if columns > 32 else 32
-    stages = 2 if problem.steps(deep) <= 2 else 3
+    single = problem.dtype == torch.float32
+    in_registers = single and not problem.tf32
+    deep = 32 if single or depth <= 32 else 64
+    most = 64 if single or problem.kind == "wgrad" else 128
+    n = min(most, 128 if columns > 64 else 64 if columns > 32 else 32)
     if problem.kind == "wgrad":
-        return Tiles(64, min(n, 64), deep if problem.kernel_size == (1, 1) else 32, 8, 3, 128)
-    if problem.kind == "dgrad":
-        return Tiles(64, n, deep, 8, 2, 128)
-    return Tiles(64 if n == 128 or problem.dtype == torch.float32 else 128, n, deep, 8, stages, 128)
+        tiles = Tiles(64, n, deep if problem.kernel_size == (1, 1) else 32, 8, 2 if in_registers else 3, 128)
+    elif problem.kind == "dgrad":
+        tiles = Tiles(64, n, deep, 8, 2, 128)
+    else:
+        stages = 2 if in_registers or problem.steps(deep) <= 2 else 3
+        tiles = Tiles(64 if most == 64 or n == 128 else 128, n, deep, 8, stages, 128)
+    return _half(problem, tiles) if heavy else tiles
+
+
+def is_heavy(device: torch.device, acts: Sequence[int], residual: bool) -> bool:
+    """Whether what is done with a tile takes more than the 128 registers that are enough with ReLU.
+
+    An activation of more than one kink does. So does a residual from compute capability 10.0 on, where sums pass from
+    tensor memory through registers.
+
+    Args:
+        acts: the codes of the activations, of the prologue and the epilogue.
+        residual: whether the epilogue adds one.
+    """
+    return any(act not in _LIGHT for act in acts) or (residual and _capability(device) >= 10)
+
+
+_LIGHT = {ACTIVATIONS[name].code for name in ("identity", "relu", "leaky_relu")}
+
+
+def _half(problem: Problem, tiles: Tiles) -> Tiles:
+    halved = {"rows": tiles.rows // 2} if tiles.rows > 64 else {"columns": max(32, tiles.columns // 2)}
+    # With 224 registers, two programs to a multiprocessor, sm_80's assembler spills nothing; with 232 it does.
+    stages = 3 if problem.kind == "fprop" and problem.dtype != torch.float32 else tiles.stages
+    return tiles._replace(**halved, warps=4, stages=stages, registers=224)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -518,6 +552,7 @@ def _distance(a: Problem, b: Problem) -> float:
 
 _observers: list[set[Problem]] = []
 _fixed: list[Tiles] = []
+_assumed: list[int] = []
 
 
 @contextmanager
@@ -541,8 +576,24 @@ def fixed(tiles: Tiles) -> Iterator[None]:
         _fixed.pop()
 
 
-def configuration(problem: Problem, device: torch.device) -> Tiles:
-    """The tiles to run a problem with."""
+@contextmanager
+def assumed(capability: int) -> Iterator[None]:
+    """Tensors that are on no GPU are taken for ones on a GPU of this major compute capability, which 9 is without."""
+    _assumed.append(capability)
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+def _capability(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0]
+    return _assumed[-1] if _assumed else 9
+
+
+def configuration(problem: Problem, device: torch.device, heavy: bool = False) -> Tiles:
+    """The tiles to run a problem with; ``heavy`` is :func:`is_heavy`, and tells what has not been measured."""
     for problems in _observers:
         problems.add(problem)
     if _fixed:
@@ -551,7 +602,7 @@ def configuration(problem: Problem, device: torch.device) -> Tiles:
         entry = lookup(problem, device)
         if entry is not None:
             return entry.tiles
-    return heuristic(problem)
+    return heuristic(problem, heavy)
 
 
 def vendor_is_faster(problem: Problem, device: torch.device) -> bool | None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fusedres import triton as backend
+from fusedres.ops.activations import ACTIVATIONS
 from fusedres.ops.conv import ConvGeometry
 from fusedres.triton import tuning
 from fusedres.triton.tuning import Entry, Problem, Tiles
@@ -85,6 +86,26 @@ def test_the_space_fits_the_device(each):
     for tiles in [*found, tuning.heuristic(each)]:
         assert tuning.shared_bytes(each, tiles) <= 227 * 1024
         assert tiles.rows * tiles.columns // (32 * tiles.warps) <= 128
+
+
+@pytest.mark.parametrize(
+    ("acts", "residual", "capability", "heavy"),
+    [
+        (("identity", "relu"), True, 9, False),
+        (("leaky_relu", "identity"), False, 10, False),
+        (("relu", "identity"), True, 10, True),
+        (("identity", "relu6"), False, 8, True),
+        (("gelu", "identity"), False, 9, True),
+    ],
+)
+def test_what_needs_more_registers_takes_half_a_tile(acts, residual, capability, heavy):
+    with tuning.assumed(capability):
+        found = tuning.is_heavy(CPU, [ACTIVATIONS[act].code for act in acts], residual)
+    assert found is heavy
+    for each in PROBLEMS:
+        whole, taken = tuning.heuristic(each), tuning.configuration(each, CPU, found)
+        assert taken.rows * taken.columns * (2 if heavy else 1) == whole.rows * whole.columns
+        assert (taken.warps, taken.registers) == ((4, 224) if heavy else (8, 128))
 
 
 @pytest.mark.parametrize("each", PROBLEMS, ids=lambda each: each.key)
