@@ -15,6 +15,7 @@ from . import (  # noqa: F401  they register themselves
     gated_join,
     join,
     join_backward,
+    join_pool,
     rk_combine,
 )
 from .functional import (  # noqa: F811  the function takes the name; the module stays in sys.modules
