@@ -38,6 +38,7 @@ FR_INLINE To bit_cast(From from) {
 }
 
 FR_INLINE float to_float(float v) { return v; }
+FR_INLINE float to_float(uint8_t v) { return v; }
 FR_INLINE float to_float(BFloat16 v) { return bit_cast<float>(uint32_t{v.bits} << 16); }
 FR_INLINE float to_float(Float16 v) {
   const uint32_t sign = uint32_t{v.bits & 0x8000u} << 16;
@@ -53,6 +54,10 @@ T from_float(float v);
 template <>
 FR_INLINE float from_float<float>(float v) {
   return v;
+}
+template <>
+FR_INLINE uint8_t from_float<uint8_t>(float v) {
+  return static_cast<uint8_t>(v);
 }
 template <>
 FR_INLINE BFloat16 from_float<BFloat16>(float v) {
@@ -101,6 +106,14 @@ FR_INLINE Vec select_gt(Vec a, Vec b, Vec x, Vec y) {
 }
 FR_INLINE Vec select_le(Vec a, Vec b, Vec x, Vec y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ), y.v, x.v);
+}
+FR_INLINE Vec select_eq(Vec a, Vec b, Vec x, Vec y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ), y.v, x.v);
+}
+// x where a is greater than b, or NaN.
+FR_INLINE Vec select_gt_or_nan(Vec a, Vec b, Vec x, Vec y) {
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) | nan, y.v, x.v);
 }
 FR_INLINE bool any_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q) != 0; }
 FR_INLINE Vec round_to_int(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -156,6 +169,20 @@ FR_INLINE void store(T* p, Vec a, int64_t n) {
   _mm256_mask_storeu_epi16(p, first(n), narrow(a, T{}));
 }
 
+// Bytes as numbers from 0 to 255.
+FR_INLINE Vec load(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+FR_INLINE Vec load(const uint8_t* p, int64_t n) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), p)));
+}
+FR_INLINE void store(uint8_t* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+FR_INLINE void store(uint8_t* p, Vec a, int64_t n) {
+  _mm_mask_storeu_epi8(p, first(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+
 // As many doubles as a Vec has floats, to sum in.
 struct Wide {
   __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
@@ -194,6 +221,13 @@ FR_INLINE Vec select_gt(Vec a, Vec b, Vec x, Vec y) {
 FR_INLINE Vec select_le(Vec a, Vec b, Vec x, Vec y) {
   return _mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ));
 }
+FR_INLINE Vec select_eq(Vec a, Vec b, Vec x, Vec y) {
+  return _mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ));
+}
+FR_INLINE Vec select_gt_or_nan(Vec a, Vec b, Vec x, Vec y) {
+  const __m256 nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
+  return _mm256_blendv_ps(y.v, x.v, _mm256_or_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ), nan));
+}
 FR_INLINE bool any_nan(Vec a) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)) != 0; }
 FR_INLINE Vec round_to_int(Vec a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 FR_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {
@@ -231,6 +265,14 @@ FR_INLINE __m128i narrow(Vec a, Float16) { return _mm256_cvtps_ph(a.v, _MM_FROUN
 
 FR_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
 FR_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+FR_INLINE Vec load(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+FR_INLINE void store(uint8_t* p, Vec a) {
+  const __m256i whole = _mm256_cvtps_epi32(a.v);
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
 template <class T>
 FR_INLINE Vec load(const T* p) {
   return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{});
@@ -284,6 +326,8 @@ FR_INLINE Vec vmax(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
 FR_INLINE Vec vmin(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
 FR_INLINE Vec select_gt(Vec a, Vec b, Vec x, Vec y) { return a.v > b.v ? x : y; }
 FR_INLINE Vec select_le(Vec a, Vec b, Vec x, Vec y) { return a.v <= b.v ? x : y; }
+FR_INLINE Vec select_eq(Vec a, Vec b, Vec x, Vec y) { return a.v == b.v ? x : y; }
+FR_INLINE Vec select_gt_or_nan(Vec a, Vec b, Vec x, Vec y) { return a.v > b.v || a.v != a.v ? x : y; }
 FR_INLINE bool any_nan(Vec a) { return a.v != a.v; }
 FR_INLINE Vec where_bits(const uint8_t* bits, int64_t at, Vec a) { return bits[at >> 3] >> (at & 7) & 1 ? a : Vec(); }
 template <class T>

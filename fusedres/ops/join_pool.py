@@ -102,17 +102,16 @@ def _reference(
     ceil: bool,
     record: bool,
 ) -> tuple[Tensor, Tensor]:
-    value = dense(JOIN.reference(y, norm, None, None, act, act_param))
+    out, taken = _fake(y, norm, act, act_param, kernel, stride, padding, ceil, record)
     if y.numel() == 0:
-        return _fake(y, norm, act, act_param, kernel, stride, padding, ceil, record)
-    out, index = F.max_pool2d(value, kernel, stride, padding, ceil_mode=ceil, return_indices=True)
-    out = out.contiguous(memory_format=_format_of(y))
-    if not record:
-        return out, y.new_empty(0, dtype=torch.uint8)
-    rows = torch.arange(out.shape[2], device=y.device)[:, None] * stride[0] - padding[0]
-    columns = torch.arange(out.shape[3], device=y.device) * stride[1] - padding[1]
-    position = (index // y.shape[3] - rows) * kernel[1] + index % y.shape[3] - columns
-    return out, position.to(torch.uint8, memory_format=_format_of(y))
+        return out, taken
+    value = dense(JOIN.reference(y, norm, None, None, act, act_param))
+    found, index = F.max_pool2d(value, kernel, stride, padding, ceil_mode=ceil, return_indices=True)
+    if record:
+        rows = torch.arange(out.shape[2], device=y.device)[:, None] * stride[0] - padding[0]
+        columns = torch.arange(out.shape[3], device=y.device) * stride[1] - padding[1]
+        taken.copy_((index // y.shape[3] - rows) * kernel[1] + index % y.shape[3] - columns)
+    return out.copy_(found), taken
 
 
 def _fake(
@@ -156,15 +155,16 @@ def _backward_reference(
     grad: Tensor, taken: Tensor, y: Tensor, kernel: list[int], stride: list[int], padding: list[int]
 ) -> Tensor:
     n, c, height, width = y.shape
+    out = _backward_fake(grad, taken, y, kernel, stride, padding)
     if grad.numel() == 0:
-        return _backward_fake(grad, taken, y, kernel, stride, padding).zero_()
+        return out.zero_()
     rows = torch.arange(grad.shape[2], device=y.device)[:, None] * stride[0] - padding[0] + taken // kernel[1]
     columns = torch.arange(grad.shape[3], device=y.device) * stride[1] - padding[1] + taken % kernel[1]
     wide = torch.promote_types(y.dtype, torch.float32)
     index = (rows * width + columns).flatten(2)
     full = torch.zeros((n, c, height * width), dtype=wide, device=y.device)
     full.scatter_add_(2, index, grad.to(wide).flatten(2))
-    return full.view(n, c, height, width).to(y.dtype, memory_format=_format_of(y))
+    return out.copy_(full.view(n, c, height, width))
 
 
 def _backward_fake(
