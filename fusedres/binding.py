@@ -14,9 +14,10 @@ from .engine import IDENTITY_SHORTCUT, ConvSlot, ExciteSlot, GainSlot, Link, Mas
 from .frozen import BUFFERS, FrozenNorm, frozen_norm
 from .mask import mask_of
 from .ops.conv import geometry
+from .ops.join_pool import POOL_SETTINGS, PoolWindow, pool_window
 
 if TYPE_CHECKING:
-    from .block import Block, Dense, LinkPlan, Mask, Plan, SqueezeExcite
+    from .block import Block, Dense, LinkPlan, Mask, Plan, Pool, SqueezeExcite
 
 __all__ = ["Binder", "FollowedBinder", "NotOurs", "folded_weights", "is_norm_act", "module_at", "names_of"]
 
@@ -93,6 +94,7 @@ class Binder:
     _geometry = staticmethod(geometry)
     _is_norm_act = staticmethod(is_norm_act)
     _names_of = staticmethod(names_of)
+    _pool_window = staticmethod(pool_window)
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
@@ -130,6 +132,7 @@ class Binder:
                 None if plan.conv is None else self._conv(module_at(self.root, plan.conv), plan.bare),
                 self._gain(plan) if plan.gains else None,
                 0.0 if plan.dropout is None else self._dropout(module_at(self.root, plan.dropout), plan.dropout_p),
+                None if plan.pool is None else self._pool(plan.pool),
             )
             for plan in plans
         )
@@ -220,6 +223,18 @@ class Binder:
             raise NotOurs
         return float(module.p) if module.training else 0.0
 
+    def _pool(self, step: Pool) -> PoolWindow:
+        if step.window is not None:
+            return step.window
+        pool = module_at(self.root, self._names_of(step.path))
+        _check_unhooked(pool)
+        if type(pool).forward is not nn.MaxPool2d.forward:
+            raise NotOurs
+        try:
+            return self._pool_window(*(pool.__dict__[name] for name in POOL_SETTINGS))
+        except (KeyError, TypeError, ValueError):  # settings that no constructor leaves, or that no kernel has
+            raise NotOurs from None
+
     def _drop_path(self, module: nn.Module) -> float:
         _check_unhooked(module)
         settings = module.__dict__
@@ -252,3 +267,4 @@ class FollowedBinder(Binder):
     _geometry = staticmethod(geometry.__wrapped__)
     _is_norm_act = staticmethod(is_norm_act.__wrapped__)
     _names_of = staticmethod(names_of.__wrapped__)
+    _pool_window = staticmethod(pool_window.__wrapped__)

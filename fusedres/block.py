@@ -21,6 +21,7 @@ from .binding import Binder, NotOurs, folded_weights, module_at, names_of
 from .engine import GATES, DenseProgram, Program, execute, execute_dense, group_of, is_constant
 from .engine.verdict import judged
 from .ops.activations import IDENTITY, RELU, Activation
+from .ops.join_pool import PoolWindow
 from .select import by_measurement, too_small
 from .walk import Op, activated, walk
 
@@ -33,6 +34,7 @@ __all__ = [
     "Dropout",
     "Mask",
     "Norm",
+    "Pool",
     "SqueezeExcite",
     "Step",
     "dense_plans",
@@ -137,7 +139,19 @@ class Mask:
     p: float | None = None
 
 
-Step = Conv | Norm | Act | Dropout | SqueezeExcite | DropPath | Mask
+@dataclass(frozen=True)
+class Pool:
+    """The max pooling by the ``nn.MaxPool2d`` at ``path``, which ends a block.
+
+    Args:
+        window: what it is where it is a function that pools, ``F.max_pool2d(x, 3, 2, 1)``: then there is no ``path``.
+    """
+
+    path: str = ""
+    window: PoolWindow | None = None
+
+
+Step = Conv | Norm | Act | Dropout | SqueezeExcite | DropPath | Mask | Pool
 
 
 @dataclass(frozen=True)
@@ -251,6 +265,7 @@ class LinkPlan(NamedTuple):
     dropout_p: float | None = None
     bare: bool = False
     gains: bool = False
+    pool: Pool | None = None
 
     @property
     def chance(self) -> bool:
@@ -292,6 +307,8 @@ def link_plans(block: Block) -> Plan:
             raise UnsupportedBlock(f"the {name} ends with a dropout before the addition")
     if any(link.excite is not None or link.chance for link in shortcut):
         raise UnsupportedBlock("the shortcut has a gain, squeeze-excitation or stochastic depth")
+    if branch[-1].pool is not None or shortcut[-1].pool is not None:
+        raise UnsupportedBlock("a max pooling before the addition")
     if len(shortcut) == 1 and shortcut[0].norm is not None:
         raise UnsupportedBlock("the shortcut is a norm without a convolution")
     shares = block.residual == "pending" and branch[0]._replace(conv=None, bare=False) != LinkPlan()
@@ -317,6 +334,7 @@ def dense_plans(dense: Dense) -> tuple[tuple[LinkPlan, ...], ...]:
 def _links(steps: tuple[Step, ...]) -> tuple[LinkPlan, ...]:
     """Groups steps into links, each ``[norm] [excitation] [stochastic depth] [activation] [dropout] [convolution]``.
 
+    The last one may have a max pooling in the convolution's place.
     A dropout of channels takes the place of stochastic depth, also from behind a ReLU, through which its factors pass.
     An excitation behind an activation begins a link of its own: it needs the mean of what the activation made.
     """
@@ -339,6 +357,10 @@ _HOMOGENEOUS = (IDENTITY.name, RELU.name, "leaky_relu")
 
 def _with_step(link: LinkPlan, step: Step) -> LinkPlan:
     """``link`` with one more step, which has to come behind those that it has."""
+    if link.pool is not None:
+        raise UnsupportedBlock("a max pooling that something follows")
+    if isinstance(step, Pool):
+        return link._replace(pool=step)
     if isinstance(step, Conv):
         return link._replace(conv=names_of(step.path), bare=step.bare)
     if link.dropout is not None:
@@ -548,6 +570,9 @@ def _call_step(step: Step, root: nn.Module, value: Tensor) -> Tensor:
         if isinstance(step, Conv) and step.bare:
             geometry = module.stride, module.padding, module.dilation, module.groups
             return F.conv2d(value, module.weight, module.bias, *geometry)
+        if isinstance(step, Pool) and step.window is not None:
+            kernel, stride, padding, ceil = step.window
+            return F.max_pool2d(value, kernel, stride, padding, ceil_mode=ceil)
         if isinstance(step, (Dropout, Mask)) and step.p is not None:
             return (F.dropout if isinstance(step, Dropout) else F.dropout2d)(value, step.p, module.training)
         return module(value)

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ops.activations import Activation
 from ..ops.conv import ConvGeometry
+from ..ops.join_pool import PoolWindow
 from ..ops.layout import dense
 from ..ops.registry import define
 from ..select import by_measurement, kernels, too_small
@@ -37,7 +38,7 @@ __all__ = ["as_constants", "from_constants", "infer_in_graph"]
 
 _KINDS: dict[str, Any] = {"Activation": Activation.from_spelled} | {
     kind.__name__: kind
-    for kind in (ConvGeometry, ConvSlot, DenseProgram, ExciteSlot, GainSlot, Link, NormSlot, Program)
+    for kind in (ConvGeometry, ConvSlot, DenseProgram, ExciteSlot, GainSlot, Link, NormSlot, PoolWindow, Program)
 }
 
 

@@ -21,7 +21,7 @@ from ..ops.conv_affine_act import FoldedConv, fold
 from ..ops.layout import dense
 from ..select import kernels
 from .convolution import Operand, read_by
-from .pending import Raw, aligned, applied, apply_pending, cast_weights, compute_dtype, norm_rows, pend
+from .pending import Raw, aligned, applied, apply_pending, cast_weights, compute_dtype, ended, norm_rows, pend
 from .program import ConvSlot, Link, NormSlot, Operands, Program
 from .stock import execute_stock
 from .training import forward_block
@@ -40,7 +40,7 @@ def infer(program: Program, x: Tensor, residual: Tensor | None, tensors: Operand
             return forward_block(program, x, residual, tensors, k)[0]
     branch = program.branch
     if program.shortcut is None:
-        return infer_chain(branch, x, None, branch[-1].act, dtype, tensors, folded, k)
+        return _infer_alone(branch, x, dtype, tensors, folded, k)
     if program.shares:
         x = applied(branch[0], pend(branch[0], x, tensors, k), k)
         branch = (Link(None, IDENTITY, branch[0].conv), *branch[1:])
@@ -49,6 +49,26 @@ def infer(program: Program, x: Tensor, residual: Tensor | None, tensors: Operand
     if program.in_place:
         side = side.to(dtype)
     return infer_chain(branch, x, side, program.act, dtype, tensors, folded, k)
+
+
+def _infer_alone(
+    chain: tuple[Link, ...],
+    x: Tensor,
+    dtype: torch.dtype,
+    tensors: Operands,
+    folded: dict[int, Any],
+    k: SimpleNamespace,
+) -> Tensor:
+    """A chain that no join follows. A max pooling takes what is pending before it, but for what the weights take."""
+    *before, last = chain
+    if last.pool is None:
+        return infer_chain(chain, x, None, last.act, dtype, tensors, folded, k)
+    if k.folds:
+        value = infer_chain((*before, last._replace(pool=None)), x, None, last.act, dtype, tensors, folded, k)
+        last = Link(None, IDENTITY, None, pool=last.pool)
+    else:
+        value = infer_chain((*before, Link(None, IDENTITY, None)), x, None, IDENTITY, dtype, tensors, folded, k)
+    return ended(last, pend(last, value, tensors, k), k, False)[0]
 
 
 def _activates(program: Program) -> bool:

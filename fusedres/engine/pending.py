@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.activations import Activation
+from ..ops.activations import IDENTITY, Activation
 from ..ops.bn_join import BN_JOIN
 from ..ops.bn_stats import statistics_dtype
 from ..ops.dropout import draw_seed
@@ -30,6 +30,7 @@ class Raw(NamedTuple):
         means: of every sample's channels, ``[N, C]``, where the gain is made from them.
         seed: of the dropout.
         total: how many values per channel all processes have that the norm is synchronised with; a number in float64.
+        taken: by the max pooling of the value, see :mod:`fusedres.ops.join_pool`.
     """
 
     tensor: Tensor
@@ -39,6 +40,7 @@ class Raw(NamedTuple):
     means: Tensor | None = None
     seed: Tensor | None = None
     total: Tensor | None = None
+    taken: Tensor | None = None
 
 
 class Statistics(NamedTuple):
@@ -235,3 +237,14 @@ def apply_pending(link: Link, raw: Raw, act: Activation, k: SimpleNamespace, *si
 def applied(link: Link, raw: Raw, k: SimpleNamespace) -> Tensor:
     """The pending value, applied."""
     return raw.tensor if link.plain else apply_pending(link, raw, link.act, k)
+
+
+def ended(link: Link, raw: Raw, k: SimpleNamespace, record: bool) -> tuple[Tensor, Raw]:
+    """The value with which a block without a join ends, and ``raw`` with what backward wants to know if ``record``."""
+    if link.pool is None:
+        return applied(link, raw, k), raw
+    pending = (raw.tensor, raw.rows, link.act.code, link.act.param)
+    if raw.gain is not None or raw.seed is not None:
+        pending = (apply_pending(link, raw, link.act, k), None, IDENTITY.code, IDENTITY.param)
+    out, taken = k.join_pool(*pending, *link.pool, record)
+    return out, raw._replace(taken=taken) if record else raw

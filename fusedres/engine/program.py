@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..ops.activations import IDENTITY, Activation
 from ..ops.conv import ConvGeometry
+from ..ops.join_pool import PoolWindow
 
 
 class ConvSlot(NamedTuple):
@@ -94,7 +95,8 @@ class Link(NamedTuple):
     """A pending value and its reader: ``conv(dropout(act(gain * norm(raw))))``.
 
     The last link of a chain has no convolution. Nor has one before a gain of the next link's: there the value itself is
-    the next raw tensor, which is never kept but recomputed.
+    the next raw tensor, which is never kept but recomputed. The last link of a block without a join may have a max
+    pooling in the convolution's place.
     """
 
     norm: NormSlot | None
@@ -102,11 +104,13 @@ class Link(NamedTuple):
     conv: ConvSlot | None
     gain: GainSlot | None = None
     dropout: float = 0.0
+    pool: PoolWindow | None = None
 
     @property
     def plain(self) -> bool:
         """Whether the raw tensor is the value itself."""
-        return self.norm is None and self.act == IDENTITY and self.gain is None and not self.dropout
+        pends = self.norm is not None or self.act != IDENTITY or self.gain is not None or self.dropout
+        return not pends and self.pool is None
 
     @property
     def excites(self) -> bool:
@@ -179,8 +183,9 @@ def _promoting(chain: tuple[Link, ...]) -> NormSlot | None:
 
 def is_constant(links: tuple[Link, ...]) -> bool:
     """Whether nothing but the input and the parameters counts: no batch statistics, no chance."""
-    for norm, _, _, gain, dropout in links:
-        if (norm is not None and norm.batch_statistics) or dropout or (gain is not None and gain.by_chance):
+    for link in links:
+        norm, gain = link.norm, link.gain
+        if (norm is not None and norm.batch_statistics) or link.dropout or (gain is not None and gain.by_chance):
             return False
     return True
 

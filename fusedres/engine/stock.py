@@ -50,7 +50,12 @@ def _stock_value(link: Link, x: Tensor, tensors: Operands) -> Tensor:
         x = _stock_gain(link.gain, x, tensors)
     if link.act != IDENTITY:
         x = link.act(x)
-    return F.dropout(x, link.dropout) if link.dropout else x
+    if link.dropout:
+        x = F.dropout(x, link.dropout)
+    if link.pool is not None:
+        kernel, stride, padding, ceil = link.pool
+        x = F.max_pool2d(x, kernel, stride, padding, ceil_mode=ceil)
+    return x
 
 
 def _stock_gain(slot: GainSlot, x: Tensor, tensors: Operands) -> Tensor:

@@ -11,11 +11,11 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 from ..ops.activations import IDENTITY
 from ..ops.conv import conv_backward
-from ..ops.layout import dense
+from ..ops.layout import dense, like
 from ..select import kernels
 from .convolution import run_chain
 from .gradients import Gradients, Path, RawGradient, Side, sum_
-from .pending import Raw, aligned, applied, apply_pending, cast_weights, compute_dtype, pend, pend_ends
+from .pending import Raw, aligned, applied, apply_pending, cast_weights, compute_dtype, ended, pend, pend_ends
 from .program import IDENTITY_SHORTCUT, Link, Operands, Program, weight_indices
 
 
@@ -28,8 +28,9 @@ class BlockFunction(torch.autograd.Function):
         k = kernels(x.device.type, dtype, program.backend)
         operands = cast_weights(program.links, tensors, dtype)
         x = dense(x)
-        out, branch, shortcut = forward_block(program, x, residual, operands, k)
-        if any(ctx.needs_input_grad):
+        record = any(ctx.needs_input_grad)
+        out, branch, shortcut = forward_block(program, x, residual, operands, k, record)
+        if record:
             _save(ctx, program, x, residual, operands, branch, shortcut)
             ctx.kernels = k
             ctx.parameter_dtypes = [None if t is None else t.dtype for t in tensors]
@@ -59,15 +60,21 @@ def refuse_more_than_once(grad: Tensor) -> None:
 
 
 def forward_block(
-    program: Program, x: Tensor, residual: Tensor | None, tensors: Operands, k: SimpleNamespace
+    program: Program,
+    x: Tensor,
+    residual: Tensor | None,
+    tensors: Operands,
+    k: SimpleNamespace,
+    record: bool = False,
 ) -> tuple[Tensor, list[Raw], list[Raw]]:
-    """The block's output, and the raw tensors of its two chains."""
+    """The block's output, and the raw tensors of its two chains; ``record`` where backward will follow."""
     first = pend(program.branch[0], x, tensors, k)
     value = applied(program.branch[0], first, k) if program.shares else None
     apart, last = not program.exchanges_once, program.branch[-1]
     branch = run_chain(program.branch, first, value, tensors, k, apart)
     if program.shortcut is None:
-        return applied(last, branch[-1], k), branch, []
+        out, branch[-1] = ended(last, branch[-1], k, record)
+        return out, branch, []
     side_input = value if program.shares else x if residual is None else dense(residual)
     shortcut = run_chain(program.shortcut, pend(program.shortcut[0], side_input, tensors, k), None, tensors, k, apart)
     if not apart:
@@ -228,6 +235,9 @@ class _Backward(Gradients):
         if only_adds(self.program):
             return self._addition(dense(grad), needs_side)
         if shortcut is None:
+            if (pool := chain[-1].pool) is not None:
+                window = (pool.kernel, pool.stride, pool.padding)
+                grad = self.k.join_pool_backward(like(grad, main.tensor), main.taken, main.tensor, *window)
             pends = branch.pends(last)
             return self._pending(chain, last, main, grad, chain[-1].act, pends=pends)[0], None
         side = shortcut.raws[-1]

@@ -155,6 +155,9 @@ def _link_of(link: Link, shapes: _Shapes) -> str:
         words.append(link.act.name)
     if link.dropout:
         words.append("dropout")
+    if link.pool is not None:
+        (kh, kw), (sh, sw), (ph, pw), ceil = link.pool
+        words.append(f"maxpool{kh}x{kw}s{sh}x{sw}p{ph}x{pw}" + ("ceil" if ceil else ""))
     if link.conv is not None:
         g = link.conv.geometry
         pairs = "".join(f"{name}{a}x{b}" for name, (a, b) in (("s", g.stride), ("p", g.padding), ("d", g.dilation)))

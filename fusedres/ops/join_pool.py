@@ -16,6 +16,7 @@ in ``y``'s dtype, to which each is rounded before it is compared.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from .join import JOIN
 from .layout import dense
 from .registry import declare
 
-__all__ = ["JOIN_POOL", "JOIN_POOL_BACKWARD", "MOST_POSITIONS", "PoolWindow", "pool_window", "pooled_size"]
+__all__ = ["JOIN_POOL", "JOIN_POOL_BACKWARD", "MOST_POSITIONS", "POOL_SETTINGS", "PoolWindow", "pool_window", "pooled_size"]
 
 MOST_POSITIONS = 255
 """Of a window: their numbers are bytes."""
@@ -43,6 +44,11 @@ class PoolWindow(NamedTuple):
     ceil: bool
 
 
+POOL_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+"""The attributes of ``nn.MaxPool2d`` that :func:`pool_window` takes, in its order."""
+
+
+@cache
 def pool_window(
     kernel_size: int | tuple[int, int],
     stride: int | tuple[int, int] | None = None,
@@ -57,7 +63,7 @@ def pool_window(
         ValueError: for what no kernel does: dilation, indices, more than 255 positions, and what stock PyTorch refuses.
     """
     kernel = _pair("kernel_size", kernel_size)
-    steps, padded = kernel if stride in (None, (), []) else _pair("stride", stride), _pair("padding", padding)
+    steps, padded = kernel if stride in (None, ()) else _pair("stride", stride), _pair("padding", padding)
     if return_indices or _pair("dilation", dilation) != (1, 1):
         raise ValueError("a max pooling with indices or with a dilation")
     if not (0 < kernel[0] * kernel[1] <= MOST_POSITIONS and min(*kernel, *steps) > 0):

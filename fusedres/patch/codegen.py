@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .. import block
-from ..block import Act, Block, Conv, Dense, Dropout, DropPath, Mask, Norm, SqueezeExcite, Step
+from ..block import Act, Block, Conv, Dense, Dropout, DropPath, Mask, Norm, Pool, SqueezeExcite, Step
 from ..ops.activations import IDENTITY
 from . import watch
 from .gated_join import GatedJoin
@@ -165,10 +165,12 @@ def _step(step: Step) -> str:
         if step.p is not None:
             return f"dropout of {step.p:g} of the channels"
         return f"{step.path} ({'dropout of channels' if step.channels else 'stochastic depth'})"
+    if isinstance(step, Pool) and step.window is not None:
+        return "max pooling of {} x {}".format(*step.window.kernel)
     return f"{step.path} ({_KINDS[type(step)]})" if type(step) in _KINDS else step.path
 
 
-_KINDS = {Dropout: "dropout", DropPath: "stochastic depth"}
+_KINDS = {Dropout: "dropout", DropPath: "stochastic depth", Pool: "max pooling"}
 
 
 def _body(source: str) -> str:

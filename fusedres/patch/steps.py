@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..binding import is_norm_act
-from ..block import Act, Conv, Dropout, DropPath, Mask, Norm, SqueezeExcite, Step
+from ..block import Act, Conv, Dropout, DropPath, Mask, Norm, Pool, SqueezeExcite, Step
 from ..mask import mask_of
 from ..ops.activations import IDENTITY, Activation
+from ..ops.join_pool import POOL_SETTINGS, PoolWindow, pool_window
 from .modules import (
     bare_conv_problem,
     conv_problem,
@@ -69,6 +70,8 @@ Reading = Step | Pass | Stop
 def paths(step: Step) -> tuple[str, ...]:
     """The modules whose parameters and settings a step reads."""
     if isinstance(step, Act) or (isinstance(step, (Dropout, Mask)) and step.p is not None):
+        return ()
+    if isinstance(step, Pool) and step.window is not None:
         return ()
     return (step.fc1, step.fc2) if isinstance(step, SqueezeExcite) else (step.path,)
 
@@ -197,6 +200,9 @@ def _read_module(path: str, module: nn.Module, excluded: Callable[[nn.Module], s
     if type(module).forward in (nn.Dropout.forward, nn.Dropout2d.forward):
         drops = Dropout(path) if type(module).forward is nn.Dropout.forward else Mask(path, channels=True)
         return PASS if module.p == 0 else drops
+    if type(module).forward is nn.MaxPool2d.forward:
+        window = _window(*(getattr(module, name) for name in POOL_SETTINGS))
+        return Pool(path) if window else Stop(f"{path} is a MaxPool2d({module.extra_repr()}), which no block has")
     if not is_builtin(module) and (mask := mask_of(module)) is not None:
         return Mask(path, mask.channels)
     activation = _module_activation(module)
@@ -240,6 +246,10 @@ def _read_function(node: fx.Node) -> Reading:
         return PASS
     if node.target in (F.dropout, F.dropout2d):
         return _read_dropout(node)
+    if node.target in (F.max_pool2d, torch.max_pool2d):
+        arguments = {k: v for k, v in node.kwargs.items() if k != "input"}
+        window = _window(*node.args[1:], **arguments)
+        return Pool(window=window) if window else Stop("max_pool2d with these arguments is no step of a block")
     known = _FUNCTION_ACTIVATIONS.get(node.target)
     if known is None:
         return Stop(_function_problem(node))
@@ -251,6 +261,14 @@ def _read_function(node: fx.Node) -> Reading:
     if activation is None:
         return Stop(f"{_function_name(node)} with these arguments is no step of a block")
     return Act(activation)
+
+
+def _window(*arguments: Any, **more: Any) -> PoolWindow | None:
+    """The window of a max pooling with these arguments, if a block can have it."""
+    try:
+        return pool_window(*(tuple(a) if isinstance(a, list) else a for a in arguments), **more)
+    except (TypeError, ValueError):
+        return None
 
 
 def _function_problem(node: fx.Node) -> str:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..block import Act, Block, Conv, Dense, Norm, SqueezeExcite, Step, idle_in_training
+from ..block import Act, Block, Conv, Dense, Norm, Pool, SqueezeExcite, Step, idle_in_training
 from .gated_join import GatedJoin
 from .gates import Gate, find_gate
 from .modules import class_name, has_own_conv_forward, layer_kind
@@ -246,27 +246,32 @@ class View:
     # -- runs of steps ------------------------------------------------------------------------------------------------
 
     def chain_into(self, node: fx.Node, readers: frozenset[fx.Node] | None = None) -> Chain:
-        """The longest run that ends with ``node`` and whose values nothing outside reads.
+        """The longest run that ends with ``node`` and whose values nothing outside reads; a max pooling is never in it.
 
         Args:
             readers: the nodes that may read ``node`` itself; by default any one.
         """
         links = []
         alone = len(node.users) == 1 if readers is None else node.users.keys() <= readers
-        while alone and not isinstance(reading := self.reading(node), Stop):
+        while alone and not isinstance(reading := self.reading(node), (Stop, Pool)):
             links.append(ChainLink(node, reading, self.nodes_of(node)))
             node = self.input_of(node)
             alone = node.users.keys() <= set(links[-1].nodes)
         return Chain(node, tuple(reversed(links)))
 
     def chain_from(self, start: fx.Node, through: Callable[[fx.Node, Step], bool]) -> Chain:
-        """The run that begins with ``start`` and goes on for as long as ``through`` likes the next step."""
+        """The run that begins with ``start`` and goes on for as long as ``through`` likes the next step.
+
+        A max pooling is the end of every run.
+        """
         links, node = [ChainLink(start, self.reading(start), self.nodes_of(start))], start
         while (following := self.only_reader(node)) is not None:
             reading = self.reading(following)
             if isinstance(reading, Stop) or (reading is not PASS and not through(following, reading)):
                 break
             links.append(ChainLink(following, reading, self.nodes_of(following)))
+            if isinstance(reading, Pool):
+                break
             node = following
         while links[-1].step is PASS:
             links.pop()

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from ...block import Act, Block, Conv, Dropout, DropPath, Mask, Norm, SqueezeExcite, Step
+from ...block import Act, Block, Conv, Dropout, DropPath, Mask, Norm, Pool, SqueezeExcite, Step
 from ...ops.activations import IDENTITY
 from ..view import Chain, ChainLink, Region, View
 
@@ -87,7 +87,14 @@ def name_of(steps: tuple[Step, ...]) -> str:
     return "-".join(words[:period]) + (f" x {times}" if times > 1 else "")
 
 
-_WORDS = {Conv: "conv", Norm: "bn", Dropout: "dropout", SqueezeExcite: "se", DropPath: "stochastic depth"}
+_WORDS = {
+    Conv: "conv",
+    Norm: "bn",
+    Dropout: "dropout",
+    SqueezeExcite: "se",
+    DropPath: "stochastic depth",
+    Pool: "maxpool",
+}
 
 
 def _word(step: Step) -> str:
