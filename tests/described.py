@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fusedres.block import Act, Block, Conv, Dense, Dropout, DropPath, Norm, SqueezeExcite, run, run_dense
+from fusedres.block import Act, Block, Conv, Dense, Dropout, DropPath, Norm, Pool, SqueezeExcite, run, run_dense
 from fusedres.block import Step as DescribedStep
 from fusedres.ops.activations import IDENTITY, RELU, Activation, activation
 from fusedres.ops.dropout import draw_seed, keep_scale
@@ -48,8 +48,8 @@ class Depth(nn.Module):
 
 
 class Described(nn.Module):
-    """``act(branch(x) + shortcut(x))``; a step is a convolution, a batch norm, a dropout, a gate, stochastic depth, or
-    an activation or its name. Either way it draws the same masks.
+    """``act(branch(x) + shortcut(x))``; a step is a convolution, a batch norm, a dropout, a gate, stochastic depth, a
+    max pooling, or an activation or its name. Either way it draws the same masks.
 
     Args:
         branch, shortcut: as in :class:`fusedres.block.Block`.
@@ -160,7 +160,7 @@ def _split(steps: list[Step]) -> tuple[nn.ModuleList, list[int | Activation]]:
 
 
 def _described(name: str, modules: nn.ModuleList, order: list[int | Activation]) -> tuple:
-    kinds = {nn.BatchNorm2d: Norm, nn.Conv2d: Conv, nn.Dropout: Dropout, Depth: DropPath}
+    kinds = {nn.BatchNorm2d: Norm, nn.Conv2d: Conv, nn.Dropout: Dropout, Depth: DropPath, nn.MaxPool2d: Pool}
 
     def step(entry: int | Activation) -> DescribedStep:
         if isinstance(entry, Activation):
@@ -293,6 +293,23 @@ BLOCKS: dict[str, Callable[[], Described]] = {
     ),
     "squeeze-excitation of the input": lambda: Described([norm(24), "relu", Gate(24, 6), conv(24, 24, 3)], []),
     "stochastic depth": lambda: Described([conv(24, 24, 3), norm(24), Depth(0.4)], []),
+    "stem": lambda: Described([conv(24, 32, 3, 2), norm(32), "relu", nn.MaxPool2d(3, 2, 1)]),
+    "stem, deep": lambda: Described(
+        [
+            conv(24, 16, 3),
+            norm(16),
+            "silu",
+            conv(16, 32, 1, bias=True),
+            norm(32),
+            "gelu",
+            nn.MaxPool2d(2, ceil_mode=True),
+        ]
+    ),
+    "stem, no norm": lambda: Described([conv(24, 32, 3, bias=True), "relu", nn.MaxPool2d(3, 2)]),
+    "stem, pool alone": lambda: Described([conv(24, 32, 3, bias=True), nn.MaxPool2d((3, 2), (2, 1), (1, 0))]),
+    "stem, squeeze-excitation": lambda: Described(
+        [conv(24, 32, 3), norm(32), Gate(32, 8), "relu", nn.MaxPool2d(3, 2, 1)]
+    ),
     "stochastic depth, squeeze-excitation": lambda: Described([conv(24, 24, 3), norm(24), Gate(24, 6), Depth(0.4)], []),
 }
 """One of each kind, all with 24 input channels, but for ``bottleneck`` with 32."""

@@ -371,6 +371,10 @@ def _draw_branch(draw: st.DrawFn, channels: int, joins: bool, chance: bool) -> t
             _draw_value(draw, chain, ends=False, chance=chance)
     if draw(st.integers(0, 3)):
         _draw_value(draw, chain, ends=joins, chance=chance)
+    if not joins and draw(st.integers(0, 2)) == 0:
+        kernel = draw(st.sampled_from((1, 2, 3, (3, 2), 5)))
+        padding = draw(st.integers(0, (min(kernel) if isinstance(kernel, tuple) else kernel) // 2))
+        chain.steps.append(nn.MaxPool2d(kernel, draw(st.integers(1, 3)), padding, ceil_mode=draw(st.booleans())))
     return chain, preactivated
 
 

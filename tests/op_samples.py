@@ -146,6 +146,21 @@ def _masks(d: Draw) -> list[tuple]:
     ]
 
 
+_POOL = ([3, 2], [2, 1], [1, 1])
+
+
+def _pools(d: Draw) -> list[tuple]:
+    y = d.image()
+    return [(y, d.rows(), 1, 0.0, *_POOL, False, True), (y, None, 4, 0.0, [1, 1], [1, 1], [0, 0], True, False)]
+
+
+def _pool_backwards(d: Draw) -> list[tuple]:
+    y, ones = d.image(), ([1, 1], [1, 1], [0, 0])
+    like = "contiguous" if d.layout == "contiguous" else "channels_last"
+    grad, taken = INPUTS[like](d.shape, d.dtype, 2), INPUTS[like](d.shape, torch.float32).mul(0).to(torch.uint8)
+    return [(grad, taken, y, *ones)]
+
+
 def _reductions(d: Draw) -> list[tuple]:
     y, g = d.image(), d.image(2)
     plain = [call[:8] for call in _masks(d)[:2]]
@@ -277,6 +292,8 @@ SAMPLES: dict[str, Entry] = {
     "join_backward_apply": Entry(_applications),
     "join_backward_mask": Entry(_masks),
     "join_backward_reduce": Entry(_reductions),
+    "join_pool": Entry(_pools),
+    "join_pool_backward": Entry(_pool_backwards),
     "join_stats": Entry(_joins, empty=False),
     "rk_combine": Entry(lambda d: [(d.image(), [d.image(1), d.image(2)], _WEIGHTS), (d.image(), [], [])], _DENSE),
     "rk_combine_backward": Entry(lambda d: [(d.image(), _WEIGHTS)], _DENSE),

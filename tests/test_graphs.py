@@ -355,6 +355,29 @@ def test_inference_for_any_size(dense):
     compare(block, partial(compile_quickly, dynamic=True), lambda seed: [images(seed)], backward=False).check()
 
 
+def stem() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(32, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(3, 2, 1, ceil_mode=True))
+    fusedres.patch(model)
+    return model.to(memory_format=torch.channels_last)
+
+
+@needs_library
+def test_a_max_pooling_is_in_the_graph():
+    ops = recorded(stem(), images()).ops
+    assert ops["join_pool_cpu"] == ops["join_pool_backward_cpu"] == 1
+    with torch.no_grad():
+        assert recorded(stem().eval(), images(), backward=False).ops == {"infer_block": 1}
+
+
+@needs_library
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_max_pooling(training, dynamic):
+    fuse = partial(compile_quickly, dynamic=dynamic)
+    compare(stem().train(training), fuse, lambda seed: [images(seed)], backward=training).check()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_settings_changed_between_calls(dynamic):

@@ -143,10 +143,10 @@ Tensor join_pool_backward_cpu(const Tensor& grad, const Tensor& taken, const Ten
   for (int64_t d = 2; d < 4; ++d)
     STD_TORCH_CHECK(taken.size(d) == grad.size(d), kOp, ": taken differs from grad in dimension ", d);
   const Layout layout = pooled_layout(kOp, y);
-  STD_TORCH_CHECK(is_dense(grad, layout) && is_dense(taken, layout), kOp,
-                  ": grad and taken must be dense in the layout of y");
   Tensor out = empty_image(y, layout, y.size(2), y.size(3));
   if (y.numel() == 0) return out;
+  STD_TORCH_CHECK(is_dense(grad, layout) && is_dense(taken, layout), kOp,
+                  ": grad and taken must be dense in the layout of y");
   const Units units(out, layout);
   JoinPoolBackwardArgs args{};
   args.dtype = dtype_of(kOp, y);

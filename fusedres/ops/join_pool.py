@@ -27,7 +27,15 @@ from .join import JOIN
 from .layout import dense
 from .registry import declare
 
-__all__ = ["JOIN_POOL", "JOIN_POOL_BACKWARD", "MOST_POSITIONS", "POOL_SETTINGS", "PoolWindow", "pool_window", "pooled_size"]
+__all__ = [
+    "JOIN_POOL",
+    "JOIN_POOL_BACKWARD",
+    "MOST_POSITIONS",
+    "POOL_SETTINGS",
+    "PoolWindow",
+    "pool_window",
+    "pooled_size",
+]
 
 MOST_POSITIONS = 255
 """Of a window: their numbers are bytes."""
@@ -74,7 +82,7 @@ def pool_window(
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     pair = 2 * pair if len(pair) == 1 else pair
     if len(pair) != 2 or not all(type(number) is int for number in pair):
         raise ValueError(f"{name} must be one or two integers, got {value!r}")

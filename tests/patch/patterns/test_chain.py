@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import nn
 
 from fusedres.patch import explain, patch
 
-from ..blocks import check_patched, images
+from ..blocks import assert_same, check_patched, images, settled
 from .test_residual import block
 
 
@@ -25,10 +27,14 @@ from .test_residual import block
         (lambda self, x: self.conv2(self.conv1(x)), "conv x 2"),
         (lambda self, x: F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))), "conv-bn-relu x 2"),
         (lambda self, x: self.conv2(F.relu(self.conv1(x))), "conv-relu-conv"),
+        (lambda self, x: self.pool(F.relu(self.bn1(self.conv1(x)))), "conv-bn-relu-maxpool"),
+        (lambda self, x: F.max_pool2d(self.bn1(self.conv1(x)), 3, stride=2, padding=1), "conv-bn-maxpool"),
+        (lambda self, x: torch.max_pool2d(self.conv1(x), [2, 2], ceil_mode=True), "conv-maxpool"),
+        (lambda self, x: F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(x)))), 2), "conv-relu-conv-relu-maxpool"),
     ],
 )
 def test_names(forward, pattern):
-    report = check_patched(block(forward, clipped=nn.Hardtanh(0.0, 6.0)))
+    report = check_patched(block(forward, clipped=nn.Hardtanh(0.0, 6.0), pool=nn.MaxPool2d(3, 2, 1)))
     assert [site.pattern for site in report.fused] == [pattern]
 
 
@@ -124,3 +130,87 @@ def test_a_convolution_and_an_activation_are_stock_in_training():
     assert patched == stock
     out = model(torch.randn(2, 3, 64, 64, requires_grad=True))
     assert "Relu" in type(out.grad_fn).__name__
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Max pooling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_max_pooling_ends_a_run():
+    def forward(self, x):
+        return self.bn2(self.conv2(self.pool(torch.relu(self.bn1(self.conv1(x))))))
+
+    report = check_patched(block(forward, pool=nn.MaxPool2d(2)))
+    assert [site.pattern for site in report.fused] == ["conv-bn-relu-maxpool", "conv-bn"]
+    assert "pool (max pooling)" in report.source("")
+
+
+def test_a_function_that_pools_is_named():
+    report = explain(block(lambda self, x: F.max_pool2d(self.bn1(self.conv1(x)), (3, 2))))
+    assert "max pooling of 3 x 2" in report.source("")
+
+
+def test_a_max_pooling_that_others_share():
+    """It has no parameters: each call of it is a step of its own."""
+
+    def forward(self, x):
+        return self.pool(self.relu(self.bn2(self.conv2(self.pool(self.relu(self.bn1(self.conv1(x))))))))
+
+    report = check_patched(block(forward, pool=nn.MaxPool2d(2, 1)))
+    assert [site.pattern for site in report.fused] == ["conv-bn-relu-maxpool"] * 2
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.dilated(self.bn1(self.conv1(x))),
+        lambda self, x: self.indexed(self.bn1(self.conv1(x)))[0],
+        lambda self, x: F.max_pool2d(self.bn1(self.conv1(x)), 2, dilation=2),
+        lambda self, x: F.max_pool2d(self.bn1(self.conv1(x)), 2, return_indices=True)[0],
+        lambda self, x: F.adaptive_max_pool2d(self.bn1(self.conv1(x)), 2),
+        lambda self, x: self.own(self.bn1(self.conv1(x))),
+    ],
+)
+def test_poolings_that_no_kernel_has_stay(forward):
+    class Own(nn.MaxPool2d):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    layers = {"dilated": nn.MaxPool2d(2, dilation=2), "indexed": nn.MaxPool2d(2, return_indices=True), "own": Own(2)}
+    report = check_patched(block(forward, **layers))
+    assert [site.pattern for site in report.fused] == ["conv-bn"]
+
+
+def test_a_max_pooling_before_an_addition_stays():
+    def forward(self, x):
+        return self.pool(self.bn1(self.conv1(x))) + self.pool(x)
+
+    report = check_patched(block(forward, pool=nn.MaxPool2d(2)))
+    assert [site.pattern for site in report.fused] == ["conv-bn-maxpool"]
+
+
+def test_a_hooked_max_pooling_is_called():
+    model = block(lambda self, x: self.pool(self.bn1(self.conv1(x))), pool=nn.MaxPool2d(2))
+    model.pool.register_forward_hook(lambda module, inputs, out: out * 2)
+    report = check_patched(model)
+    assert [site.pattern for site in report.fused] == ["conv-bn"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pool: setattr(pool, "kernel_size", 3),
+        lambda pool: setattr(pool, "ceil_mode", True),
+        lambda pool: setattr(pool, "dilation", 2),
+        lambda pool: setattr(pool, "stride", [1, 1]),
+        lambda pool: pool.register_forward_hook(lambda module, inputs, out: out * 2),
+        lambda pool: setattr(pool, "forward", lambda x: x[:, :, 1:, 1:]),
+    ],
+)
+def test_a_max_pooling_changed_after_patching(change):
+    stock = settled(block(lambda self, x: self.pool(F.relu(self.bn1(self.conv1(x)))), pool=nn.MaxPool2d(2)))
+    patched = copy.deepcopy(stock)
+    patch(patched)
+    change(stock.pool), change(patched.pool)
+    assert_same(patched, stock, images())
