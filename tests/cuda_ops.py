@@ -34,6 +34,7 @@ __all__ = [
     "check_bn_stats",
     "check_gated_join",
     "check_rk",
+    "check_rounded_tolerances",
     "gated_operands",
     "on_device",
     "rk_operands",
@@ -308,6 +309,15 @@ def check_rk(make: Callable[..., Tensor], shape: tuple[int, ...], stages: int, d
         call = RK_ERROR.overload(overload)
         errors.append(torch.stack([call(*each, *TOLERANCES) for each in operands]))
     assert_within_budget(*errors, f"{name}, error")
+
+
+def check_rounded_tolerances(device: str) -> None:
+    """Tolerances that float32 makes smaller by half a unit: the norm is that of those that were given."""
+    ones = torch.ones(70, device=device)
+    tolerance = 2.0**-10 * (1 + 0.99 * 2.0**-24)
+    for rtol, atol in ((0.0, tolerance), (tolerance, 0.0), (tolerance, tolerance)):
+        error = RK_ERROR.overload("cuda")(ones, ones, [ones], [1.0], rtol, atol)
+        assert torch.equal(error.cpu(), torch.tensor(1 / (rtol + atol))), (rtol, atol)
 
 
 def gated_operands(

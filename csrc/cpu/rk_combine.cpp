@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/flat.h"
+#include "common/tolerance.h"
 #include "cpu/parallel.h"
 
 namespace fusedres {
@@ -59,13 +60,6 @@ std::vector<Tensor> rk_combine_backward_cpu(const Tensor& grad, std::vector<doub
   const auto run = FR_FOR_ACTIVE_ISA(rk_combine_backward_range);
   parallel_over(grad.numel(), count + 1, [&](int64_t begin, int64_t end) { run(args, begin, end); });
   return outs;
-}
-
-// What float32 makes a tolerance wrong by, as a factor. All errors are over their tolerances, so the result would be
-// wrong by the larger one's: taken out of both, it is given back in the end.
-double rounded_off(double tolerance) {
-  const float rounded = static_cast<float>(tolerance);
-  return rounded > 0 && std::isfinite(rounded) ? tolerance / rounded : 1;
 }
 
 Tensor rk_error_cpu(const Tensor& y0, const Tensor& y1, std::vector<Tensor> stages, std::vector<double> weights,

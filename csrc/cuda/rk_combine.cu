@@ -1,10 +1,11 @@
 // The Runge-Kutta updates and the norm of their error on CUDA; see fusedres/ops/rk_combine.py for the formulas.
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
+#include <algorithm>
 #include <vector>
 
 #include "common/checks.h"
+#include "common/tolerance.h"
 #include "cuda/flat.h"
 #include "cuda/reduce.h"
 
@@ -41,6 +42,7 @@ struct RkErrorArgs : Weighted<const void*> {
   int64_t count;
   const void *y0, *y1;
   float rtol, atol;
+  double off;  // what the tolerances were divided by
   int blocks;
   double* partials;  // of every block, the sum of the squares
   float* out;
@@ -120,7 +122,7 @@ __global__ void __launch_bounds__(kFlatThreads) rk_error_merge_kernel(const RkEr
   double total = 0;
   for (int i = threadIdx.x; i < a.blocks; i += kFlatThreads) total += a.partials[i];
   total = block_sum(total);
-  if (threadIdx.x == 0) *a.out = static_cast<float>(sqrt(total / static_cast<double>(a.count)));
+  if (threadIdx.x == 0) *a.out = static_cast<float>(sqrt(total / static_cast<double>(a.count)) / a.off);
 }
 
 void check_count(const char* op, size_t stages) {
@@ -203,8 +205,9 @@ Tensor rk_error_cuda(const Tensor& y0, const Tensor& y1, std::vector<Tensor> sta
   args.count = y0.numel();
   args.y0 = device.in(y0);
   args.y1 = device.in(y1);
-  args.rtol = static_cast<float>(rtol);
-  args.atol = static_cast<float>(atol);
+  args.off = rounded_off(std::max(rtol, atol));
+  args.rtol = static_cast<float>(rtol / args.off);
+  args.atol = static_cast<float>(atol / args.off);
   args.out = device.both<float>(out);
   pointers.insert(pointers.end(), {args.y0, args.y1});
   dispatch_flat(kOp, y0, pointers, [&](auto vector) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_ops import DENSE, DTYPES, TOLERANCES, check_rk, rk_operands
+from cuda_ops import DENSE, DTYPES, TOLERANCES, check_rk, check_rounded_tolerances, rk_operands
 
 from fusedres.ops.rk_combine import RK_ERROR
 from fusedres.testing import channels_last
@@ -16,6 +16,10 @@ from fusedres.testing import channels_last
 def test_against_float64(shape, layout, dtype):
     for stages in (0, 1, 4, 7):
         check_rk(DENSE[layout], shape, stages, dtype, "cuda")
+
+
+def test_tolerances_that_float32_rounds():
+    check_rounded_tolerances("cuda")
 
 
 def test_the_norm_is_bitwise_the_same_from_run_to_run():

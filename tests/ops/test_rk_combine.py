@@ -115,6 +115,15 @@ def test_no_tolerance_for_what_is_not_there(isa):
     assert float(error) == pytest.approx(0.5)
 
 
+def test_tolerances_that_float32_rounds(isa):
+    """By half a unit: the norm is that of those that were given."""
+    ones = torch.ones(70)
+    tolerance = 2.0**-10 * (1 + 0.99 * 2.0**-24)
+    for rtol, atol in ((0.0, tolerance), (tolerance, 0.0), (tolerance, tolerance)):
+        error = torch.ops.fusedres.rk_error_cpu(ones, ones, [ones], [1.0], rtol, atol)
+        assert torch.equal(error, torch.tensor(1 / (rtol + atol))), (rtol, atol)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_non_finite_values_travel_as_in_stock(isa, value):
     for where in range(3):

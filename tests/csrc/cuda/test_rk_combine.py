@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from cuda_ops import DENSE, DTYPES, TOLERANCES, check_rk, rk_operands
+from cuda_ops import DENSE, DTYPES, TOLERANCES, check_rk, check_rounded_tolerances, rk_operands
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -57,6 +57,10 @@ def test_no_tolerance_for_what_is_not_there():
     """Beyond a tensor's end there are no elements whose tolerance could be zero."""
     y, stage = torch.full((5,), 2.0), torch.full((5,), 0.5)
     assert float(RK_ERROR.overload("cuda")(y, y, [stage], [1.0], 0.5, 0.0)) == pytest.approx(0.5)
+
+
+def test_tolerances_that_float32_rounds():
+    check_rounded_tolerances("cpu")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
