@@ -80,10 +80,19 @@ inline void check_pooled(const char* op, const char* name, const torch::stable::
                     t.size(2) == window.pooled(0, y.size(2)) && t.size(3) == window.pooled(1, y.size(3)));
   }
   STD_TORCH_CHECK(fits && (t.numel() == 0) == (y.numel() == 0), op, ": ", name, " of shape ", shape_of_tensor(t),
-                  " is no result of y of shape ", shape_of_tensor(y));
+                  " is no result of pooling y of shape ", shape_of_tensor(y));
   STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must have the dtype ",
                   dtype == y.scalar_type() ? "of y" : "uint8");
   STD_TORCH_CHECK(t.get_device_index() == y.get_device_index(), op, ": ", name, " must be on the device of y");
+}
+
+// What the backward is given.
+inline void check_pool_gradient(const char* op, const torch::stable::Tensor& grad, const torch::stable::Tensor& taken,
+                                const torch::stable::Tensor& y, const PoolWindow& window) {
+  check_pooled(op, "grad", grad, y, window, y.scalar_type());
+  check_pooled(op, "taken", taken, y, window, torch::headeronly::ScalarType::Byte);
+  STD_TORCH_CHECK(taken.size(2) == grad.size(2) && taken.size(3) == grad.size(3), op, ": taken of shape ",
+                  shape_of_tensor(taken), " must have the shape of grad, ", shape_of_tensor(grad));
 }
 
 // The layout of what is made of `y`; channels_last if both would do.
