@@ -17,6 +17,7 @@ from fusedres.ops.bn_stats import BN_STATS
 from fusedres.ops.gated_join import GATED_JOIN, GATED_JOIN_BACKWARD
 from fusedres.ops.join import JOIN, JOIN_STATS, join_argument
 from fusedres.ops.join_backward import JOIN_BACKWARD, JOIN_BACKWARD_APPLY, JOIN_BACKWARD_REDUCE
+from fusedres.ops.join_pool import JOIN_POOL, JOIN_POOL_BACKWARD, PoolWindow, pool_window
 from fusedres.ops.rk_combine import RK_COMBINE, RK_COMBINE_BACKWARD, RK_ERROR
 from fusedres.testing import assert_within_budget, channels_last, contiguous, rms, sliced
 
@@ -24,11 +25,13 @@ __all__ = [
     "DENSE",
     "DTYPES",
     "LAYOUTS",
+    "POOLINGS",
     "RESIDUALS",
     "RK_WEIGHTS",
     "THRESHOLD",
     "TOLERANCES",
     "JoinCase",
+    "PoolCase",
     "check_bn_join",
     "check_bn_norm",
     "check_bn_stats",
@@ -274,6 +277,82 @@ def check_bn_join(
         assert_within_budget(ours, plain, exact, f"{case}, {name}", scale=scale)
     assert found[0][0].stride() == torch.empty_like(case.y).stride()
     return tuple(found[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Max pooling
+# ---------------------------------------------------------------------------------------------------------------------
+
+POOLINGS = {
+    "3, stride 2, padded": pool_window(3, 2, 1),
+    "2": pool_window(2),
+    "3, stride 2, ceil": pool_window(3, 2, 0, ceil_mode=True),
+    "3, stride 1, padded": pool_window(3, 1, 1),
+    "asymmetric": pool_window((2, 5), (3, 1), (1, 2)),
+    "gaps": pool_window((2, 1), 3, ceil_mode=True),
+}
+
+
+@dataclass
+class PoolCase:
+    """A pooling of a join, and the checks of its forward and its backward."""
+
+    shape: tuple[int, int, int, int]
+    window: PoolWindow
+    layout: str = "channels_last"
+    dtype: torch.dtype = torch.float32
+    act: Activation = field(default_factory=lambda: Activation("relu"))
+    normed: bool = True
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        join = JoinCase(self.shape, self.layout, self.dtype, act=self.act, normed=self.normed, device=self.device)
+        self.y, self.norm = join.y, join.norm
+
+    def __str__(self) -> str:
+        norm = "" if self.normed else ", no norm"
+        return f"{self.shape} {self.layout} {self.dtype} {self.window} {self.act}{norm}"
+
+    @property
+    def operands(self) -> tuple:
+        return self.y, self.norm, self.act.code, self.act.param, *self.window
+
+    def pooled(self, record: bool = True) -> tuple[Tensor, Tensor]:
+        return JOIN_POOL.overload("cuda")(*self.operands, record)
+
+    def check_forward(self) -> Tensor:
+        """Bit by bit the pooling of what the join gives, so that ties are stock PyTorch's; returns the numbers."""
+        joined = JOIN.overload("cuda")(self.y, self.norm, None, None, self.act.code, self.act.param)
+        expected = JOIN_POOL.overload("reference")(joined, None, 0, 0.0, *self.window, True)
+        out, taken = self.pooled()
+        for ours, stock in zip((out, taken), expected):
+            assert ours.dtype == stock.dtype and self._is_laid_out(ours), str(self)
+            torch.testing.assert_close(ours, stock, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{self}: {text}")
+        again, none = self.pooled(record=False)
+        assert none.shape == (0,) and none.dtype == torch.uint8
+        torch.testing.assert_close(again, out, rtol=0, atol=0, equal_nan=True)
+        return taken
+
+    def check_against_float64(self) -> None:
+        compare(str(self), JOIN_POOL, (*self.operands, False))
+
+    def check_backward(self, grad: Tensor | None = None) -> Tensor:
+        _, taken = self.pooled()
+        if grad is None:
+            make = channels_last if self._format is torch.channels_last else contiguous
+            grad = on_device(make(tuple(taken.shape), self.dtype, 6), self.device)
+        (found,) = compare(f"{self}, backward", JOIN_POOL_BACKWARD, (grad, taken, self.y, *self.window[:3]))
+        assert self._is_laid_out(found), str(self)
+        return found
+
+    @property
+    def _format(self) -> torch.memory_format:
+        """Of the results: channels_last where ``y`` is dense in both layouts."""
+        last = self.y.is_contiguous(memory_format=torch.channels_last) or not self.y.is_contiguous()
+        return torch.channels_last if last else torch.contiguous_format
+
+    def _is_laid_out(self, result: Tensor) -> bool:
+        return result.stride() == torch.empty(result.shape, memory_format=self._format).stride()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def test_vector_kernels_load_16_bytes(stem):
 
 # A thread's 128-bit loads under way at once: with the hundreds of threads of a processor, more than a memory's latency.
 IN_FLIGHT = {"bn_stats_rows": 8, "bn_stats_planes": 8, "bn_join": 8, "join_fwd": 2, "join_stats": 2}
-IN_FLIGHT |= {"join_reduce": 3, "join_apply": 4, "join_backward": 4}
+IN_FLIGHT |= {"join_reduce": 3, "join_apply": 4, "join_backward": 4, "join_pool_fwd": 3, "join_pool_bwd": 2}
 
 
 @pytest.mark.parametrize("prefix", IN_FLIGHT)

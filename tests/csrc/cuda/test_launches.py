@@ -19,6 +19,8 @@ CASE = JoinCase((2, 16, 5, 3), residual="plain")
 CONV = GroupedCase((2, 16, 5, 5), 16, 4)
 NORMED = (None, None, None, None, 0.1, 1e-5)  # a batch norm without affine and running statistics
 PASSES = (*CASE.operands, False)
+WINDOW = ([3, 3], [2, 2], [1, 1])
+TAKEN = torch.zeros((2, 16, 3, 2), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
 
 
 def arguments() -> dict[str, tuple]:
@@ -35,6 +37,8 @@ def arguments() -> dict[str, tuple]:
         "join_backward_reduce": (grad, *PASSES),
         "join_backward_apply": (grad, *CASE.operands, CASE.sums()[:3].contiguous(), *flags),
         "join_backward": (grad, *PASSES, *flags),
+        "join_pool": (y, *CASE.operands[1:2], *CASE.operands[4:], *WINDOW, False, True),
+        "join_pool_backward": (y[:, :, :3, :2].contiguous(memory_format=torch.channels_last), TAKEN, y, *WINDOW),
         "gated_join": (y, grad, side, None),
         "gated_join_backward": (grad, y, side, y, None, True, True),
         "rk_combine": (y, [grad, side], RK_WEIGHTS[:2]),

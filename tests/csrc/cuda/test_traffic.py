@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cuda_ops import RK_WEIGHTS, JoinCase
+import torch.nn.functional as F
+from cuda_ops import POOLINGS, RK_WEIGHTS, JoinCase, PoolCase
 
 from fusedres.ops.registry import OPS
 from fusedres.testing import channels_last
@@ -65,19 +66,42 @@ PASSES: dict[Callable[[JoinCase], None], int] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("op", PASSES, ids=lambda op: op.__name__)
-def test_tensors_are_moved_in_whole_sectors(emulated, op, dtype):
-    case = JoinCase(SHAPE, "channels_last", dtype, "plain")
+def sectors_moved(emulated: ctypes.CDLL, call: Callable[[], object]) -> int:
+    """By the loads and stores of tensors, which must need all that they move."""
     emulated.emu_traffic.restype = ctypes.c_char_p
     emulated.emu_clear_traffic()
     emulated.emu_count_traffic(1)
-    op(case)
+    call()
     emulated.emu_count_traffic(0)
     entries = [json.loads(line) for line in emulated.emu_traffic().splitlines()]
     moves = [e for e in entries if e["at"].startswith("pack.h") and e["space"] == "global"]
     assert all(e["sectors"] == e["ideal"] for e in moves)
-    sectors = channels_last(SHAPE, dtype).nbytes // 32
-    moved, needed = sum(e["sectors"] for e in moves), PASSES[op] * sectors
+    return sum(e["sectors"] for e in moves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", PASSES, ids=lambda op: op.__name__)
+def test_tensors_are_moved_in_whole_sectors(emulated, op, dtype):
+    case = JoinCase(SHAPE, "channels_last", dtype, "plain")
+    moved = sectors_moved(emulated, lambda: op(case))
+    needed = PASSES[op] * channels_last(SHAPE, dtype).nbytes // 32
     # Statistics are relative to the first pixel of the result, which every block makes for itself.
     assert needed < moved < 1.2 * needed if op is join_stats else moved == needed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", POOLINGS)
+def test_pooling_moves_whole_sectors(emulated, window, dtype):
+    """Forward a pixel is read by every window that it is in; backward it reads of each the gradient and the number.
+
+    A warp has the channels of one pixel here: of several it would find some of the reads to be the same.
+    """
+    n, c, height, width = 2, 512 // dtype.itemsize, 6, 6
+    case = PoolCase((n, c, height, width), POOLINGS[window], dtype=dtype)
+    out, taken = case.pooled()
+    inside = F.avg_pool2d(torch.ones(1, 1, height, width), *case.window, divisor_override=1).sum()
+    pairs = int(inside) * n * c
+    forward = sectors_moved(emulated, case.pooled)
+    assert forward == (pairs * dtype.itemsize + out.nbytes + taken.nbytes) // 32
+    backward = sectors_moved(emulated, lambda: run("join_pool_backward", out, taken, case.y, *case.window[:3]))
+    assert backward == (pairs * (dtype.itemsize + 1) + case.y.nbytes) // 32
