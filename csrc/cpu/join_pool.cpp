@@ -138,10 +138,7 @@ Tensor join_pool_backward_cpu(const Tensor& grad, const Tensor& taken, const Ten
                               Numbers padding) {
   constexpr const char* kOp = "join_pool_backward_cpu";
   const PoolWindow window = PoolWindow::of(kOp, kernel, stride, padding, false);
-  check_pooled(kOp, "grad", grad, y, window, y.scalar_type());
-  check_pooled(kOp, "taken", taken, y, window, kByte);
-  for (int64_t d = 2; d < 4; ++d)
-    STD_TORCH_CHECK(taken.size(d) == grad.size(d), kOp, ": taken differs from grad in dimension ", d);
+  check_pool_gradient(kOp, grad, taken, y, window);
   const Layout layout = pooled_layout(kOp, y);
   Tensor out = empty_image(y, layout, y.size(2), y.size(3));
   if (y.numel() == 0) return out;
