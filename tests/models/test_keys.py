@@ -16,10 +16,11 @@ EXPECTED = [json.loads((DATA / f"{package}.json").read_text()) for package in NE
 DIGESTS = {name: digest for expected in EXPECTED for name, digest in expected["digests"].items()}
 LINES = {name: lines for expected in EXPECTED for name, lines in expected["keys"].items()}
 
-# What nothing here can be fused with: a stem that a pooling or a block follows, a norm whose activation is in another
-# module, a classifier.
+# What nothing here can be fused with: a stem that a block follows, a norm whose activation is in another module, a
+# classifier.
 ALONE = {
-    **{name: {"stem.conv", "head.fc"} for name in ("preresnet18", "preresnet50", "cifar_preresnet")},
+    **{name: {"head.fc"} for name in ("preresnet18", "preresnet50")},
+    "cifar_preresnet": {"stem.conv", "head.fc"},
     "wrn": {"conv1"},
     "densenet121": {"features.norm5"},
 }

@@ -30,7 +30,7 @@ NETWORKS = {
     "ResNet": (
         resnet,
         {
-            "stem": "conv-bn-relu",
+            "stem": "conv-bn-relu-maxpool",
             "layer1.0": PROJECTION,
             "layer1.1": IDENTITY,
             **{f"layer{i}.0": PROJECTION for i in (2, 3, 4)},

@@ -38,7 +38,7 @@ def test_torchvision_is_covered_whole(name):
     assert report.declined == ()
     projected = {f"layer{i}.0" for i in (1, 2, 3, 4)} - ({"layer1.0"} if name == "resnet18" else set())
     blocks = [f"layer{i}.{j}" for i, n in enumerate(STAGES[name], 1) for j in range(n)]
-    expected = {"": "conv-bn-relu", **{path: PROJECTION if path in projected else IDENTITY for path in blocks}}
+    expected = {"": "conv-bn-relu-maxpool", **{path: PROJECTION if path in projected else IDENTITY for path in blocks}}
     assert {site.path: site.pattern for site in report.fused} == expected
     assert "layer2.0.downsample.0" in {c for site in report.fused for c in site.convolutions}
     assert unpatch(model) == len(expected)

@@ -139,7 +139,7 @@ def test_torchvision():
     report = check_patched(model, images(3, 40))
     assert report.coverage == 1.0
     assert {site.path: site.pattern for site in report.fused} == {
-        "features": "conv-bn-relu",
+        "features": "conv-bn-relu-maxpool",
         "features.denseblock1": "dense block of 3",
         "features.transition1": "bn-relu-conv",
         "features.denseblock2": "dense block of 2",
