@@ -260,12 +260,19 @@ _OVERWRITES = {_aten.copy_.default, _aten.zero_.default, _aten.fill_.Scalar}
 
 
 def _only_its_shape(func: Any, args: tuple, index: int) -> bool:
-    """Whether this argument is there for its shape: dgrad reads no input but a pending one, wgrad no weight."""
+    """Whether this argument is there for its shape: dgrad reads no input but a pending one, wgrad no weight.
+
+    Nor does a max pooling's backward read what was pooled.
+    """
     if func is _aten.convolution_backward.default:
         needs_input, needs_weight, _ = args[10]
         return (index == 1 and not needs_weight) or (index == 2 and not needs_input)
     if _name(func).startswith("fusedres.conv_fused_dgrad"):
         return index == 4 and args[5] is None and args[6] == IDENTITY.code
+    if func is _aten.max_pool2d_with_indices_backward.default:
+        return index == 1
+    if _name(func).startswith("fusedres.join_pool_backward"):
+        return index == 2
     return func in _OVERWRITES and index == 0
 
 

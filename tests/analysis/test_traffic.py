@@ -70,8 +70,9 @@ def unread(name: str, args: tuple) -> set[int]:
         return {i for i, needed in ((1, needs_weight), (2, needs_input)) if not needed}
     if name == "fusedres.conv_fused_dgrad.default":  # its input, unless that is pending; and what it writes into
         return {12} | ({4} if args[5] is None and args[6] == 0 else set())
-    overwritten = {"aten.copy_": 0, "fusedres.conv_wgrad": 8, "fusedres.conv_fused_wgrad": 10}
-    return {overwritten.get(name.removesuffix(".default"))}
+    others = {"aten.copy_": 0, "fusedres.conv_wgrad": 8, "fusedres.conv_fused_wgrad": 10}
+    others |= {"aten.max_pool2d_with_indices_backward": 1, "fusedres.join_pool_backward": 2}
+    return {others.get(name.removesuffix(".default"))}
 
 
 def tensors(tree) -> list[Tensor]:
@@ -116,6 +117,7 @@ BLOCKS = {
     "pre-activation": lambda: depth_network("pre-activation", 8, fused=False).layer2[0],
     "grouped": lambda: models.resnext50_32x4d(fused=False).layer4[1],
     "dense": lambda: DenseStage(3, 8, 4, 2, 0.0),
+    "stem": lambda: nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)),
 }
 CHANNELS = {"bottleneck": 16, "plain": 16, "pre-activation": 16, "grouped": 2048}
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
