@@ -29,6 +29,7 @@ __all__ = [
     "SMOKE_BLOCK",
     "SMOKE_MOST",
     "SMOKE_STATE",
+    "STEMS",
     "Convolution",
     "Network",
     "activations",
@@ -95,6 +96,9 @@ def activations(*networks: str) -> tuple[Shape, ...]:
 
 MODIFIED: tuple[Shape, ...] = ((8, 256, 56, 56), (8, 1024, 14, 14), (16, 160, 32, 32))
 """For what is done to few of them: gains, dropout, slices, the other layout."""
+
+STEMS = ACTIVATIONS["ResNet-50"][:1]
+"""That a max pooling follows."""
 
 CHANNELS = (64, 512, 2048)
 """Of norms of ResNet-50, for what is done to channels alone."""
