@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import select
 from ..ops.conv import ConvGeometry
+from ..ops.join_pool import pool_window
 from ..ops.registry import OPS
 from ..testing import assert_within_budget
 from ..tune import contestants as convolution_contestants
@@ -38,6 +39,7 @@ DIED = "RED: the process died in it"
 
 _VENDOR = "vendor with passes around it"
 
+_STEM = pool_window(3, 2, 1)
 _MOST_SETS = 8
 _RELU = 1
 _BACKENDS = ("cpu", "cuda", "triton", "reference")
@@ -108,6 +110,11 @@ def _passes(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.
     yield _Pass("join", operands, 3 * y.nbytes)
     yield _Pass("join_backward_reduce", (grad, *operands, False), 3 * y.nbytes)
     yield _Pass("join_backward_apply", (grad, *operands, sums, count, True, False, True), 5 * y.nbytes)
+    # Without a norm, by whose rounding one backend takes another of two values than the next.
+    pooled, taken = OPS["join_pool"].overload("reference")(y, None, _RELU, 0.0, *_STEM, True)
+    moved = y.nbytes + pooled.nbytes + taken.nbytes
+    yield _Pass("join_pool", (y, None, _RELU, 0.0, *_STEM, True), moved)
+    yield _Pass("join_pool_backward", (pooled, taken, y, *_STEM[:3]), moved)
 
 
 def _image(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:

@@ -336,7 +336,8 @@ def test_a_count_that_fails_costs_no_measurement(path, monkeypatch):
 def test_the_kernels_are_checked(path):
     Bench(path, "cpu", 600, smoke=True).run([Job("kernels")])
     found = [m for m in Results.load(path).measurements if m.contestant == "cpu"]
-    assert {m.subject for m in found} == {"bn_stats", "join", "join_backward_reduce", "join_backward_apply"}
+    backward = {"join_backward_reduce", "join_backward_apply", "join_pool_backward"}
+    assert {m.subject for m in found} == {"bn_stats", "join", "join_pool", *backward}
     assert all(m.check == "ok" and m.bytes_per_second > 0 for m in found)
     assert all(m.speedup["copy"] > 0 for m in found)  # the bandwidth that there is, of as many bytes
 
