@@ -19,6 +19,7 @@ KERNEL_MODULES = (
     "bn_norm",
     "join",
     "join_backward",
+    "join_pool",
     "conv_fused",
     "conv_fused_backward",
     "gated_join",
