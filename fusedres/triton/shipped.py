@@ -58,11 +58,13 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     from .gated_join import gated_join, gated_join_backward
     from .join import join
     from .join_backward import join_backward_apply, join_backward_mask, join_backward_reduce
+    from .join_pool import join_pool, join_pool_backward
     from .rk_combine import rk_combine, rk_combine_backward, rk_error
 
     wide, narrow, small = _image(256, 56, dtype), _image(64, 56, dtype), _image(512, 28, dtype)
     rows, thin, gain = _rows(256), _rows(64), torch.empty((_BATCH, 256), device="meta")
     seed = torch.empty(1, dtype=torch.int64, device="meta")
+    stem, taken, window = _image(64, 112, dtype), torch.empty_like(narrow, dtype=torch.uint8), ([3, 3], [2, 2], [1, 1])
     vector = torch.empty(256, device="meta")
     nothing = (None, 0, 0.0)
     one, three, half = ([1, 1], [0, 0], [1, 1]), ([1, 1], [1, 1], [1, 1]), ([2, 2], [0, 0], [1, 1])
@@ -84,6 +86,9 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         "join_backward_mask": lambda: join_backward_mask(wide, *both, False),
         "join_backward_mask emit": lambda: join_backward_mask(wide, *plain, True, 0.3, seed),
         "join_backward_apply": lambda: join_backward_apply(wide, *both, rows, 802816.0, True, True, True),
+        "join_pool": lambda: join_pool(stem, thin, _RELU, 0.0, *window, False, True),
+        "join_pool no record": lambda: join_pool(stem, thin, _RELU, 0.0, *window, False, False),
+        "join_pool_backward": lambda: join_pool_backward(narrow, taken, stem, *window),
         "gated_join": lambda: gated_join(wide, wide, wide, None),
         "gated_join_backward": lambda: gated_join_backward(wide, wide, wide, wide, 0.5, True, True),
         "excite": lambda: excite(gain, rows, *layers, _RELU, 0.0, "sigmoid", None),
@@ -110,7 +115,7 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
 # float16 compiles to what bfloat16 does but for the names of instructions.
 _FORMS = {
     torch.bfloat16: None,
-    torch.float32: ("fprop 1x1", "fprop 3x3", "dgrad 1x1", "wgrad 1x1"),
+    torch.float32: ("join_pool", "join_pool_backward", "fprop 1x1", "fprop 3x3", "dgrad 1x1", "wgrad 1x1"),
     torch.float16: ("fprop 1x1",),
 }
 
