@@ -36,6 +36,7 @@ from .selection import Selection
 from .source import asks_for_its_class
 from .swap import Site, Template, fused_class, template_of
 from .trace import Traced, Untraceable, survey, trace
+from .twins import Twins
 from .view import Region, View
 from .watch import watch
 
@@ -81,6 +82,7 @@ class _Planner:
         self._options = options
         self._visited: set[nn.Module] = set()
         self._given_tensors = {model: True}
+        self._twins = Twins(model)
         # Known before anything is traced: what they are is seen by running them.
         self._masks = set(filter(_draws_mask, model.modules()))
 
@@ -155,7 +157,7 @@ class _Planner:
             raise Untraceable("its forward was replaced on the instance")
         if isinstance(module, fx.GraphModule):
             raise Untraceable("it is an fx.GraphModule, which rewrites its own forward")
-        traced = survey(module, self._may_inline)
+        traced = survey(module, self._may_inline, self._twins)
         if traced.tensors and not self._given_tensors.get(module, False):
             # Taken for tensors, they might turn out to be lists at every call, and the forward would always be stock's.
             raise Untraceable("its forward asks for the type of a value, which is not known")
@@ -174,18 +176,19 @@ class _Planner:
                 return traced, view, regions
         return None
 
-    @staticmethod
     def _trace(
-        module: nn.Module, needed: set[nn.Module], idle: set[nn.Module], before: Traced
+        self, module: nn.Module, needed: set[nn.Module], idle: set[nn.Module], before: Traced
     ) -> tuple[Traced, set[nn.Module]]:
         """The graph with ``needed`` inlined, and ``idle`` ones too unless they do something in training after all."""
         inlined = needed | idle
         try:
-            return trace(module, inlined.__contains__, before if before.inlined == inlined else None), idle
+            surveyed = before if before.inlined == inlined else None
+            return trace(module, inlined.__contains__, surveyed, self._twins), idle
         except Untraceable:
             if not idle:
                 raise
-        return trace(module, needed.__contains__, before if before.inlined == needed else None), set()
+        surveyed = before if before.inlined == needed else None
+        return trace(module, needed.__contains__, surveyed, self._twins), set()
 
     def _learn(self, module: nn.Module, traced: Traced) -> None:
         """Notes which submodules are given nothing but tensors."""

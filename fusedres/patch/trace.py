@@ -36,6 +36,7 @@ from ..mask import undone_draws
 from .asked import state_unasked
 from .modules import has_own_conv_forward, is_builtin, overrides_call
 from .stores import nothing_stored
+from .twins import Twins
 from .untraceable import Lookup, Untraceable, in_words, is_user_code
 
 __all__ = ["IN_PLACE_OPERATORS", "Traced", "Untraceable", "is_users_function", "survey", "trace"]
@@ -73,40 +74,42 @@ class Traced:
 Inline = Callable[[nn.Module], bool]
 
 
-def trace(module: nn.Module, inline: Inline, surveyed: Traced | None = None) -> Traced:
+def trace(module: nn.Module, inline: Inline, surveyed: Traced | None = None, twins: Twins | None = None) -> Traced:
     """The graph of ``module.forward``, the same in train and in eval mode; of calls without ``*args`` and ``**kwargs``.
 
     Args:
         inline: called with a submodule, says whether its forward should become part of the graph. A submodule
             that should but cannot be traced is called from the graph instead.
         surveyed: what :func:`survey` found where it inlined the same.
+        twins: what has been traced of the model.
 
     Raises:
         Untraceable: where the graph would not do what the forward does.
     """
     opaque: set[nn.Module] = set()
     called: list[Lookup] = []
-    evaluating, training = _in_both_modes(module, inline, opaque, called, surveyed)
+    once = partial(_trace_around, module, inline, opaque, called, twins or Twins(module))
+    evaluating, training = _in_both_modes(once, opaque, called, surveyed)
     if not _same(evaluating, training) and (functions := _functions_of(module, *training.inlined)):
         # One of them may be what differs, as a stochastic depth that is written as a function: it is called instead.
         called += functions
-        evaluating, training = _in_both_modes(module, inline, opaque, called)
+        evaluating, training = _in_both_modes(once, opaque, called)
     if not _same(evaluating, training):
         raise Untraceable("its forward does different things in train and in eval mode")
     return evaluating
 
 
 def _in_both_modes(
-    module: nn.Module, inline: Inline, opaque: set[nn.Module], called: list[Lookup], surveyed: Traced | None = None
+    once: Callable[..., Traced], opaque: set[nn.Module], called: list[Lookup], surveyed: Traced | None = None
 ) -> tuple[Traced, Traced]:
     """Both graphs, with the same submodules and functions called from them."""
-    evaluating = surveyed or _trace_around(module, inline, opaque, called, training=False)
+    evaluating = surveyed or once(training=False)
     while True:
         known = len(opaque), len(called)
-        training = _trace_around(module, inline, opaque, called, training=True)
+        training = once(training=True)
         if (len(opaque), len(called)) == known:
             break
-        evaluating = _trace_around(module, inline, opaque, called, training=False)
+        evaluating = once(training=False)
     _read_the_mode(evaluating.graph, training.graph)
     return evaluating, training
 
@@ -116,13 +119,13 @@ def _same(evaluating: Traced, training: Traced) -> bool:
     return asked and _comparable(evaluating.graph) == _comparable(training.graph)
 
 
-def survey(module: nn.Module, inline: Inline) -> Traced:
+def survey(module: nn.Module, inline: Inline, twins: Twins | None = None) -> Traced:
     """As :func:`trace`, in eval mode alone: half the time, to see whether there is anything worth tracing."""
-    return _trace_around(module, inline, set(), [], training=False)
+    return _trace_around(module, inline, set(), [], twins or Twins(module), training=False)
 
 
 def _trace_around(
-    module: nn.Module, inline: Inline, opaque: set[nn.Module], called: list[Lookup], training: bool
+    module: nn.Module, inline: Inline, opaque: set[nn.Module], called: list[Lookup], twins: Twins, training: bool
 ) -> Traced:
     """Traces, adding to ``opaque`` each submodule that turns out to be untraceable, until none is left inlined.
 
@@ -131,7 +134,7 @@ def _trace_around(
     """
     while True:
         try:
-            return _trace_once(module, lambda child: child not in opaque and inline(child), training, called)
+            return _trace_as_twin(module, lambda child: child not in opaque and inline(child), training, called, twins)
         except Untraceable as failure:
             if failure.function is not None:
                 called.append(failure.function)
@@ -139,6 +142,16 @@ def _trace_around(
                 opaque.add(module.get_submodule(failure.culprit))
             else:
                 raise
+
+
+def _trace_as_twin(module: nn.Module, inline: Inline, training: bool, called: Sequence[Lookup], twins: Twins) -> Traced:
+    """Traces what no twin's trace stands for."""
+    key = None if called else twins.key(module, inline, training)
+    if (found := twins.find(key, module)) is not None:
+        return found
+    traced = _trace_once(module, inline, training, called)
+    twins.keep(key, module, traced)
+    return traced
 
 
 def _trace_once(module: nn.Module, inline: Inline, training: bool, called: Sequence[Lookup]) -> Traced:
