@@ -33,6 +33,8 @@ k = kernels("cpu", torch.float32, "cpu")
 x, side = channels_last(*SHAPE), channels_last(*SHAPE)
 gain, seed = torch.ones(SHAPE[:2]), torch.zeros((), dtype=torch.int64)
 rows = torch.ones(4, SHAPE[1])
+WINDOW = [3, 3], [2, 2], [1, 1]
+pooled, taken = k.join_pool(x, rows, 1, 0.0, *WINDOW, False, True)
 
 def conv_wgrad(channels, filters, size):
     weight, geometry = channels_last(filters, channels, 1, 1), ([1, 1], [0, 0], [1, 1])
@@ -60,6 +62,8 @@ CALLS = {
     "bn_stats": lambda: k.bn_stats(x),
     "bn_stats, per sample": lambda: k.bn_stats(x, True),
     "join": lambda: k.join(x, rows, side, rows, 1, 0.0),
+    "join_pool": lambda: k.join_pool(x, rows, 1, 0.0, *WINDOW, False, True),
+    "join_pool_backward": lambda: k.join_pool_backward(pooled, taken, x, *WINDOW),
     "join_backward_reduce": lambda: k.join_backward_reduce(x, x, rows, side, rows, 1, 0.0, False),
     "join_backward_apply": lambda: k.join_backward_apply(
         x, x, rows, None, None, 1, 0.0, torch.ones(3, SHAPE[1]), 8.0, True, False, False
@@ -93,5 +97,5 @@ def test_out_of_memory_is_an_exception():
     assert done.returncode == 0, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     *calls, last = done.stdout.splitlines()
     assert last == "went on"
-    assert len(calls) == 8
+    assert len(calls) == 10
     assert all(call.endswith((": MemoryError", ": RuntimeError")) for call in calls), calls

@@ -76,7 +76,10 @@ def fused() -> None:
     assert env.library_missing() is None, env.library_missing()
     called: set[str] = set()
     count_calls(called)
+    stem = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(3, 1, 1))
+    fusedres.patch(stem)
     net = nn.Sequential(
+        stem,
         fusedres.nn.BottleneckBlock(16, 32, stride=2),
         fusedres.nn.PreActResidualBlock(32, 32),
         fusedres.nn.SEBlock(32, 32),
