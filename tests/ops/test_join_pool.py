@@ -1,4 +1,4 @@
-"""Max pooling of a join and its gradient: every instruction set, layout, dtype and window against stock PyTorch."""
+"""``join_pool`` and ``join_pool_backward``: every instruction set, layout, dtype and window against stock PyTorch."""
 
 from __future__ import annotations
 

@@ -35,7 +35,8 @@ def test_the_passes_are_those_of_a_step():
     for when, name, count, megabytes in (
         ("forward", "convolution", 1, (1 + 3 * 4 / 64) * image),
         ("forward", "bn_stats", 1, image),
-        ("forward", "join", 1, 2 * image),
+        ("forward", "join_pool", 1, image + 1.5 * narrow),  # the result, and a byte for each of its values
+        ("backward", "join_pool_backward", 1, image + 1.5 * narrow),
         ("backward", "join_backward_reduce", 1, 2 * image),
         ("backward", "join_backward_apply", 1, 3 * image),
         ("backward", "convolution_backward", 1, (1 + 3 * 4 / 64) * image),
