@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -160,6 +161,8 @@ def main() -> None:
             args.losses.write_text(json.dumps(losses))
     finally:
         dist.destroy_process_group()
+        # Gloo's threads let go of the last tensors now: one that does when the interpreter ends aborts the process.
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":
